@@ -1,0 +1,360 @@
+"""The state law, what a stateful mixer provides, and the one autograd Function that runs it.
+
+A piece of a sequence needs nothing of its past but a small state, and every state obeys one law:
+``state_out = A * state_in + B``. ``(A, B)`` is the piece's summary; it is known without the past, so all pieces
+can be summarized at once and their summaries folded afterwards. Who holds the other pieces (other ranks, an
+earlier block, the tokens already generated) is the relay's business; this file and the operators never know.
+
+Directions: a causal operator has one state, flowing from left to right. A non-causal one has two, stacked in
+front: what flows to the right, and what flows to the left. Gradients flow against their states.
+
+Documents: ``segments [B, L]`` are non-decreasing ids >= 0. A state enters a piece only where the piece's first
+token continues the document of the token before it, and leaves it unmixed with earlier documents: ``A = 0``
+for a piece in which a document begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NO_TOKENS = -1  # the document id that an empty piece reports
+
+
+class Carry(NamedTuple):
+    """What a piece needs of its past.
+
+    Attributes:
+        state: ``[B, ...]``, fp32 or better for recurrent states, the tokens themselves for convolutions.
+        segment: int64 document ids the state belongs to (``[B]``; convolutions ``[B, tokens]``), or None.
+    """
+
+    state: Tensor
+    segment: Tensor | None = None
+
+
+class StatefulOp:
+    """A mixer that reaches its past through a state: two passes and their adjoints.
+
+    ``inputs`` is a tuple of tensors (activations ``[B, L, ...]`` and, where the operator has them, parameters);
+    ``segments`` is ``[B, L]`` or None. ``past`` and ``future`` have the shape of the state ``B``: ``[B, ...]`` for
+    a causal
+    operator and ``[2, B, ...]`` for a non-causal one (from the left, from the right).
+
+    A new operator defines `summarize` and `attend` in differentiable PyTorch; the adjoints then follow by
+    automatic differentiation of this piece alone. Fast operators override them.
+    """
+
+    causal: bool = True
+    plain_sum: bool = True  # non-causal: without documents, what flows left is what flows right
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This piece's ``(A, B)``, without knowing the past.
+
+        ``A`` broadcasts against one state ``[B, ...]`` and ignores documents (`scan` zeroes it). ``B`` holds the last
+        document's sum; a non-causal operator stacks the last document's and the first document's sums ``[2, B, ...]``.
+        """
+        raise TypeError(f"{type(self).__name__} defines no summarize")
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output ``[B, L, ...]`` and what `attend_grad` wants saved. ``past`` reaches the first document only."""
+        raise TypeError(f"{type(self).__name__} defines no attend")
+
+    def summarize_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        """What this piece's outputs contribute to the gradient of ``past``; the shape of ``past``."""
+        with torch.enable_grad():
+            past = past.detach().requires_grad_()
+            y, _ = self.attend(inputs, segments, past)
+        return _pull_back([y], [past], [grad])[0]
+
+    def attend_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        future: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, given the output's gradient and ``future``, the gradient of the outgoing state."""
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            y, _ = self.attend(leaves, segments, past)
+            decay, state = transition(self, leaves, segments)
+            leaving = decay * past + state
+        grads = iter(_pull_back([y, leaving], [x for x in leaves if x.requires_grad], [grad, future]))
+        return tuple(next(grads) if x.requires_grad else None for x in leaves)
+
+
+def _pull_back(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products; zeros where an output, such as that of an empty piece, does not depend on an input."""
+    pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if y.requires_grad]
+    if not pairs or not inputs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    used, upstream = zip(*pairs, strict=True)
+    return torch.autograd.grad(used, inputs, upstream, materialize_grads=True)
+
+
+def transition(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The piece's ``(A, B)`` with ``A = 0`` where a document begins inside it."""
+    decay, state = op.summarize(inputs, segments)
+    if segments is not None:
+        whole = segments.new_ones(segments.shape[0])  # an empty piece lets everything through
+        if segments.shape[1]:
+            whole = segments[:, 0] == segments[:, -1]
+        decay = decay * per_row(whole, state[0] if not op.causal else state)
+    return decay, state
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """``values [B]`` shaped to multiply ``like [B, ...]`` (booleans become 0 and 1)."""
+    dtype = like.real.dtype if like.is_complex() else like.dtype
+    return values.to(dtype).view(-1, *(1 for _ in range(like.dim() - 1)))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One piece as the others see it: ``(A, B)`` and the ids of its first and last document (``[B]``, or None)."""
+
+    decay: Tensor
+    state: Tensor
+    first: Tensor | None = None
+    last: Tensor | None = None
+
+
+class Relay(Protocol):
+    """Reaches the other pieces of the sequence. `gather` is a collective: all pieces call it in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Every piece's tensors, in the order of the sequence. Shapes and dtypes agree between pieces."""
+        ...
+
+
+class Alone:
+    """The relay of a piece that is the whole sequence."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [tuple(tensors)]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the fold over all pieces needs to run again backward: decays, and which piece continues its predecessor."""
+
+    decays: list[Tensor]
+    gates: list[Tensor | None]
+    causal: bool
+    shared: bool  # one sum stands for what flows left and what flows right
+
+    def gate(self, piece: int, state: Tensor) -> Tensor:
+        """``state`` as it crosses the edge between ``piece - 1`` and ``piece``."""
+        gate = self.gates[piece]
+        return state if gate is None else per_row(gate, state) * state
+
+    def from_left(self, states: Sequence[Tensor], start: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The state that enters each piece from the left, and the one that leaves the last."""
+        entering = []
+        for piece, state in enumerate(states):
+            entering.append(self.gate(piece, start))
+            start = self.decays[piece] * entering[-1] + state
+        return entering, start
+
+    def from_right(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The state that enters each piece from the right."""
+        entering = [torch.zeros_like(states[-1])]
+        for piece in range(len(states) - 1, 0, -1):
+            entering.append(self.gate(piece, states[piece] + self.decays[piece] * entering[-1]))
+        return entering[::-1]
+
+    def grad_from_right(self, grads: Sequence[Tensor], end: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Adjoint of `from_left`: the gradient of the state that leaves each piece, and that of ``start``."""
+        leaving = []
+        for piece in range(len(grads) - 1, -1, -1):
+            leaving.append(end)
+            end = self.gate(piece, self.decays[piece].conj() * end + grads[piece])
+        return leaving[::-1], end
+
+    def grad_from_left(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Adjoint of `from_right`: the gradient of the state that leaves each piece to the left."""
+        leaving = [torch.zeros_like(grads[0])]
+        for piece in range(len(grads) - 1):
+            leaving.append(self.gate(piece + 1, grads[piece] + self.decays[piece].conj() * leaving[-1]))
+        return leaving
+
+
+def fold(relay: Relay, summary: Summary, carry: Carry | None, op: StatefulOp) -> tuple[Tensor, Carry, Pieces]:
+    """The state from outside this piece, the carry behind the last piece, and the fold's memory."""
+    documents = summary.first is not None and summary.last is not None
+    # A plain sum flows to both sides alike where no document ends, so one crosses.
+    shared = not op.causal and op.plain_sum and not documents
+    state = summary.state[0] if shared else summary.state
+    ids = [] if summary.first is None or summary.last is None else [summary.first, summary.last]
+    gathered = relay.gather([summary.decay, state, *ids])
+
+    last = None if carry is None else carry.segment
+    gates: list[Tensor | None] = [None] * len(gathered)
+    if documents:
+        for piece, (_, _, first_id, last_id) in enumerate(gathered):
+            empty = first_id == NO_TOKENS
+            gates[piece] = None if last is None else (first_id == last) | empty
+            last = last_id if last is None else torch.where(empty, last, last_id)
+    pieces = Pieces([row[0] for row in gathered], gates, op.causal, shared)
+
+    states = [row[1] for row in gathered]
+    to_right = states if op.causal or shared else [pair[0] for pair in states]
+    start = torch.zeros_like(to_right[0]) if carry is None else carry.state.to(state.dtype)
+    entering, end = pieces.from_left(to_right, start)
+    past = entering[relay.rank]
+    if not op.causal:
+        to_left = states if shared else [pair[1] for pair in states]
+        past = torch.stack([past, pieces.from_right(to_left)[relay.rank]])
+    return past, Carry(end, last), pieces
+
+
+def fold_grad(relay: Relay, pieces: Pieces, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Adjoint of `fold`: the gradient of this piece's own state, and that of the incoming carry."""
+    grads = [row[0] for row in relay.gather([grad[0] if pieces.shared else grad])]
+    paired = not pieces.causal and not pieces.shared
+    from_right = [pair[0] for pair in grads] if paired else grads
+    leaving, start = pieces.grad_from_right(from_right, torch.zeros_like(from_right[0]) if end is None else end)
+    future = leaving[relay.rank]
+    if not pieces.causal:
+        from_left = [pair[1] for pair in grads] if paired else grads
+        future = torch.stack([future, pieces.grad_from_left(from_left)[relay.rank]])
+    return future, start
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: StatefulOp,
+        relay: Relay,
+        segments: Tensor | None,
+        carry_segment: Tensor | None,
+        carry_state: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        decay, state = transition(op, inputs, segments)
+        first = last = None
+        if segments is not None:
+            empty = segments.new_full(segments.shape[:1], NO_TOKENS)
+            first, last = (segments[:, 0], segments[:, -1].clone()) if segments.shape[1] else (empty, empty)
+        carry = None if carry_state is None else Carry(carry_state, carry_segment)
+        past, carry_out, pieces = fold(relay, Summary(decay, state, first, last), carry, op)
+        y, saved = op.attend(inputs, segments, past)
+        ctx.save_for_backward(segments, past, *inputs, *saved)
+        ctx.op, ctx.relay, ctx.pieces, ctx.num_inputs = op, relay, pieces, len(inputs)
+        ctx.carry_dtype = None if carry_state is None else carry_state.dtype
+        if segments is not None:
+            ctx.mark_non_differentiable(carry_out.segment)
+        ctx.set_materialize_grads(False)
+        return y, carry_out.state, carry_out.segment if segments is not None else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_carry: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        segments, past, *tensors = ctx.saved_tensors
+        inputs, saved = tuple(tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
+        if grad is None:
+            grad = ctx.op.attend(inputs, segments, past)[0].zero_()
+        if ctx.relay.size == 1 and ctx.carry_dtype is None:
+            to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
+        else:
+            to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
+        future, start = fold_grad(ctx.relay, ctx.pieces, to_past, grad_carry)
+        grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
+        start_grad = None if ctx.carry_dtype is None else start.to(ctx.carry_dtype)
+        return None, None, None, None, start_grad, *grads
+
+
+def scan(
+    op: StatefulOp,
+    *inputs: Tensor,
+    segments: Tensor | None = None,
+    carry: Carry | None = None,
+    relay: Relay | None = None,
+) -> tuple[Tensor, Carry]:
+    """Run a stateful mixer over the sequence of which ``inputs`` are one piece.
+
+    Args:
+        op: the mixer's two passes and adjoints.
+        inputs: activations ``[B, L, ...]`` of this piece, and parameters.
+        segments: ``[B, L]`` int64 non-decreasing document ids >= 0 of this piece, or None for one document.
+        carry: what came before the whole sequence; the same on every rank.
+        relay: reaches the other pieces; None if there are none.
+
+    Returns:
+        This piece's output, and the carry behind the whole sequence, the same on every rank. The carry's gradient
+        counts once: every rank passes, and receives, the full gradient of the carry rather than a summand.
+    """
+    state, segment = carry if carry is not None else (None, None)
+    y, end, last = _Scan.apply(op, relay or Alone(), segments, segment, state, *inputs)
+    return y, Carry(end, last if last is not None else segment)
+
+
+def entering_states(
+    decay: Tensor | None, state: Tensor, start: Tensor, gate: Tensor | None = None, *, reverse: bool = False
+) -> Tensor:
+    """The state that enters each of ``n`` neighbouring pieces: the state law, for all pieces at once.
+
+    Args:
+        decay: ``[1 or B, n, ...]`` per piece, broadcasting against ``state``; None where every ``A`` is 1.
+        state: ``[B, n, ...]`` per piece.
+        start: ``[B, ...]``, the state before the first piece (behind the last one if ``reverse``).
+        gate: ``[B, n]`` bool, whether piece i takes what piece i - 1 left (i + 1 if ``reverse``); None for always.
+        reverse: from right to left.
+
+    Returns:
+        ``[B, n + 1, ...]`` in fp64 (complex128): row i enters piece i; the row after the last piece is what leaves it
+        (row 0 if ``reverse``, the rows i + 1 entering the pieces). Logarithmic depth; sums in fp64 keep a million
+        terms.
+    """
+    wide = torch.complex128 if state.is_complex() else torch.float64
+    if reverse:
+        flipped = entering_states(
+            None if decay is None else decay.flip(1),
+            state.flip(1),
+            start,
+            None if gate is None else gate.flip(1),
+        )
+        return flipped.flip(1)
+    total = torch.cat([start.to(wide).unsqueeze(1), state.to(wide)], dim=1)
+    if decay is None and gate is None:
+        return total.cumsum(dim=1)
+    trailing = (1,) * (state.dim() - 2)
+    ones = torch.ones(1, state.shape[1], *trailing, dtype=wide, device=state.device)
+    factor = ones if decay is None else decay.to(wide)
+    if gate is not None:
+        gate = gate.to(wide).view(*gate.shape, *trailing)
+        factor = factor * gate
+    # The first row is the start itself: a piece with A = 0, B = start.
+    factor = torch.cat([torch.zeros_like(factor[:, :1]), factor], dim=1)
+    step = 1
+    while step < total.shape[1]:
+        total = torch.cat([total[:, :step], total[:, step:] + factor[:, step:] * total[:, :-step]], dim=1)
+        factor = torch.cat([factor[:, :step], factor[:, step:] * factor[:, :-step]], dim=1)
+        step *= 2
+    if gate is not None:
+        total = torch.cat([total[:, :-1] * gate, total[:, -1:]], dim=1)
+    return total

@@ -1,0 +1,1 @@
+"""Where the rest of the sequence is, and how to reach it."""

@@ -1,0 +1,149 @@
+"""The (data, sequence) process mesh: who shares a sequence with whom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ from this one only along one axis of the mesh.
+
+    Attributes:
+        rank: this process's place on the axis.
+        size: how many ranks the axis has.
+        ranks: their global ranks, in order.
+        group: their process group; None where the axis has one rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The world as data x sequence; the ranks of one sequence are neighbours.
+
+    Attributes:
+        data: ranks that hold the same part of different sequences.
+        sequence: ranks that hold the parts of one sequence, in order.
+        world: all ranks.
+        device: where this rank computes.
+    """
+
+    data: Axis = Axis()
+    sequence: Axis = Axis()
+    world: Axis = Axis()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def world_size() -> int:
+    """Ranks of this job: of the joined world, else as the launcher's environment says, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node, as the launcher's environment says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def check_mesh(ranks: int, sequence: int) -> None:
+    """Raise `InputError` unless ``ranks`` ranks can be laid out as data x ``sequence``."""
+    if sequence < 1 or ranks % sequence:
+        raise InputError(
+            "parallel.sequence",
+            sequence,
+            f"ranks = data x sequence, so it must divide the {ranks} ranks of this job",
+            "start another number of ranks or change parallel.sequence",
+        )
+
+
+def join_world(timeout_seconds: float = 1800.0) -> None:
+    """Join the world that torchrun or deepspeed started (NCCL on GPUs, gloo on CPUs). Does nothing for one process."""
+    if dist.is_initialized() or (world_size() == 1 and "MASTER_ADDR" not in os.environ):
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
+    )
+
+
+def leave_world() -> None:
+    """Leave the world, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init_mesh(sequence: int = 1) -> Mesh:
+    """Lay the joined world out as data x sequence.
+
+    Args:
+        sequence: ranks that share one sequence; rank ``d * sequence + s`` is part s of data rank d.
+
+    Raises:
+        InputError: ``sequence`` does not divide the number of ranks.
+    """
+    ranks = world_size()
+    check_mesh(ranks, sequence)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if not dist.is_initialized():
+        return Mesh(device=device)
+    rows = [tuple(range(start, start + sequence)) for start in range(0, ranks, sequence)]
+    columns = [tuple(range(part, ranks, sequence)) for part in range(sequence)]
+    world = Axis(dist.get_rank(), ranks, tuple(range(ranks)), dist.group.WORLD)
+    return Mesh(data=_join(columns), sequence=_join(rows), world=world, device=device)
+
+
+def _join(layout: list[tuple[int, ...]]) -> Axis:
+    """Make every group of ``layout`` (a collective: all ranks make all groups) and return the one this rank is in."""
+    mine = Axis()
+    for ranks in layout:
+        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if dist.get_rank() in ranks:
+            mine = Axis(ranks.index(dist.get_rank()), len(ranks), ranks, group)
+    return mine
+
+
+def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
+    """Every rank's ``values`` (fp64), in rank order; a collective over an axis."""
+    if axis.group is None:
+        return [list(values)]
+    rows = torch.zeros(axis.size, len(values), dtype=torch.float64)
+    dist.all_gather_into_tensor(rows.view(-1), torch.tensor(values, dtype=torch.float64), group=axis.group)
+    return rows.tolist()
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed and has said why."""
+
+
+def first_alone(work: Callable[[], None], axis: Axis) -> None:
+    """Run ``work`` on the first rank of the axis while the others wait; a collective.
+
+    Raises:
+        PeerFailed: on the others, if it raised.
+    """
+    failure: Exception | None = None
+    if axis.rank == 0:
+        try:
+            work()
+        except Exception as error:  # told to the others first, raised again below
+            failure = error
+    failed = gather_values([float(failure is not None)], axis)[0][0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise PeerFailed(f"rank {axis.ranks[0]} failed")

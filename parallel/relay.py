@@ -1,0 +1,43 @@
+"""States across ranks: gather every rank's summary; `kernels.scan` folds what lies before (or after) this rank.
+
+A gather moves one payload a rank, whatever the length of the sequence, and needs no rank to wait for its neighbour's
+result: exclusive prefix forward, exclusive suffix backward, each after a single exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import Axis
+from .traffic import Note, unnoted
+
+
+class GatherRelay:
+    """The relay of one sequence split over the ranks of an axis (see `kernels.scan.Relay`)."""
+
+    def __init__(self, axis: Axis, note: Note = unnoted) -> None:
+        self.rank, self.size = axis.rank, axis.size
+        self._axis, self._note = axis, note
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        return gather(tensors, self._axis, self._note)
+
+
+def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[tuple[Tensor, ...]]:
+    """Every rank's ``tensors``, in rank order, in one exchange of bytes; shapes and dtypes agree between ranks."""
+    if axis.size == 1:
+        return [tuple(tensors)]
+    payload = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
+    note(payload.numel())
+    rows = payload.new_empty(axis.size, payload.numel())
+    dist.all_gather_into_tensor(rows.view(-1), payload, group=axis.group)
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    return [
+        # A clone, because a slice of bytes need not lie where its dtype may start.
+        tuple(part.clone().view(t.dtype).view(t.shape) for part, t in zip(row.split(sizes), tensors, strict=True))
+        for row in rows
+    ]

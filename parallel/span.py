@@ -1,0 +1,262 @@
+"""Span: the piece of a sequence that this rank holds, and the four verbs with which a mixer reaches the rest.
+
+    y = span.scan(op, *inputs)           a stateful mixer over the whole sequence
+    x = span.halo(x, left, right)        the piece with the tokens just beside it
+    y = span.by_channel(fn, x)           a function of the whole sequence, for a slice of the channels
+    span.carry                           what came before, read and written by the verbs above
+
+The rest of the sequence may be on other ranks (sequence parallelism), in an earlier block (streaming), or already
+generated (decoding). A mixer never knows which; ``Span()`` is a whole sequence on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.errors import InputError
+from ..kernels.scan import Carry, StatefulOp, scan
+from . import halo as neighbours
+from . import reshard
+from .mesh import Axis, Mesh
+from .relay import GatherRelay, gather
+from .traffic import Note, Traffic
+
+
+def shares(length: int, size: int) -> list[int]:
+    """Tokens that each of ``size`` ranks holds of ``length``: rank r holds ``[r*C, (r+1)*C)`` with ``C =
+    ceil(length / size)``.
+    """
+    chunk = -(-length // size)
+    return [max(0, min(chunk, length - rank * chunk)) for rank in range(size)]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole sequence of some channels, as `Span.by_channel` hands it to its function.
+
+    Attributes:
+        tokens: ``[B, T + L, D_r, ...]``, the carried tokens first.
+        num_past: T, the carried tokens; the function answers for the L others.
+        channels: which of the D channels these are.
+        segments: ``[B, T + L]`` document ids (-1 where nothing was), or None.
+    """
+
+    tokens: Tensor
+    num_past: int
+    channels: slice
+    segments: Tensor | None
+
+
+@dataclass
+class _Journey:
+    """What all layers' views of one span share: the outgoing carry, and what is worth finding out once."""
+
+    carry_out: dict[str, Carry] = field(default_factory=dict)
+    found: dict[Any, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass
+class Span:
+    """A piece of a sequence and the way to the rest of it. Make one with `Span.of`, or ``Span()`` for a whole sequence.
+
+    Attributes:
+        axis: the ranks that share the sequence.
+        lengths: tokens held by each of them; None for a single rank, which holds what it is given.
+        start: global position of the sequence's first token (not 0 where earlier blocks came before).
+        segments: ``[B, n]`` int64 non-decreasing document ids >= 0 of this rank's tokens; None for one document.
+        carry: what came before ``start``, by layer and verb; empty at the beginning. The same on every rank.
+        keep_carry: whether the verbs write the outgoing carry (streaming, decoding).
+        noise: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
+        traffic: counts the bytes exchanged.
+        layer: name of the layer that uses this view.
+    """
+
+    axis: Axis = field(default_factory=Axis)
+    lengths: Sequence[int] | None = None
+    start: int = 0
+    segments: Tensor | None = None
+    carry: Mapping[str, Carry] = field(default_factory=dict)
+    keep_carry: bool = False
+    noise: Tensor | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    layer: str = ""
+    _journey: _Journey = field(default_factory=_Journey)
+    _calls: int = 0
+
+    @classmethod
+    def of(cls, mesh: Mesh, length: int, **fields: Any) -> Span:
+        """This rank's share of a sequence of ``length`` tokens, split over ``mesh.sequence``.
+
+        ``fields`` are the attributes of `Span`; ``segments`` are those of this rank's tokens (see `take`).
+        """
+        return cls(axis=mesh.sequence, lengths=shares(length, mesh.sequence.size), **fields)
+
+    def __post_init__(self) -> None:
+        if self.lengths is None and self.axis.size > 1:
+            raise InputError("Span.lengths", None, "one length for each rank of the axis", "use Span.of(mesh, length)")
+        if self.lengths is not None and len(self.lengths) != self.axis.size:
+            raise InputError("Span.lengths", list(self.lengths), f"{self.axis.size} lengths, one a rank")
+
+    @property
+    def position(self) -> int:
+        """Global position of this rank's first token."""
+        return self.start + (0 if self.lengths is None else sum(self.lengths[: self.axis.rank]))
+
+    @property
+    def carry_out(self) -> dict[str, Carry]:
+        """What the verbs wrote for the tokens that follow, if ``keep_carry``."""
+        return self._journey.carry_out
+
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a whole ``x [B, L, ...]``."""
+        if self.lengths is None:
+            return x
+        stop = list(accumulate(self.lengths))[self.axis.rank]
+        return x[:, stop - self.lengths[self.axis.rank] : stop]
+
+    def at(self, layer: str) -> Span:
+        """The view of this span for one layer: its verbs' carries and bytes go under that name."""
+        return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, _calls=0)
+
+    def following(self, length: int, **fields: Any) -> Span:
+        """The span of the next tokens: it starts where this one (of ``length`` tokens over all ranks) ends, with
+        its carry.
+        """
+        after: dict[str, Any] = {"start": self.start + length, "carry": self.carry_out, "segments": None}
+        return replace(self, **after | fields, _journey=_Journey(), _calls=0)
+
+    def scan(self, op: StatefulOp, *inputs: Tensor) -> Tensor:
+        """A stateful mixer over the whole sequence.
+
+        Args:
+            op: its two passes and adjoints.
+            inputs: this piece's activations ``[B, n, ...]``, and parameters.
+
+        Returns:
+            This piece's output.
+        """
+        key, note = self._call("scan")
+        relay = GatherRelay(self.axis, note) if self.axis.size > 1 else None
+        y, after = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=relay)
+        if self.keep_carry:
+            self.carry_out[key] = after
+        return y
+
+    def halo(self, x: Tensor, left: int, right: int = 0) -> Tensor:
+        """The piece with the tokens just beside it.
+
+        Args:
+            x: ``[B, n, ...]``, this piece.
+            left, right: how many tokens before and after it. They may span several ranks.
+
+        Returns:
+            ``[B, left + n + right, ...]``, zero beyond the sequence's ends. `halo_segments` has the ids that go
+            with it.
+        """
+        key, note = self._call("halo")
+        lengths = self._lengths(x)
+        past = self.carry.get(key)
+        extended = neighbours.halo(x, self.axis, lengths, left, right, note)
+        if past is not None and left:
+            extended = neighbours.with_past(extended, past.state, self.axis, lengths, left)
+        if self.keep_carry:
+            state = neighbours.tail(x, None if past is None else past.state, self.axis, lengths, left)
+            self.carry_out[key] = Carry(state, self._tail_segments(past, left))
+        return extended
+
+    def halo_segments(self, left: int, right: int = 0) -> Tensor | None:
+        """Document ids ``[B, left + n + right]`` of a `halo` (-1 where no token is), or None for one document."""
+        if self.segments is None:
+            return None
+        key = ("halo", left, right)
+        if key not in self._journey.found:
+            ids, lengths = self.segments, self._lengths(self.segments)
+            note = self.traffic.note("segments", "halo")
+            extended = neighbours.borrow(ids, self.axis, lengths, left, right, -1, note)
+            past = self._carried_ids(left)
+            if past is not None:
+                extended = neighbours.with_past(extended, past, self.axis, lengths, left)
+            self._journey.found[key] = extended
+        return self._journey.found[key]
+
+    def by_channel(self, fn: Callable[[Whole], Tensor], x: Tensor, reach: int | None = 0) -> Tensor:
+        """A function of the whole sequence, run by each rank on its slice of the channels.
+
+        Args:
+            fn: gets a `Whole`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks than
+                channels).
+            x: ``[B, n, D, ...]``, this piece; dimension 2 (channels, or heads) is what is sliced.
+            reach: how many tokens of the past ``fn`` wants carried from call to call; None for all of them.
+
+        Returns:
+            ``[B, n, D, ...]``, this piece of the result.
+        """
+        key, note = self._call("by_channel")
+        lengths, units = self._lengths(x), x.shape[2]
+        tokens = reshard.to_channels(x, self.axis, lengths, note)
+        segments = self._whole_segments()
+        past = self.carry.get(key)
+        num_past = 0
+        if past is not None:
+            tokens = torch.cat([reshard.own_channels(past.state.to(x.dtype), self.axis, note), tokens], dim=1)
+            num_past = past.state.shape[1]
+            if segments is not None and past.segment is not None:
+                segments = torch.cat([past.segment, segments], dim=1)
+        before = sum(reshard.channel_shares(units, self.axis.size)[: self.axis.rank])
+        y = fn(Whole(tokens, num_past, slice(before, before + tokens.shape[2]), segments))
+        if self.keep_carry:
+            kept = tokens.shape[1] if reach is None else min(reach, tokens.shape[1])
+            first = tokens.shape[1] - kept
+            self.carry_out[key] = Carry(
+                reshard.all_channels(tokens[:, first:], self.axis, units, note),
+                None if segments is None else segments[:, first:],
+            )
+        return reshard.to_tokens(y, self.axis, lengths, units, note)
+
+    def _call(self, verb: str) -> tuple[str, Note]:
+        """The carry's key of this verb's call in this layer, and where its bytes are counted."""
+        key = f"{self.layer}.{verb}{self._calls}"
+        self._calls += 1
+        return key, self.traffic.note(self.layer, verb)
+
+    def _lengths(self, x: Tensor) -> Sequence[int]:
+        lengths = [x.shape[1]] if self.lengths is None else self.lengths
+        assert lengths[self.axis.rank] == x.shape[1], (lengths, self.axis.rank, x.shape)
+        return lengths
+
+    def _carried_ids(self, reach: int) -> Tensor | None:
+        """Ids of the carried tokens of any halo of this reach: they are the same tokens in every layer."""
+        for carry in self.carry.values():
+            if carry.segment is not None and carry.segment.dim() == 2 and carry.segment.shape[1] == reach:
+                return carry.segment
+        return None
+
+    def _tail_segments(self, past: Carry | None, reach: int) -> Tensor | None:
+        if self.segments is None:
+            return None
+        key = ("tail", reach)
+        if key not in self._journey.found:
+            ids = None if past is None or past.segment is None else past.segment + 1
+            lengths = self._lengths(self.segments)
+            # Shifted by one, because a missing token is 0 in a tail and -1 among ids.
+            self._journey.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach) - 1
+        return self._journey.found[key]
+
+    def _whole_segments(self) -> Tensor | None:
+        """All tokens' ids ``[B, L]``, gathered once."""
+        if self.segments is None or self.axis.size == 1:
+            return self.segments
+        if "whole" not in self._journey.found:
+            lengths = self._lengths(self.segments)
+            padded = self.segments.new_full((self.segments.shape[0], max(lengths)), -1)
+            padded[:, : self.segments.shape[1]] = self.segments
+            rows = gather([padded], self.axis, self.traffic.note("segments", "by_channel"))
+            ids = [row[:, :length] for (row,), length in zip(rows, lengths, strict=True)]
+            self._journey.found["whole"] = torch.cat(ids, dim=1)
+        return self._journey.found["whole"]

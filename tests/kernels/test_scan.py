@@ -1,0 +1,152 @@
+"""The state law itself, by the smallest operators that obey it: their adjoints come from `StatefulOp`'s defaults."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from helpers import run_distributed
+from torch import Tensor
+
+from longreach.kernels.scan import Carry, StatefulOp, entering_states, scan
+from longreach.parallel.mesh import Axis
+from longreach.parallel.relay import GatherRelay
+
+
+class GatedAverage(StatefulOp):
+    """``s_i = a_i s_{i-1} + x_i``, y = s: a decay that depends on the input, so gradients flow through A too."""
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, gate = inputs
+        zero = x.new_zeros(x.shape[0], x.shape[2])
+        if not x.shape[1]:
+            return torch.ones_like(zero), zero
+        return gate.prod(1), self.attend(inputs, segments, zero)[0][:, -1]
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        x, gate = inputs
+        rows, state = [], past
+        for i in range(x.shape[1]):
+            if segments is not None and i:
+                state = state * (segments[:, i] == segments[:, i - 1]).to(x.dtype).unsqueeze(-1)
+            state = gate[:, i] * state + x[:, i]
+            rows.append(state)
+        return (torch.stack(rows, 1) if rows else x * gate), ()
+
+
+class TwoSided(StatefulOp):
+    """A decaying sum over past and future tokens (non-causal, and not one plain sum)."""
+
+    causal = False
+    plain_sum = False
+    rate = 0.7
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        (x,) = inputs
+        length = x.shape[1]
+        power = self.rate ** torch.arange(length, dtype=x.dtype)
+        to_right, to_left = power.flip(0).view(-1, 1).expand(x.shape), power.view(-1, 1).expand(x.shape)
+        if segments is not None and length:
+            to_right = to_right * (segments == segments[:, -1:]).unsqueeze(-1)
+            to_left = to_left * (segments == segments[:, :1]).unsqueeze(-1)
+        return x.new_full((1, 1), self.rate**length), torch.stack([(to_right * x).sum(1), (to_left * x).sum(1)])
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (x,) = inputs
+        place = torch.arange(x.shape[1])
+        weight = self.rate ** (place.view(-1, 1) - place).abs().to(x.dtype)
+        left, right = self.rate ** (place + 1).to(x.dtype), self.rate ** (len(place) - place).to(x.dtype)
+        mask = torch.ones(1, len(place), len(place), dtype=torch.bool)
+        head = tail = torch.ones(1, len(place), dtype=torch.bool)
+        if segments is not None:
+            mask = segments.unsqueeze(1) == segments.unsqueeze(2)
+            head, tail = segments == segments[:, :1], segments == segments[:, -1:]
+        y = (weight * mask.to(x.dtype)) @ x
+        y = y + (left * head).unsqueeze(-1) * past[0].unsqueeze(1)
+        return y + (right * tail).unsqueeze(-1) * past[1].unsqueeze(1), ()
+
+
+def _case(two_sided: bool, length: int, documents: bool, seed: int) -> tuple[list[Tensor], Tensor | None, Carry]:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(2, length, 3, dtype=torch.float64)]
+    if not two_sided:
+        inputs.append(torch.rand(2, length, 3, dtype=torch.float64))
+    segments = torch.randint(0, 2, (2, length)).cumsum(1) if documents else None
+    carry = Carry(
+        torch.randn(2, 3, dtype=torch.float64),
+        None if segments is None else segments[:, 0] - 1 + torch.arange(2),
+    )
+    return inputs, segments, carry
+
+
+def _run(
+    axis: Axis, two_sided: bool, length: int, lengths: list[int], documents: bool, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's outputs and gradients (per token), and the replicated ones (carry out, gradient of carry in)."""
+    inputs, segments, carry = _case(two_sided, length, documents, seed)
+    stop = list(accumulate(lengths))[axis.rank]
+    mine = slice(stop - lengths[axis.rank], stop)
+    leaves = [x[:, mine].clone().requires_grad_() for x in inputs]
+    state = carry.state.clone().requires_grad_()
+    relay = GatherRelay(axis) if axis.size > 1 else None
+    ids = None if segments is None else segments[:, mine]
+    op = TwoSided() if two_sided else GatedAverage()
+    y, after = scan(op, *leaves, segments=ids, carry=Carry(state, carry.segment), relay=relay)
+    upstream = torch.randn(2, length, 3, dtype=torch.float64)[:, mine]
+    grads = torch.autograd.grad([y, after.state], [*leaves, state], [upstream, torch.ones_like(state)])
+    return [y.detach(), *grads[:-1]], [after.state.detach(), grads[-1]]
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 1], [4, 4, 3], [3, 0, 1], [2, 2, 1, 0], [5, 1, 8, 9]])
+def test_pieces_equal_the_whole(two_sided: bool, documents: bool, lengths: list[int]) -> None:
+    """Catches a fold that skips a piece, mixes documents, or misses a decay on the way there or back."""
+    for seed in range(3):
+        args = (two_sided, sum(lengths), lengths, documents, seed)
+        whole, carried = _run(Axis(), two_sided, sum(lengths), [sum(lengths)], documents, seed)
+        rows = run_distributed(_run, len(lengths), *args)
+        for part, expected in zip(zip(*(row[0] for row in rows), strict=True), whole, strict=True):
+            torch.testing.assert_close(torch.cat(part, 1), expected, rtol=0, atol=1e-13)
+        for row in rows:
+            for part, expected in zip(row[1], carried, strict=True):
+                torch.testing.assert_close(part, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_adjoints_equal_finite_differences(two_sided: bool, documents: bool) -> None:
+    inputs, segments, carry = _case(two_sided, 6, documents, 0)
+    op = TwoSided() if two_sided else GatedAverage()
+
+    def whole(state: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = scan(op, *leaves, segments=segments, carry=Carry(state, carry.segment))
+        return y, after.state
+
+    leaves = [x.requires_grad_() for x in (carry.state, *inputs)]
+    assert torch.autograd.gradcheck(whole, leaves)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_pieces", [1, 2, 5, 8])
+def test_entering_states(num_pieces: int, gated: bool, decayed: bool, reverse: bool) -> None:
+    decay = torch.rand(1, num_pieces, 3, dtype=torch.float64) if decayed else None
+    state = torch.randn(2, num_pieces, 3, dtype=torch.float64)
+    start = torch.randn(2, 3, dtype=torch.float64)
+    gate = torch.rand(2, num_pieces) < 0.5 if gated else None
+    rows, x = {}, start
+    order = range(num_pieces - 1, -1, -1) if reverse else range(num_pieces)
+    for piece in order:
+        rows[piece] = x if gate is None else x * gate[:, piece : piece + 1]
+        x = (1.0 if decay is None else decay[:, piece]) * rows[piece] + state[:, piece]
+    expected = [rows[piece] for piece in range(num_pieces)]
+    expected = [x, *expected] if reverse else [*expected, x]
+    got = entering_states(decay, state, start, gate, reverse=reverse)
+    torch.testing.assert_close(got, torch.stack(expected, 1), rtol=0, atol=1e-14)
