@@ -1,0 +1,82 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+# Every path is relative and every tool is called through .venv/bin/python, so the clone may lie anywhere.
+
+PYTHON ?= python3
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c constraints.txt
+
+# A virtual environment works only where it was made. It is made anew when it was moved or when its Python is gone.
+VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart dev test check check-format check-lint check-types check-imports clean FORCE
+
+help:
+	@echo "make quickstart   set up .venv and train the main example"
+	@echo "make dev          set up .venv with an editable install and every development tool"
+	@echo "make test         make dev, then run the tests; choose some with ARGS='tests/parallel -k halo'"
+	@echo "make check        make dev, then check format, lint, types and the import contracts"
+	@echo "                  one of them: make check-format, check-lint, check-types, check-imports"
+	@echo "make clean        remove build output and caches; .venv and runs stay"
+	@echo "Another Python:   make PYTHON=/path/to/python3 dev"
+
+# An environment that has the development tools has everything that the quickstart needs.
+quickstart: $(if $(wildcard .venv/installed-dev),.venv/installed-dev,.venv/installed-run)
+	@$(PY) -m longreach train quickstart
+
+dev: .venv/installed-dev
+	@echo ".venv is ready: . .venv/bin/activate"
+
+test: .venv/installed-dev
+	@$(PY) -m pytest $(ARGS)
+
+check: check-format check-lint check-types check-imports
+
+check-format: .venv/installed-dev
+	@$(PY) -m ruff format --check .
+
+check-lint: .venv/installed-dev
+	@$(PY) -m ruff check .
+
+# A link gives the package its name, whatever the clone's directory is called.
+check-types: .venv/installed-dev
+	@mkdir -p .venv/links/package
+	@ln -sfn ../../.. .venv/links/package/longreach
+	@found=$$($(PY) -m mypy) && status=0 || status=$$?; \
+		printf '%s\n' "$$found" | sed 's|^\.venv/links/package/longreach/||'; exit $$status
+
+# Without an __init__.py beside them, every layer is a package of its own, `kernels` among them.
+check-imports: .venv/installed-dev
+	@mkdir -p .venv/links/layers/longreach
+	@for layer in launch framework parallel kernels; do \
+		ln -sfn "../../../../$$layer" ".venv/links/layers/longreach/$$layer" || exit 1; done
+	@PYTHONPATH=.venv/links/layers .venv/bin/lint-imports --no-logo --cache-dir .import_linter_cache
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Written last, so that an interrupted set-up is taken up again. An environment that the user made is kept and used.
+.venv/made-in: $(if $(VENV_WORKS),,FORCE)
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "PYTHON=$(PYTHON) was not found; install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+		echo "PYTHON=$(PYTHON) is older than 3.10; name a newer one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c "import ensurepip, venv" 2>/dev/null || { \
+		echo "PYTHON=$(PYTHON) cannot make virtual environments; install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@if [ -e .venv/made-in ] || ! $(PY) -c "import pip, sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null; then \
+		echo "making .venv with $$("$(PYTHON)" --version) ..."; \
+		"$(PYTHON)" -m venv $$([ ! -e .venv/made-in ] || echo --clear) .venv; fi
+	@pwd -P > .venv/made-in
+
+.venv/installed-run: .venv/made-in pyproject.toml constraints.txt
+	@echo "installing longreach into .venv (about 2 minutes the first time, more where torch brings CUDA) ..."
+	@$(PIP) -e .
+	@touch .venv/installed-run
+
+.venv/installed-dev: .venv/made-in pyproject.toml constraints.txt
+	@echo "installing longreach and its development tools into .venv (about 2 minutes the first time, more where torch brings CUDA) ..."
+	@$(PIP) -e ".[dev]"
+	@touch .venv/installed-run .venv/installed-dev
