@@ -276,16 +276,22 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_carry: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         segments, past, *tensors = ctx.saved_tensors
         inputs, saved = tuple(tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
-        if grad is None:
-            grad = ctx.op.attend(inputs, segments, past)[0].zero_()
-        if ctx.relay.size == 1 and ctx.carry_dtype is None:
-            to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
-        else:
-            to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
-        future, start = fold_grad(ctx.relay, ctx.pieces, to_past, grad_carry)
-        grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
+        with _full_precision(past):
+            if grad is None:
+                grad = ctx.op.attend(inputs, segments, past)[0].zero_()
+            if ctx.relay.size == 1 and ctx.carry_dtype is None:
+                to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
+            else:
+                to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
+            future, start = fold_grad(ctx.relay, ctx.pieces, to_past, grad_carry)
+            grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
         start_grad = None if ctx.carry_dtype is None else start.to(ctx.carry_dtype)
         return None, None, None, None, start_grad, *grads
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """States and sums keep their dtype under autocast, which would run their matrix products in 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def scan(
@@ -309,7 +315,8 @@ def scan(
         counts once: every rank passes, and receives, the full gradient of the carry rather than a summand.
     """
     state, segment = carry if carry is not None else (None, None)
-    y, end, last = _Scan.apply(op, relay or Alone(), segments, segment, state, *inputs)
+    with _full_precision(inputs[0]):
+        y, end, last = _Scan.apply(op, relay or Alone(), segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)
 
 

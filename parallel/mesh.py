@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..kernels.errors import InputError
 
@@ -117,13 +118,19 @@ def _join(layout: list[tuple[int, ...]]) -> Axis:
     return mine
 
 
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's ``x`` (one dimension, the same size everywhere), as rows; a collective."""
+    rows = x.new_empty(axis.size, x.numel())
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    collective(rows.view(-1), x, group=axis.group)
+    return rows
+
+
 def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
     """Every rank's ``values`` (fp64), in rank order; a collective over an axis."""
     if axis.group is None:
         return [list(values)]
-    rows = torch.zeros(axis.size, len(values), dtype=torch.float64)
-    dist.all_gather_into_tensor(rows.view(-1), torch.tensor(values, dtype=torch.float64), group=axis.group)
-    return rows.tolist()
+    return all_gather(torch.tensor(values, dtype=torch.float64), axis).tolist()
 
 
 class PeerFailed(RuntimeError):

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .mesh import Axis
+from .mesh import Axis, all_gather
 from .traffic import Note, unnoted
 
 
@@ -33,11 +32,9 @@ def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[
         return [tuple(tensors)]
     payload = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
     note(payload.numel())
-    rows = payload.new_empty(axis.size, payload.numel())
-    dist.all_gather_into_tensor(rows.view(-1), payload, group=axis.group)
     sizes = [t.numel() * t.element_size() for t in tensors]
     return [
         # A clone, because a slice of bytes need not lie where its dtype may start.
         tuple(part.clone().view(t.dtype).view(t.shape) for part, t in zip(row.split(sizes), tensors, strict=True))
-        for row in rows
+        for row in all_gather(payload, axis)
     ]

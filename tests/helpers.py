@@ -125,7 +125,7 @@ def _work(rank: int, store: str, pipe: Connection) -> None:
             if path not in modules:
                 spec = importlib.util.spec_from_file_location(f"worker_{Path(path).stem}", path)
                 assert spec is not None and spec.loader is not None
-                modules[path] = importlib.util.module_from_spec(spec)
+                modules[path] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(modules[path])
             torch.manual_seed(0)
             pipe.send((True, getattr(modules[path], name)(axes[size], *args)))

@@ -1,0 +1,1 @@
+"""Run configurations (YAML) and DeepSpeed configurations (JSON)."""

@@ -1,0 +1,147 @@
+"""Corpora, packed shards and the order in which a run reads them.
+
+`prepare` turns ``data.source`` into a packed directory; `training_batches` and `validation_batches` read it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import MISSING
+
+from ...kernels.errors import InputError
+from .corpus import CPYTHON
+from .index import FILE_NAME, Index
+from .loader import FILLER, IGNORE, Batch, Batches, SequenceDataset, TokenStream
+from .pack import pack
+from .progress import Callback
+
+__all__ = [
+    "FILLER",
+    "IGNORE",
+    "Batch",
+    "Batches",
+    "DataConfig",
+    "Index",
+    "SequenceDataset",
+    "TokenStream",
+    "pack",
+    "packed_dir",
+    "prepare",
+    "training_batches",
+    "validation_batches",
+]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class DataConfig:
+    """What is read, and in what portions.
+
+    Args:
+        source: ``cpython`` (this Python's own library), or the path of a file, a folder, a packed directory.
+        name: what the corpus is called; by default the source's own name.
+        seq_len: tokens of a whole sequence, before it is split over ranks.
+        batch_size: sequences per optimizer step, over all ranks.
+        packing: ``stream``: sequences run through document ends; ``documents``: none sees another.
+        workers: processes a rank that read ahead; 0 is a thread.
+        cache: the directory that takes the packed shards; by default ``data/packed/<name>``.
+        valid_fraction: part of the documents that is held out.
+        verify: compare the SHA-256 of every shard before a run.
+    """
+
+    source: str = CPYTHON
+    name: str = ""
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    packing: Literal["stream", "documents"] = "stream"
+    workers: int = 0
+    cache: str = ""
+    valid_fraction: float = 0.05
+    verify: bool = True
+
+
+def corpus_name(data: DataConfig) -> str:
+    """Return ``data.name``, or the name of the source.
+
+    Raises:
+        InputError: it cannot name a directory.
+    """
+    name = data.name or (CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem)
+    if not NAME.fullmatch(name):
+        raise InputError("data.name", name, "must be letters, digits, '.', '_' or '-'", "set data.name")
+    return name
+
+
+def packed_dir(data: DataConfig) -> Path:
+    """Return where the packed corpus lies or will lie: the source itself if it is one already."""
+    if _is_packed(data):
+        return Path(data.source).expanduser()
+    return Path(data.cache).expanduser() if data.cache else Path("data", "packed", corpus_name(data))
+
+
+def prepare(data: DataConfig, callback: Callback | None = None) -> Index:
+    """Pack the source unless that is done already, and check the shards.
+
+    One rank calls this while the others wait; they then call ``Index.load(packed_dir(data), verify=False)``.
+
+    Raises:
+        InputError: see `pack` and `Index.load`.
+    """
+    folder = packed_dir(data)
+    if not _is_packed(data):
+        pack(data.source, folder, name=corpus_name(data), valid_fraction=data.valid_fraction, callback=callback)
+    return Index.load(folder, verify=data.verify, callback=callback)
+
+
+def _is_packed(data: DataConfig) -> bool:
+    return data.source != CPYTHON and (Path(data.source).expanduser() / FILE_NAME).exists()
+
+
+def training_batches(
+    index: Index,
+    data: DataConfig,
+    *,
+    seed: int,
+    micro_batch_size: int = 1,
+    data_rank: int = 0,
+    num_data_ranks: int = 1,
+) -> Batches:
+    """Return the endless, shuffled batches of the train split; see `Batches`."""
+    dataset = SequenceDataset(TokenStream(index, "train"), data.seq_len, seed=seed, packing=data.packing)
+    return Batches(
+        dataset,
+        data.batch_size,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        num_data_ranks=num_data_ranks,
+        workers=data.workers,
+    )
+
+
+def validation_batches(
+    index: Index,
+    data: DataConfig,
+    *,
+    micro_batch_size: int = 1,
+    data_rank: int = 0,
+    num_data_ranks: int = 1,
+    split: str = "valid",
+) -> Batches:
+    """Return the batches of a split in stream order, each window once, the last batch filled up.
+
+    ``iterate()`` ends by itself, after the same number of micro-batches on every rank;
+    ``iterate(num_steps=validate_batches)`` ends sooner. Fillers have index -1 and no labels.
+    """
+    dataset = SequenceDataset(TokenStream(index, split), data.seq_len, seed=None, packing=data.packing)
+    return Batches(
+        dataset,
+        data.batch_size,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        num_data_ranks=num_data_ranks,
+    )

@@ -1,0 +1,237 @@
+"""``index.json``: what a packed directory holds, byte for byte, and how it is checked.
+
+Shards are ordinary WebDataset tar files, but nothing here opens them as tar: the index says at which byte
+each document begins, so a member's name, a link or a pickle inside a shard can do nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kernels.errors import InputError
+from .progress import Callback, progress
+
+FILE_NAME = "index.json"
+FORMAT = "longreach-pack"
+VERSION = 1
+DTYPES = ("uint8", "uint16", "uint32")
+SPLITS = ("train", "valid")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its name in the directory, its size and SHA-256, and the number of its members."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of one split, in stream order, as columns.
+
+    Args:
+        shards: the tar files; documents lie in them in order.
+        keys: one per document, unique.
+        shard: int64 [documents], number of the shard.
+        offset: int64 [documents], byte in that shard at which the tokens begin.
+        length: int64 [documents], in tokens.
+    """
+
+    shards: tuple[Shard, ...] = ()
+    keys: tuple[str, ...] = ()
+    shard: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    length: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.length.sum())
+
+
+@dataclass(frozen=True)
+class Index:
+    """A packed directory.
+
+    Args:
+        directory: where ``index.json`` and the shards lie.
+        name: what the corpus is called.
+        dtype: of the tokens in the shards, little-endian.
+        vocabulary: ``kind`` (bytes) and ``size`` (256).
+        splits: ``train`` and ``valid``; ``valid`` may hold nothing.
+        source: what was packed and how, to know whether a directory can be used again.
+        baselines: bits per byte of simple compressors on the held-out bytes; see `pack.baselines`.
+    """
+
+    directory: Path
+    name: str
+    dtype: str
+    vocabulary: dict[str, Any]
+    splits: dict[str, Split]
+    source: dict[str, Any]
+    baselines: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides the tokens and their order; the name and the source do not."""
+        content = self._content()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def check_vocab(self, vocab: int) -> None:
+        """Raise InputError where the model's vocabulary is too small for a token of this corpus."""
+        size = int(self.vocabulary["size"])
+        if vocab < size:
+            allowed = f"must be at least {size}, the vocabulary of {self.directory}"
+            raise InputError("model.vocab", vocab, allowed, f"set model.vocab={size}")
+
+    def write(self) -> None:
+        """Write ``index.json`` and flush it to the disk."""
+        head = {"format": FORMAT, "name": self.name, "fingerprint": self.fingerprint}
+        tail = {"baselines": self.baselines, "source": self.source}
+        with open(self.directory / FILE_NAME, "w", encoding="ascii") as file:
+            json.dump({**head, **tail, **self._content()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, directory: str | Path, *, verify: bool = True, callback: Callback | None = None) -> Index:
+        """Read ``index.json`` and check every shard against it.
+
+        Args:
+            directory: of the packed corpus.
+            verify: also compare each shard's SHA-256 (about 1 GiB/s); sizes are always compared.
+            callback: told of the bytes hashed; see `progress`.
+
+        Raises:
+            InputError: names the file that is missing, damaged, changed, or of a newer version.
+        """
+        directory = Path(directory)
+        path = directory / FILE_NAME
+        try:
+            fields = json.loads(path.read_bytes())
+        except OSError as error:
+            fix = f"pack it first: longreach pack SOURCE {directory}"
+            raise InputError("index", str(path), f"cannot be read: {error.strerror}", fix) from None
+        except (ValueError, RecursionError):
+            raise _damaged(path, "is not JSON") from None
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            allowed = f'must hold "format": "{FORMAT}"'
+            raise InputError("index", str(path), allowed, "it was not written by longreach pack")
+        if fields.get("version") != VERSION:
+            allowed = f"has version {fields.get('version')!r}; this longreach reads version {VERSION}"
+            raise InputError("index", str(path), allowed, "pack the corpus again, or update longreach")
+        try:
+            index = cls._parse(directory, fields)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise _damaged(path, f"does not have the expected fields ({error!r})") from None
+        if index.fingerprint != fields.get("fingerprint"):
+            raise _damaged(path, "does not match its own fingerprint")
+        index._check_shards(verify, callback)
+        return index
+
+    def _content(self) -> dict[str, Any]:
+        splits = {}
+        for name, split in self.splits.items():
+            splits[name] = {
+                "num_tokens": split.num_tokens,
+                "shards": [
+                    {"name": s.name, "bytes": s.num_bytes, "sha256": s.sha256, "num_samples": s.num_samples}
+                    for s in split.shards
+                ],
+                "documents": {
+                    "key": list(split.keys),
+                    "shard": split.shard.tolist(),
+                    "offset": split.offset.tolist(),
+                    "length": split.length.tolist(),
+                },
+            }
+        return {"version": VERSION, "vocabulary": self.vocabulary, "dtype": self.dtype, "splits": splits}
+
+    @classmethod
+    def _parse(cls, directory: Path, fields: dict[str, Any]) -> Index:
+        path = directory / FILE_NAME
+        if fields["dtype"] not in DTYPES:
+            raise InputError("index", str(path), f"dtype must be one of {', '.join(DTYPES)}")
+        splits = {}
+        for name in SPLITS:
+            part, columns = fields["splits"][name], fields["splits"][name]["documents"]
+            shards = [Shard(s["name"], s["bytes"], s["sha256"], s["num_samples"]) for s in part["shards"]]
+            numbers = (np.array(columns[c], dtype=np.int64) for c in ("shard", "offset", "length"))
+            splits[name] = Split(tuple(shards), tuple(columns["key"]), *numbers)
+            _check_split(path, splits[name], np.dtype(fields["dtype"]).itemsize)
+        vocabulary, source = dict(fields["vocabulary"]), dict(fields["source"])
+        if int(vocabulary["size"]) < 1:
+            raise _damaged(path, "has a vocabulary without tokens")
+        name, baselines = str(fields["name"]), dict(fields["baselines"])
+        return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines)
+
+    def _check_shards(self, verify: bool, callback: Callback | None) -> None:
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        for shard in shards:
+            path = self.directory / shard.name
+            if not path.is_file():
+                raise InputError("shard", str(path), "is missing", "restore it, or pack the corpus again")
+            if (size := path.stat().st_size) != shard.num_bytes:
+                allowed = f"has {size} bytes; its index says {shard.num_bytes}"
+                raise InputError("shard", str(path), allowed, "it was cut or changed: pack the corpus again")
+        if not verify:
+            return
+        total = sum(shard.num_bytes for shard in shards)
+        with progress(f"checking {self.name}", total, callback) as advance:
+            for shard in shards:
+                digest = hashlib.sha256()
+                with open(self.directory / shard.name, "rb") as file:
+                    while piece := file.read(HASH_BYTES):
+                        digest.update(piece)
+                        advance(len(piece))
+                if digest.hexdigest() != shard.sha256:
+                    path = self.directory / shard.name
+                    allowed = "does not have the SHA-256 of its index"
+                    raise InputError("shard", str(path), allowed, "it was changed: pack the corpus again")
+
+
+def _check_split(path: Path, split: Split, item_size: int) -> None:
+    """Raise InputError unless every document lies inside its shard and every shard has its documents."""
+    for shard in split.shards:
+        if not SHARD_NAME.fullmatch(shard.name):
+            allowed = f"names the shard {shard.name!r}; a shard is a .tar file beside its index"
+            raise InputError("index", str(path), allowed, "do not use this directory")
+        if shard.num_samples < 1 or shard.num_bytes < 1:
+            raise _damaged(path, f"says that the shard {shard.name} is empty")
+    count = split.num_documents
+    if not all(column.shape == (count,) for column in (split.shard, split.offset, split.length)):
+        raise _damaged(path, "has document columns of different lengths")
+    if len(set(split.keys)) != count:
+        raise _damaged(path, "names a document twice")
+    counts = np.array([shard.num_samples for shard in split.shards], dtype=np.int64)
+    if not np.array_equal(split.shard, np.repeat(np.arange(len(counts)), counts)):
+        raise _damaged(path, "does not give each shard the number of documents it says")
+    sizes = np.array([shard.num_bytes for shard in split.shards], dtype=np.int64)
+    if not count:
+        return
+    room = (sizes[split.shard] - split.offset) // item_size
+    if ((split.offset < 0) | (split.length < 1) | (split.length > room)).any():
+        raise _damaged(path, "places a document outside its shard")
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError("index", str(path), f"is damaged: it {why}", "pack the corpus again")

@@ -1,0 +1,669 @@
+"""The one place that knows DeepSpeed: its settings, and an engine that behaves alike in every ZeRO stage.
+
+All ranks, those of one sequence included, shard the optimizer; DeepSpeed is told of no other layout. What it then
+does with gradients, unused numbers and checkpoints differs between its stages. `Engine` promises one behaviour:
+the gradient is the true one, its norm is always known, a gradient that is not finite never reaches the weights,
+and every tensor can be read and written whole, under the name it has in the model.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import difflib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.errors import InputError
+from ..parallel.mesh import Mesh
+
+SETTINGS = Path(__file__).parent.parent / "configs" / "deepspeed"
+
+_ALLOWED_KEYS = frozenset(
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "fp16",
+        "bf16",
+        "bfloat16",
+        "zero_optimization",
+        "data_types",
+        "communication_data_type",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "activation_checkpointing",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "steps_per_print",
+        "timers",
+        "dump_state",
+        "disable_python_gc",
+        "disable_allgather",
+        "log_level",
+        "aio",
+        "checkpoint",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+    ]
+)
+
+# Keys that DeepSpeed knows and that would fight with us: the value that changes nothing, and what to do instead.
+_FOREIGN_KEYS: dict[str, tuple[Any, str]] = {
+    "optimizer": (None, "set optim.* in the configuration instead"),
+    "scheduler": (None, "set optim.* in the configuration instead"),
+    "torch_autocast": ({"enabled": False}, "set train.precision instead"),
+    "sequence_parallel_size": (1, "set parallel.sequence instead"),
+    "data_parallel_size": (None, "set parallel.ranks and parallel.sequence instead"),
+    "managed_gradient_accumulation": (False, "remove it: gradients are accumulated until the step"),
+    "gradient_allreduce_op": ("mean", "remove it: gradients are scaled so that they come out true"),
+    "gradient_predivide_factor": (1.0, "remove it: gradients are scaled so that they come out true"),
+    "prescale_gradients": (False, "remove it: gradients are scaled so that they come out true"),
+    "compile": ({"deepcompile": False}, "remove it: it is not supported"),
+    "data_efficiency": ({"enabled": False}, "remove it: it is not supported"),
+    "autotuning": ({"enabled": False}, "remove it: it is not supported"),
+    "hybrid_engine": ({"enabled": False}, "remove it: it is not supported"),
+    "pipeline": (None, "remove it: it is not supported"),
+    "tensor_parallel": (None, "remove it: it is not supported"),
+    "expert_parallel": (None, "remove it: it is not supported"),
+}
+
+
+def deepspeed_settings(
+    choice: str | Mapping[str, Any],
+    *,
+    precision: str,
+    batch_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    clip: float,
+    world_size: int,
+) -> dict[str, Any]:
+    """Complete DeepSpeed settings from what the user chose and what the configuration says.
+
+    Args:
+        choice: the name of a file in ``configs/deepspeed/``, the path of a DeepSpeed JSON, or its keys.
+        precision: fp32, bf16 or fp16 (``train.precision``).
+        batch_size: sequences per optimizer step over all ranks (``data.batch_size``).
+        micro_batch_size: sequences that a data rank processes at once.
+        accumulation: micro-batches that a data rank processes per optimizer step.
+        clip: limit of the gradient's norm; 0 does not limit it (``optim.clip``).
+        world_size: all ranks; DeepSpeed counts each of them as a data rank.
+
+    Returns:
+        Keys for `Engine`. "auto" has been filled in, or removed where DeepSpeed's own default holds.
+
+    Raises:
+        InputError: a file that cannot be read, a key that DeepSpeed does not know, or one that says something
+            else than the configuration does.
+    """
+    given, where = _read_settings(choice)
+    _check_keys(given, where)
+    ours = {
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(clip),
+    }
+    _check_batch(given, where, ours, batch_size, world_size)
+    if given.get("gradient_clipping", clip) != clip:
+        raise _contradiction(where, "gradient_clipping", given["gradient_clipping"], "optim.clip", clip)
+    if "bfloat16" in given:
+        given["bf16"] = given.pop("bfloat16")
+    for name in ("fp16", "bf16"):
+        section = given.setdefault(name, {})
+        if section.get("enabled", precision == name) != (precision == name):
+            raise _contradiction(where, f"{name}.enabled", section["enabled"], "train.precision", precision)
+        section["enabled"] = precision == name
+    _check_sections(given, where, precision)
+    defaults: dict[str, Any] = {"steps_per_print": None, "zero_force_ds_cpu_optimizer": False}
+    defaults["timers"] = {"throughput": {"enabled": False}}
+    if precision != "fp32":  # many micro-batches and ranks add up: sums in low precision would lose the small ones
+        defaults["communication_data_type"] = "fp32"
+        if given.get("zero_optimization", {}).get("stage", 0):
+            defaults["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {**defaults, **given, **ours}
+
+
+def _read_settings(choice: str | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The user's keys without what is "auto", and how messages call their origin."""
+    if isinstance(choice, Mapping):
+        return _without_auto(choice), "deepspeed."
+    file = SETTINGS / f"{choice}.json"
+    if not file.is_file():
+        file = Path(choice)
+    names = sorted(item.stem for item in SETTINGS.glob("*.json"))
+    if not file.is_file():
+        near = difflib.get_close_matches(choice, names, 1)
+        fix = f"did you mean {near[0]}?" if near else f"names: {', '.join(names)}"
+        raise InputError("deepspeed", choice, "is neither a name in configs/deepspeed/ nor a JSON file", fix)
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError) as error:
+        raise InputError("deepspeed", str(file), f"cannot be read as JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise InputError("deepspeed", str(file), "must hold a JSON object")
+    return _without_auto(keys), f"{file.name}: "
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is given twice")
+    return keys
+
+
+def _without_auto(tree: Mapping[str, Any]) -> dict[str, Any]:
+    items = {key: value for key, value in tree.items() if value != "auto"}
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else copy.deepcopy(value)
+        for key, value in items.items()
+    }
+
+
+def _check_keys(given: dict[str, Any], where: str) -> None:
+    """Refuse keys that DeepSpeed would ignore, and drop or refuse those that would fight with us."""
+    for key in list(given):
+        if key in _FOREIGN_KEYS:
+            harmless, instead = _FOREIGN_KEYS[key]
+            value = given.pop(key)
+            all_auto = key in ("optimizer", "scheduler") and not value.get("params")
+            if value != harmless and not all_auto:
+                raise InputError(f"{where}{key}", value, "cannot be chosen here", instead)
+        elif key not in _ALLOWED_KEYS:
+            near = difflib.get_close_matches(key, _ALLOWED_KEYS, 1)
+            fix = f"did you mean {near[0]}?" if near else "remove it"
+            raise InputError(f"{where}{key}", given[key], "is not a key that DeepSpeed knows", fix)
+
+
+def _check_batch(given: dict[str, Any], where: str, ours: dict[str, Any], batch_size: int, world_size: int) -> None:
+    """Compare batch keys. A user's ``train_batch_size`` counts sequences; DeepSpeed's counts a part of one as one."""
+    if batch_size % (ours["train_micro_batch_size_per_gpu"] * ours["gradient_accumulation_steps"]):
+        raise InputError("data.batch_size", batch_size, "must be micro-batch size x accumulation x data ranks")
+    micro, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
+    equation = (
+        f"data.batch_size {batch_size} = train.micro_batch_size {micro} x {accumulation} accumulated x "
+        f"{batch_size // (micro * accumulation)} data ranks (of {world_size} ranks)"
+    )
+    right = {"train_batch_size": {batch_size, ours["train_batch_size"]}}
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        allowed = right.get(key, {ours[key]})
+        if given.get(key, ours[key]) not in allowed:
+            wanted = " or ".join(str(number) for number in sorted(allowed))
+            raise InputError(f"{where}{key}", given[key], f"must be {wanted}, for {equation}", 'or write "auto"')
+
+
+def _contradiction(where: str, key: str, value: object, ours: str, our_value: object) -> InputError:
+    allowed = f"contradicts {ours} = {our_value} of the configuration"
+    return InputError(f"{where}{key}", value, allowed, 'make them equal, or write "auto" in DeepSpeed\'s keys')
+
+
+def _check_sections(given: dict[str, Any], where: str, precision: str) -> None:
+    """Let DeepSpeed check the sections that it has types for, and refuse what its stages cannot do with us."""
+    _import_deepspeed()
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = given.setdefault("zero_optimization", {})
+    for name, kind in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("fp16", DeepSpeedFP16Config),
+        ("bf16", DeepSpeedBF16Config),
+    ):
+        try:
+            kind(**given[name])
+        except ValueError as error:  # pydantic's is one
+            first = (
+                error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error), "input": given[name]}
+            )
+            key = ".".join(str(part) for part in (name, *first["loc"]))
+            known = [field.alias or label for label, field in kind.model_fields.items()]
+            near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
+            fix = f"did you mean {near[0]}?" if near and first.get("type") == "extra_forbidden" else ""
+            raise InputError(f"{where}{key}", first["input"], first["msg"], fix) from None
+    stage = zero.get("stage", 0)
+    prefix = f"{where}zero_optimization."
+    if zero.get("overlap_comm") and stage == 1:
+        raise InputError(f"{prefix}overlap_comm", True, "needs stage 2 or 3", "set it to false")
+    if zero.get("round_robin_gradients"):
+        raise InputError(f"{prefix}round_robin_gradients", True, "is not supported", "remove it")
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device == "nvme":
+            raise InputError(f"{prefix}{name}.device", device, "must be cpu or none")
+    accumulate = given.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 0 and accumulate not in (None, precision):
+        allowed = f"must be {precision} in stage 0, like the weights"
+        raise InputError(f"{where}data_types.grad_accum_dtype", accumulate, allowed, "choose stage 1, 2 or 3")
+
+
+def avoid_compiling() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective, which takes a minute and needs a compiler.
+
+    It builds the operator when it is first initialized on CPUs, if its table of possible operators says so, and
+    uses it in inference only. The table is made on first use (by trying compilers); we make it, without that one.
+    """
+    import deepspeed.ops
+
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, imported when it is first needed (seconds) and without its remarks about the machine."""
+    if "deepspeed" not in sys.modules:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            import deepspeed
+        finally:
+            logging.disable(before)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # torch 2.13 has new names for two collectives; DeepSpeed's calls by the old ones are not the user's concern.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def _join_world(deepspeed: Any, mesh: Mesh) -> None:
+    """Show DeepSpeed the world that was joined; make one of this rank alone if none was. Never asks MPI."""
+    avoid_compiling()
+    alone: dict[str, Any] = {}
+    if mesh.world.group is None:
+        directory = tempfile.mkdtemp(prefix="longreach-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        alone = {"init_method": f"file://{directory}/store", "rank": 0, "world_size": 1}
+    backend = "gloo" if mesh.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **alone)
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))  # DeepSpeed will not start without it
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed.
+
+    A step is any number of ``backward`` calls and then one ``step``::
+
+        for batch in micro_batches:
+            engine.backward(engine(batch))
+        norm = engine.step(lr)
+
+    Every rank must make the same number of calls, and reach the same parameters in each.
+
+    Args:
+        model: its parameters are in fp32 and equal on all ranks. DeepSpeed converts it in place.
+        optimizer: a ``torch.optim`` optimizer over parameters of the model.
+        settings: from `deepspeed_settings`.
+        mesh: of the world that was joined; that of a single process needs none.
+
+    Raises:
+        InputError: this device cannot compute in the precision asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        _join_world(deepspeed, mesh)
+        _check_precision(settings, mesh)
+        self.module, self.mesh = model, mesh
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()}
+        # The step ends when the caller says so; DeepSpeed has no number of micro-batches to count or divide by.
+        per_pass = settings["train_micro_batch_size_per_gpu"]
+        config = {
+            **copy.deepcopy(settings),
+            "managed_gradient_accumulation": False,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": per_pass * mesh.world.size,
+        }
+        rates = [group["lr"] for group in optimizer.param_groups]
+        _set_rates(optimizer, [0.0] * len(rates))  # some of its optimizers take a step to make their state
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how much memory there is
+            self._deepspeed = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
+        self._store = _store_of(self._deepspeed, optimizer, trained)
+        self._store.make_state()
+        _set_rates(optimizer, rates)
+        self._reduce_here = self._deepspeed.zero_optimization_stage() == 0
+        if self._reduce_here:
+            self._deepspeed.enable_backward_allreduce = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        return self._deepspeed(*args, **kwargs)
+
+    def train(self) -> None:
+        """Put the module into training mode."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Put the module into evaluation mode."""
+        self.module.eval()
+
+    @property
+    def gradient_scale(self) -> float:
+        """How many times larger than true the gradients are that `backward` computes on this rank."""
+        return self.mesh.world.size * float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradient to that of the step.
+
+        Args:
+            loss: scalar; a summand of the loss of the whole optimizer step. Summed over the ranks and over the
+                calls of the step, it is that loss.
+        """
+        optimizer = self._deepspeed.optimizer
+        if hasattr(optimizer, "clear_backward_seen_flag"):  # else two calls after one forward would not add up
+            optimizer.clear_backward_seen_flag()
+        scale = float(self.mesh.world.size)  # DeepSpeed averages over all ranks
+        if not hasattr(optimizer, "scale_if_loss"):  # and it forgets the scale of fp16 in stage 0
+            scale = self.gradient_scale
+        self._deepspeed.backward(loss.float() * scale, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Update the weights with the gradient added up since the last step, which ends it.
+
+        Args:
+            lr: learning rate of all parameter groups.
+
+        Returns:
+            The norm of the true gradient over all parameters, before clipping, the same on all ranks. Infinity if
+            the gradient was not finite: then nothing was updated (in fp16, the scale of the loss was reduced).
+        """
+        engine, optimizer = self._deepspeed, self._deepspeed.optimizer
+        _set_rates(optimizer, [lr] * len(optimizer.param_groups))
+        norm = self._reduce() if self._reduce_here else math.nan
+        if math.isinf(norm) and not hasattr(optimizer, "overflow"):  # a bare torch optimizer would go on
+            engine.zero_grad()
+            return math.inf
+        engine.step()
+        self._store.after_step()
+        if not engine.was_step_applied():
+            return math.inf
+        norm = norm if self._reduce_here else float(engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+    def _reduce(self) -> float:
+        """Average the gradients of stage 0 and return the norm of the true gradient, or infinity."""
+        scale = self.gradient_scale / self.mesh.world.size
+        self._deepspeed.buffered_allreduce_fallback()
+        norms = [p.grad.norm(dtype=torch.float32) for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.stack(norms).norm()) / scale if norms else 0.0
+        return norm if math.isfinite(norm) else math.inf
+
+    def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every tensor of the model and of its optimizer, whole; a collective that all ranks go through together.
+
+        Yields:
+            A name as in the model (a tied parameter has one), and with it ``param`` (fp32) and, where the
+            optimizer trains it, what it keeps of it (for Adam ``exp_avg`` and ``exp_avg_sq``, fp32), each of the
+            parameter's shape. Then the persistent buffers, each as ``param`` in its own type. In the same
+            order on all ranks, and one at a time, so that no rank needs room for all.
+        """
+        for name, param in self.module.named_parameters():
+            yield name, {key: self._store.read(param, key) for key in ("param", *self._store.keys(param))}
+        for name, buffer in _buffers(self.module):
+            yield name, {"param": buffer.detach().clone()}
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The names and keys that `tensors` yields, with the shape of each."""
+        shapes = {}
+        for name, param in self.module.named_parameters():
+            shape = tuple(getattr(param, "ds_shape", param.shape))  # in stage 3 a parameter has only a part
+            shapes[name] = dict.fromkeys(("param", *self._store.keys(param)), shape)
+        return shapes | {name: {"param": tuple(buffer.shape)} for name, buffer in _buffers(self.module)}
+
+    @torch.no_grad()
+    def load_tensors(self, read: Callable[[str, str], Tensor]) -> None:
+        """Set every tensor of the model and of its optimizer; a collective.
+
+        Args:
+            read: called with the names and keys that `tensors` yields, on each rank; returns the whole tensor.
+        """
+        self._store.before_write()
+        for name, param in self.module.named_parameters():
+            for key in ("param", *self._store.keys(param)):
+                self._store.write(param, key, read(name, key))
+        for name, buffer in _buffers(self.module):
+            buffer.copy_(read(name, "param"))
+        self._store.after_write()
+
+    @property
+    def optimizer_step_count(self) -> int:
+        """Updates that the optimizer has made (Adam corrects its averages by it); skipped ones do not count."""
+        counts = [int(state["step"]) for state in self._store.states() if "step" in state]
+        return counts[0] if counts else 0
+
+    @optimizer_step_count.setter
+    def optimizer_step_count(self, count: int) -> None:
+        for state in self._store.states():
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(count)
+            elif "step" in state:
+                state["step"] = count
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """The numbers of fp16's dynamic loss scale, by name; empty in other precisions."""
+        scaler = self._scaler()
+        return {name: getattr(scaler, name) for name in _SCALER if getattr(scaler, name, None) is not None}
+
+    @loss_scaler.setter
+    def loss_scaler(self, numbers: Mapping[str, float]) -> None:
+        scaler = self._scaler()
+        for name, number in numbers.items():
+            if name in _SCALER and hasattr(scaler, name):
+                setattr(scaler, name, number)
+
+    def _scaler(self) -> Any:
+        optimizer = self._deepspeed.optimizer
+        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        return scaler if self._deepspeed.fp16_enabled() else None
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
+        self._deepspeed.destroy()
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _check_precision(settings: dict[str, Any], mesh: Mesh) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if settings.get("fp16", {}).get("enabled") and not accelerator.is_fp16_supported():
+        raise InputError("train.precision", "fp16", f"is not possible on this {mesh.device.type}", "use bf16 or fp32")
+    if settings.get("bf16", {}).get("enabled") and not accelerator.is_bf16_supported():
+        raise InputError("train.precision", "bf16", f"is not possible on this {mesh.device.type}", "use fp32")
+
+
+def _set_rates(optimizer: Any, rates: list[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The persistent buffers, by name."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name not in parameters and torch.is_tensor(value):
+            yield name, value
+
+
+class _Store(Protocol):
+    """Where a stage keeps the fp32 value of a parameter and what the optimizer knows of it."""
+
+    def make_state(self) -> None: ...
+    def states(self) -> list[dict[str, Any]]: ...
+    def keys(self, param: nn.Parameter) -> tuple[str, ...]: ...
+    def read(self, param: nn.Parameter, key: str) -> Tensor: ...
+    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None: ...
+    def before_write(self) -> None: ...
+    def after_write(self) -> None: ...
+    def after_step(self) -> None: ...
+
+
+def _store_of(engine: Any, optimizer: torch.optim.Optimizer, trained: set[int]) -> _Store:
+    stage = engine.zero_optimization_stage()
+    kind = _WholeStore if stage == 0 else _PartitionedStore if stage == 3 else _FlatStore
+    return kind(engine.optimizer, optimizer, trained)
+
+
+class _WholeStore:
+    """Stage 0: every rank has everything, in the parameter itself or in an fp32 copy of it."""
+
+    def __init__(self, wrapper: Any, optimizer: torch.optim.Optimizer, trained: set[int]) -> None:
+        self.wrapper, self.optimizer, self.trained = wrapper, optimizer, trained
+        groups = zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()))
+        self._copies = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
+
+    def masters(self) -> list[tuple[int, Tensor]]:
+        """The fp32 tensors that the torch optimizer works on, each with the number of its group."""
+        return [(i, tensor) for i, group in enumerate(self.optimizer.param_groups) for tensor in group["params"]]
+
+    def make_state(self) -> None:
+        """Have the optimizer make its state, which it does at its first step: take one that changes nothing."""
+        masters = self.masters()
+        groups = self.optimizer.param_groups
+        held = [group["params"] for group in groups]
+        gradients = [tensor.grad for _, tensor in masters]
+        for i, group in enumerate(groups):
+            group["params"] = [tensor for j, tensor in masters if i == j]
+        for _, tensor in masters:
+            tensor.grad = torch.zeros_like(tensor)
+        self.optimizer.step()
+        for (_, tensor), gradient in zip(masters, gradients):
+            tensor.grad = gradient
+        for group, params in zip(groups, held):
+            group["params"] = params
+        for state in self.states():
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+
+    def states(self) -> list[dict[str, Any]]:
+        return [self.optimizer.state[tensor] for _, tensor in self.masters()]
+
+    def keys(self, param: nn.Parameter) -> tuple[str, ...]:
+        if id(param) not in self.trained:
+            return ()
+        _, master = self.masters()[0]
+        state = self.optimizer.state[master]
+        return tuple(key for key, value in state.items() if key != "step" and torch.is_tensor(value))
+
+    def read(self, param: nn.Parameter, key: str) -> Tensor:
+        master = self._copies.get(id(param), param)
+        value = master if key == "param" else self.optimizer.state[master][key]
+        return value.detach().float().clone()
+
+    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
+        master = self._copies.get(id(param), param)
+        (master.data if key == "param" else self.optimizer.state[master][key]).copy_(value)
+        if key == "param":
+            param.data.copy_(value)
+
+    def before_write(self) -> None:
+        pass
+
+    def after_write(self) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
+
+class _FlatStore(_WholeStore):
+    """Stages 1 and 2: every rank has all parameters, and a part of the fp32 copy of all of them laid end to end."""
+
+    def make_state(self) -> None:
+        super().make_state()
+        self.wrapper._lazy_init_hp_params_optimizer_state()
+
+    def read(self, param: nn.Parameter, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if id(param) not in self.trained:
+            return param.detach().float().clone()
+        if key == "param":
+            return safe_get_full_fp32_param(param).detach()
+        return safe_get_full_optimizer_state(param, key).detach()
+
+    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key != "param":
+            safe_set_full_optimizer_state(param, value, key)
+            return
+        param.data.copy_(value)
+        if id(param) in self.trained:
+            safe_set_full_fp32_param(param, value)
+
+
+class _PartitionedStore(_WholeStore):
+    """Stage 3: every rank has a part of each parameter, and of its fp32 copy."""
+
+    def masters(self) -> list[tuple[int, Tensor]]:
+        flat = self.wrapper.fp32_partitioned_groups_flat
+        return [(self.wrapper.sub_group_to_group_id[i], tensor) for i, tensor in enumerate(flat)]
+
+    def read(self, param: nn.Parameter, key: str) -> Tensor:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if id(param) not in self.trained:
+            with deepspeed.zero.GatheredParameters([param]):
+                return param.detach().float().clone()
+        if key == "param":
+            return safe_get_full_fp32_param(param).detach()
+        return safe_get_full_optimizer_state(param, key).detach()
+
+    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        target: Any = param  # with what DeepSpeed has attached to it
+        part = self._part(target, value)
+        if key != "param":
+            safe_set_local_optimizer_state(param, part, key)
+            return
+        target.ds_tensor.data.copy_(part)
+        if id(param) in self.trained:
+            safe_set_local_fp32_param(param, part)
+
+    def _part(self, param: Any, value: Tensor) -> Tensor:
+        """This rank's part of a parameter's values; the last ones are padded with zeros."""
+        from deepspeed import comm
+
+        size = param.ds_tensor.numel()
+        start = size * comm.get_rank(group=param.ds_process_group)
+        part = value.flatten()[start : start + size]
+        return torch.cat([part, part.new_zeros(size - part.numel())])
+
+    def before_write(self) -> None:
+        self.wrapper.checkpoint_event_prologue()  # also those that stay whole are parted
+
+    def after_write(self) -> None:
+        self.wrapper.checkpoint_event_epilogue()
+
+    def after_step(self) -> None:
+        # A parameter that a step does not reach would otherwise be given its gradient of the step before.
+        self.wrapper.grad_partitions_flat_buffer.zero_()

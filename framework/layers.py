@@ -1,0 +1,118 @@
+"""The small parts that mixers and blocks share: norms, gates, the short convolution, position-keyed dropout."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.short_conv import short_conv
+from ..parallel.span import Span
+
+
+class GroupRMSNorm(nn.Module):
+    """RMS normalization within groups of channels, with a learnable scale per channel.
+
+    Args:
+        width: D, channels.
+        group: channels per group (the last group may be smaller).
+        scale: initial scale.
+    """
+
+    def __init__(self, width: int, group: int, scale: float = 1.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.group, self.eps = min(group, width), eps
+        self.initial = scale
+        self.weight = nn.Parameter(torch.full((width,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, L, D]`` -> the same, every group with root mean square ``scale``."""
+        missing = -x.shape[-1] % self.group
+        groups = F.pad(x, (0, missing)).unflatten(-1, (-1, self.group)).float()
+        if x.dtype == torch.float64:
+            groups = groups.double()
+        size = groups.new_full((groups.shape[-2], 1), self.group)
+        size[-1] -= missing
+        power = groups.square().sum(-1, keepdim=True) / size
+        normed = (groups * torch.rsqrt(power + self.eps)).flatten(-2)[..., : x.shape[-1]]
+        return normed.to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer ``W_down(silu(x W_gate) * (x W_up))``, Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, L, D]`` -> ``[B, L, D]``."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ShortConv(nn.Module):
+    """Depthwise convolution over the last few tokens (causal) or the nearest ones (centred), across pieces.
+
+    Args:
+        width: D, channels.
+        taps: W.
+        activation: None or "silu".
+        causal: over the W tokens up to the current one, or centred on it.
+    """
+
+    def __init__(self, width: int, taps: int, *, activation: str | None = None, causal: bool = True) -> None:
+        super().__init__()
+        self.activation, self.causal = activation, causal
+        self.left = taps - 1 if causal else taps // 2
+        self.right = taps - 1 - self.left
+        self.weight = nn.Parameter(torch.zeros(width, taps))
+        self.bias = nn.Parameter(torch.zeros(width))
+        with torch.no_grad():
+            nn.init.normal_(self.weight, std=taps**-0.5)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """``[B, L, D]`` -> ``[B, L, D]``."""
+        extended = span.halo(x, self.left, self.right)
+        y, _ = short_conv(
+            extended,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            causal=self.causal,
+            segments=span.halo_segments(self.left, self.right),
+        )
+        return y[:, self.left : self.left + x.shape[1]]
+
+
+def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:
+    """Dropout whose mask is a hash of (row's seed, layer, global position, channel).
+
+    So it is the same however the sequence is split, and again when a piece is recomputed.
+
+    Args:
+        x: ``[B, L, ...]``.
+        rate: probability of zero; the rest is divided by ``1 - rate``.
+        span: gives the rows' seeds (``noise``; None switches dropout off) and the position of the first token.
+        name: tells apart several dropouts of one layer.
+    """
+    if span.noise is None or rate == 0.0 or x.numel() == 0:
+        return x
+    channels = x[0, 0].numel()
+    salt = zlib.crc32(f"{span.layer}.{name}".encode())
+    position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
+    cell = position.unsqueeze(-1) * channels + torch.arange(channels, device=x.device)
+    bits = _mix(_mix(span.noise.to(x.device) + salt).view(-1, 1, 1) + cell)
+    keep = (bits & 0x7FFFFFFF) >= int(rate * 0x80000000)
+    return x * keep.view_as(x).to(x.dtype) / (1.0 - rate)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014) on int64, whose products wrap around."""
+    bits = bits + -7046029254386353131
+    bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    return bits ^ (bits >> 31 & (1 << 33) - 1)

@@ -1,0 +1,73 @@
+"""Softmax attention with rotary positions: the baseline, with a state that grows with the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.errors import InputError
+from ...parallel.span import Span, Whole
+
+
+@dataclass
+class SoftmaxConfig:
+    """Options of the ``softmax`` mixer.
+
+    Attributes:
+        heads: number of heads; divides the width.
+        rope_base: base of the rotary positions (Su et al. 2021, arXiv 2104.09864).
+    """
+
+    heads: int = 4
+    rope_base: float = 10_000.0
+
+
+class Softmax(nn.Module):
+    """Multi-head attention over the whole sequence; each rank attends for some of the heads."""
+
+    def __init__(self, width: int, config: SoftmaxConfig, *, causal: bool = True) -> None:
+        super().__init__()
+        if width % (2 * config.heads):
+            raise InputError("model.softmax.heads", config.heads, f"even heads' width: 2 * heads divides {width}")
+        self.heads, self.base, self.causal = config.heads, config.rope_base, causal
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """``[B, L, D]`` -> ``[B, L, D]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
+        q, k = (_rotate(part, position, self.base) for part in (q, k))
+        y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), reach=None)
+        return self.out(y.flatten(-2))
+
+    def _attend(self, whole: Whole) -> Tensor:
+        """All tokens of some heads ``[B, T + L, H_r, 3K]`` -> ``[B, L, H_r, K]``."""
+        q, k, v = (part.transpose(1, 2) for part in whole.tokens.chunk(3, dim=-1))
+        q = q[:, :, whole.num_past :]
+        mask = None
+        if whole.segments is not None or (self.causal and whole.num_past):
+            place = torch.arange(k.shape[2], device=k.device)
+            mask = torch.ones(len(place) - whole.num_past, len(place), dtype=torch.bool, device=k.device)
+            if self.causal:
+                mask = place[whole.num_past :].unsqueeze(-1) >= place
+            if whole.segments is not None:
+                ids = whole.segments
+                mask = mask & (ids[:, whole.num_past :].unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
+        if not q.numel():  # more ranks than heads
+            return q.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        return y.transpose(1, 2)
+
+
+def _rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """``x [B, L, H, K]`` turned by the angles of its ``position [L]``."""
+    half = x.shape[-1] // 2
+    rate = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angle = position.to(torch.float64).unsqueeze(-1) * rate
+    cos, sin = (f(angle).to(x.dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

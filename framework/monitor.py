@@ -1,0 +1,168 @@
+"""What a run shows while it goes: metrics.jsonl, TensorBoard, the console, and the loss curve at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from .config import RunConfig, to_yaml
+
+matplotlib.use("Agg")
+log = logging.getLogger("longreach.monitor")
+BITS = math.log2(math.e)  # bits in a nat
+
+
+class Monitor:
+    """Rank 0's view of a run, written below its directory.
+
+    Args:
+        run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``plots/``.
+        config: shown in TensorBoard as text.
+        first_step: steps done before; rows of later steps, left by a run that was stopped, are dropped.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, first_step: int) -> None:
+        self.run_dir, self.config = run_dir, config
+        self.metrics = run_dir / "metrics.jsonl"
+        self.rows = _rows_up_to(self.metrics, first_step)
+        _write_rows(self.metrics, self.rows)
+        self.board: SummaryWriter | None = None
+        if config.monitor.tensorboard:
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self.console,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=config.train.steps, completed=first_step, state="")
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def say(self, line: str) -> None:
+        """Print one line, above the progress bar if there is one."""
+        (self.progress.console if self.progress else self.console).print(line, highlight=False, soft_wrap=True)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one optimizer step; ``row["step"]`` counts from 1."""
+        self.rows.append(row)
+        with open(self.metrics, "a", encoding="ascii") as file:
+            file.write(json.dumps(row) + "\n")
+        step = row["step"]
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(_TAGS.get(name, f"train/{name}"), value, step)
+        state = (
+            f"loss {row['loss']:.4f}  {row['bits_per_token']:.3f} bits/token  {row['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, state=state)
+        elif step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            pace = (time.monotonic() - self.started) / (step - self.first_step)
+            left = _clock(pace * (self.config.train.steps - step))
+            self.say(f"step {step}/{self.config.train.steps}  {state}  {left} left")
+
+    def validation(self, step: int, loss: float, by_position: list[tuple[int, float]]) -> None:
+        """Record a validation: ``loss`` in nats a token, and the loss of each stretch of positions."""
+        self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
+        row = {"step": step, "loss": loss, "bits_per_token": loss * BITS, "by_position": by_position}
+        with open(self.run_dir / "validation.jsonl", "a", encoding="ascii") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            self.board.add_scalar("validation/loss", loss, step)
+            self.board.add_scalar("validation/bits_per_token", loss * BITS, step)
+            figure = Figure(figsize=(6, 3.5), layout="constrained")
+            axes = figure.subplots()
+            axes.plot(*zip(*[(position, value * BITS) for position, value in by_position], strict=True))
+            axes.set(xlabel="position in the sequence", ylabel="bits per token", title=f"held-out, step {step}")
+            self.board.add_figure("validation/by_position", figure, step)
+
+    def plot(self) -> Path:
+        """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path."""
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([r["step"] for r in self.rows], [r["bits_per_token"] for r in self.rows], lw=0.8, label="training")
+        held_out = self.run_dir / "validation.jsonl"
+        if held_out.exists():
+            rows = [json.loads(line) for line in held_out.read_text().splitlines()]
+            axes.plot([r["step"] for r in rows], [r["bits_per_token"] for r in rows], "o-", label="held-out")
+        axes.set(xlabel="step", ylabel="bits per token", title=self.run_dir.name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        path = self.run_dir / "plots" / "loss.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=120)
+        return path
+
+    def close(self) -> None:
+        """Stop the progress bar and flush TensorBoard."""
+        if self.progress is not None:
+            self.progress.stop()
+        if self.board is not None:
+            self.board.close()
+
+
+_TAGS = {
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_wait_seconds": "speed/data_wait_seconds",
+    "peak_memory_bytes": "memory/peak_bytes",
+    "bytes_scan": "exchange/scan_bytes",
+    "bytes_halo": "exchange/halo_bytes",
+    "bytes_by_channel": "exchange/by_channel_bytes",
+}
+
+
+def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a JSONL file up to a step; a half-written last line is dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                log.warning("%s: dropped a line that is no JSON", path)
+                continue
+            if row["step"] <= step:
+                rows.append(row)
+    return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+    os.replace(partial, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say_plainly() -> None:
+    """Send this package's log lines to standard error, one plain line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("longreach")
+    root.handlers, root.propagate = [handler], False
+    root.setLevel(logging.INFO)

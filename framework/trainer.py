@@ -1,0 +1,313 @@
+"""The training loop, top to bottom.
+
+One scale for the loss, however the work is split: the sum of the token losses of the whole optimizer step over the
+number of
+its labelled tokens. Each rank adds the summand of its own tokens; `Engine` sums gradients over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.errors import InputError
+from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
+from ..parallel.span import Span
+from ..parallel.traffic import Traffic
+from . import checkpoint
+from .config import OptimConfig, RunConfig, save, validate
+from .data import Batch, Index, packed_dir, prepare, training_batches, validation_batches
+from .engine import Engine, deepspeed_settings
+from .model import IGNORED, build_model
+from .monitor import BITS, Monitor
+
+log = logging.getLogger("longreach.trainer")
+POSITION_BINS = 32  # stretches of positions in the validation figure
+
+
+@dataclass
+class Result:
+    """What a finished run tells: steps done, held-out loss (nats a token; None if nothing was held out), its
+    directory.
+    """
+
+    step: int
+    held_out: float | None
+    run_dir: Path
+    plot: Path | None
+
+
+def train(config: RunConfig) -> Result:
+    """Train as ``config`` says, in the world that this process was started in; a collective over its ranks.
+
+    Raises:
+        InputError: something in the config, the data or the checkpoint does not fit; before the first step.
+    """
+    config.parallel.ranks = world_size()
+    validate(config)
+    settings = deepspeed_settings(
+        config.deepspeed,
+        precision=config.train.precision,
+        batch_size=config.data.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=_num_micro_batches(config),
+        clip=config.optim.clip,
+        world_size=config.parallel.ranks,
+    )
+    _set_threads(config.train.threads)
+    join_world()
+    mesh = init_mesh(config.parallel.num_sequence_ranks)
+    index = open_corpus(config, mesh)
+    run_dir = Path(config.run.dir)
+    first_alone(lambda: _start_run_dir(run_dir, config), mesh.world)
+
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model).to(mesh.device)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    engine = Engine(model, _optimizer(model, config.optim), settings, mesh)
+    saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None
+    state = {"step": 0, "consumed": 0} if saved is None else checkpoint.load(engine, saved)
+    monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
+    if monitor is not None:
+        monitor.say(_introduction(config, index, num_parameters, mesh))
+        if saved is not None:
+            monitor.say(f"resuming from {saved}")
+    try:
+        held_out = _loop(config, engine, mesh, index, state, run_dir, monitor)
+        plot = monitor.plot() if monitor is not None and config.monitor.plot else None
+    finally:
+        if monitor is not None:
+            monitor.close()
+    return Result(state["step"], held_out, run_dir, plot)
+
+
+def _loop(
+    config: RunConfig,
+    engine: Engine,
+    mesh: Mesh,
+    index: Index,
+    state: dict[str, Any],
+    run_dir: Path,
+    monitor: Monitor | None,
+) -> float | None:
+    """Steps, validations and checkpoints until ``train.steps``; returns the last held-out loss."""
+    train, held_out, traffic = config.train, None, Traffic()
+    batches = training_batches(
+        index,
+        config.data,
+        seed=config.run.seed,
+        micro_batch_size=train.micro_batch_size,
+        data_rank=mesh.data.rank,
+        num_data_ranks=mesh.data.size,
+    )
+    micro_batches = batches.iterate(state["consumed"], train.steps - state["step"])
+    while state["step"] < train.steps:
+        started = time.monotonic()
+        batch = list(islice(micro_batches, batches.num_micro_batches))
+        waited = time.monotonic() - started
+        lr = learning_rate(config.optim, state["step"], train.steps)
+        row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
+        state["step"] += 1
+        state["consumed"] += config.data.batch_size
+        if monitor is not None:
+            seconds = time.monotonic() - started
+            tokens = config.data.batch_size * config.data.seq_len
+            speed = {
+                "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds,
+                "data_wait_seconds": waited,
+            }
+            sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
+            monitor.step({"step": state["step"], **row, "tokens": tokens * state["step"], **speed, **sent})
+        traffic.clear()
+        last = state["step"] == train.steps
+        if last or (train.validate_every and state["step"] % train.validate_every == 0):
+            held_out = validate_model(config, engine, mesh, index, state["step"], monitor)
+        if last or (config.checkpoint.every and state["step"] % config.checkpoint.every == 0):
+            checkpoint.save(engine, run_dir / "checkpoints", {**state, **_identity(config, index)})
+    return held_out
+
+
+def train_step(
+    config: RunConfig,
+    engine: Engine,
+    mesh: Mesh,
+    batch: list[Batch],
+    consumed: int,
+    lr: float,
+    traffic: Traffic,
+) -> dict[str, float]:
+    """One optimizer step over this data rank's micro-batches.
+
+    Args:
+        batch: the micro-batches of whole sequences; every rank of a sequence passes the same ones.
+        consumed: sequences trained on before, over all ranks.
+        lr: learning rate of this step.
+        traffic: counts what is exchanged.
+
+    Returns:
+        ``loss`` (nats a labelled token), ``bits_per_token``, ``penalty``, ``lr``, ``grad_norm``,
+        ``peak_memory_bytes``: over all ranks.
+    """
+    labelled = float(sum(int((micro.labels != IGNORED).sum()) for micro in batch))
+    count = sum(row[0] for row in gather_values([labelled], mesh.data))
+    if count == 0:
+        raise InputError("data", "a batch without one labelled token", "at least one token that has a next one")
+    share = config.data.batch_size // mesh.data.size
+    nll_sum = penalty_sum = 0.0
+    for number, micro in enumerate(batch):
+        first = consumed + mesh.data.rank * share + number * config.train.micro_batch_size
+        rows = torch.arange(first, first + len(micro.tokens), device=mesh.device)
+        span = piece_of(micro, mesh, noise=rows * 1_000_003 + config.run.seed, traffic=traffic)
+        nll, penalty = engine(
+            span.take(micro.tokens).to(mesh.device), span=span, labels=span.take(micro.labels).to(mesh.device)
+        )
+        # The penalty counts once: each of the summands that ranks and micro-batches add carries its part of it.
+        part = penalty / (mesh.world.size * len(batch))
+        engine.backward(nll.sum() / count + part)
+        nll_sum += float(nll.detach().double().sum())
+        penalty_sum += float(part.detach())
+    grad_norm = engine.step(lr)
+    rows_all = gather_values([nll_sum, penalty_sum, _peak_memory(mesh)], mesh.world)
+    loss = sum(row[0] for row in rows_all) / count
+    return {
+        "loss": loss,
+        "bits_per_token": loss * BITS,
+        "penalty": sum(row[1] for row in rows_all),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "peak_memory_bytes": max(row[2] for row in rows_all),
+    }
+
+
+def piece_of(batch: Batch, mesh: Mesh, noise: Tensor | None, traffic: Traffic) -> Span:
+    """This rank's span of a micro-batch of whole sequences."""
+    span = Span.of(mesh, batch.tokens.shape[1], noise=noise, traffic=traffic)
+    if batch.segments is not None:
+        span.segments = span.take(batch.segments).to(mesh.device)
+    return span
+
+
+@torch.no_grad()
+def validate_model(
+    config: RunConfig, engine: Engine, mesh: Mesh, index: Index, step: int, monitor: Monitor | None
+) -> float | None:
+    """Mean loss (nats a token) over the held-out windows, shown with its course over positions; None if none is
+    held out.
+    """
+    if not index.splits["valid"].num_tokens:
+        return None
+    batches = validation_batches(
+        index,
+        config.data,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=mesh.data.rank,
+        num_data_ranks=mesh.data.size,
+    )
+    bins = torch.zeros(2, POSITION_BINS, dtype=torch.float64)
+    engine.eval()
+    for micro in batches.iterate(num_steps=config.train.validate_batches or None):
+        span = piece_of(micro, mesh, noise=None, traffic=Traffic())
+        labels = span.take(micro.labels)
+        nll, _ = engine(span.take(micro.tokens).to(mesh.device), span=span, labels=labels.to(mesh.device))
+        place = torch.arange(span.position, span.position + labels.shape[1])
+        place = (place * POSITION_BINS // config.data.seq_len).expand_as(labels).flatten()
+        bins[0].index_add_(0, place, nll.double().cpu().flatten())
+        bins[1].index_add_(0, place, (labels != IGNORED).double().flatten())
+    engine.train()
+    totals = torch.tensor(gather_values(bins.flatten().tolist(), mesh.world)).sum(0).view(2, POSITION_BINS)
+    loss = float(totals[0].sum() / totals[1].sum())
+    if monitor is not None:
+        by_position = [
+            (int((place + 0.5) * config.data.seq_len / POSITION_BINS), float(total / count))
+            for place, (total, count) in enumerate(totals.T.tolist())
+            if count
+        ]
+        monitor.validation(step, loss, by_position)
+    return loss
+
+
+def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """The rate of step ``step`` (from 0): linear warm-up, then a cosine down to ``min_lr_ratio * lr``."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    total = (optim.schedule_steps or num_steps) - optim.warmup_steps
+    progress = min(1.0, (step - optim.warmup_steps) / max(1, total))
+    low = optim.min_lr_ratio
+    return optim.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def open_corpus(config: RunConfig, mesh: Mesh) -> Index:
+    """Pack and check the corpus on the first rank, then open it on all; fills in ``model.vocab`` where it is 0."""
+    first_alone(lambda: _prepare(config), mesh.world)
+    index = Index.load(packed_dir(config.data), verify=False)
+    config.model.vocab = config.model.vocab or int(index.vocabulary["size"])
+    index.check_vocab(config.model.vocab)
+    return index
+
+
+def _prepare(config: RunConfig) -> None:
+    prepare(config.data)
+
+
+def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW; only the matrices of linear layers and embeddings decay."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    beta1, beta2 = optim.betas
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps)
+
+
+def _num_micro_batches(config: RunConfig) -> int:
+    return config.data.batch_size // (config.parallel.num_data_ranks * config.train.micro_batch_size)
+
+
+def _set_threads(threads: int) -> None:
+    """Share the machine's cores among its ranks, unless told otherwise."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local))
+
+
+def _start_run_dir(run_dir: Path, config: RunConfig) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise InputError("run.dir", str(run_dir), f"a writable directory ({error.strerror})", "set run.dir") from None
+
+
+def _peak_memory(mesh: Mesh) -> float:
+    """Bytes: of the device on a GPU, resident on a CPU."""
+    if mesh.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _identity(config: RunConfig, index: Index) -> dict[str, Any]:
+    """What a resumed run must have in common to be the same run."""
+    return {"seed": config.run.seed, "batch_size": config.data.batch_size, "data": index.fingerprint}
+
+
+def _introduction(config: RunConfig, index: Index, num_parameters: int, mesh: Mesh) -> str:
+    mixers = ", ".join(config.model.mixers)
+    return (
+        f"{num_parameters:,} parameters ({mixers}; width {config.model.width}, depth {config.model.depth}), "
+        f"{index.splits['train'].num_tokens:,} training tokens in {index.name}, "
+        f"sequences of {config.data.seq_len:,} tokens over {mesh.sequence.size} ranks, {mesh.data.size} of them at once"
+    )

@@ -1,0 +1,166 @@
+"""Element-wise attention: in every channel, a query attends to the keys near it, through a small Taylor state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..errors import InputError
+from ..scan import Carry, Relay, scan
+from .chunked import ElementwiseAttention
+from .reference import exact_elementwise_attention, reference_elementwise_attention, state_dtype
+
+__all__ = [
+    "ElementwiseAttention",
+    "elementwise_attention",
+    "exact_elementwise_attention",
+    "reference_elementwise_attention",
+]
+
+NAME = "elementwise_attention"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def elementwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: int = 6,
+    causal: bool = True,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+    relay: Relay | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Carry]:
+    """The EA-series, in time linear in the length; README.md has the formulas, forward and backward.
+
+    Per channel, with ``w_j = exp(-k_j^2)``, ``c_n = 2^n / n!``, n = 0..order, and j <= i if causal, else all j::
+
+        y_i = sum_n c_n q_i^n (sum_j k_j^n w_j v_j) / sum_n c_n q_i^n (sum_j k_j^n w_j)
+
+    Sums and states are fp32, or fp64 for fp64 inputs. The series is within 10% of ``exp(2 q k)`` for 2 q k in
+    [-0.70, 1.10] (order 2), [-1.32, 2.43] (order 4), [-1.91, 3.89] (order 6), so q and k want to be bounded. Inputs and
+    upstream gradients up to 1e4 in magnitude give neither NaN nor Inf for orders up to 8: q is clamped to +-1000
+    (no gradient beyond it), ``k^n w`` underflows to 0, the denominator is floored at 1e-30 (no gradient through it
+    there), what a token adds to the gradients saturates at +-1e25, and results are clamped to their finite range.
+
+    Args:
+        q, k, v: ``[B, L, D]`` of one device and dtype (fp16, bf16, fp32, fp64): this rank's piece of the sequence.
+        order: the highest power of the series, even and at least 2.
+        causal: whether a token sees only the tokens up to itself, or all.
+        carry: what came before the whole sequence: state ``[B, 2, order + 1, D]`` in the dtype of the sums, segment
+            ``[B]`` int64 or None.
+        segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document. Tokens see only their
+            own document.
+        relay: reaches the other pieces of the sequence; None if there are none.
+        backend: "auto", "chunked" (portable PyTorch), or "reference" (the definition, quadratic, for tests).
+
+    Returns:
+        ``y [B, L, D]`` in the dtype of the inputs, and the carry behind the whole sequence.
+
+    Raises:
+        InputError: shapes, dtypes, the order or the backend do not fit; one line says which.
+
+    Source: "Element-wise Attention Is All You Need", arXiv 2501.05730.
+    """
+    _check(q, k, v, order, carry, segments)
+    run = choose(NAME, _BACKENDS, backend, q.device)
+    return run(q, k, v, order, causal, carry, segments, relay)
+
+
+Backend = Callable[
+    [Tensor, Tensor, Tensor, int, bool, "Carry | None", "Tensor | None", "Relay | None"], tuple[Tensor, Carry]
+]
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: int,
+    causal: bool,
+    carry: Carry | None,
+    segments: Tensor | None,
+    relay: Relay | None,
+) -> tuple[Tensor, Carry]:
+    return scan(ElementwiseAttention(order, causal), q, k, v, segments=segments, carry=carry, relay=relay)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: int,
+    causal: bool,
+    carry: Carry | None,
+    segments: Tensor | None,
+    relay: Relay | None,
+) -> tuple[Tensor, Carry]:
+    if relay is not None and relay.size > 1:
+        raise InputError(
+            f"{NAME}: backend",
+            "reference",
+            "a sequence split over ranks needs another",
+            "pass backend='auto'",
+        )
+    return reference_elementwise_attention(q, k, v, order=order, causal=causal, carry=carry, segments=segments)
+
+
+_BACKENDS: dict[str, Backend] = {"chunked": _chunked, "reference": _reference}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, order: int, carry: Carry | None, segments: Tensor | None) -> None:
+    """Raise `InputError` for the first thing that does not fit."""
+    if isinstance(order, bool) or not isinstance(order, int) or order < 2 or order % 2:
+        raise InputError(
+            f"{NAME}: order",
+            order,
+            "an even number, 2 or more: an odd polynomial goes negative",
+            "take 2, 4 or 6",
+        )
+    if q.dim() != 3:
+        raise InputError(f"{NAME}: shape of q", tuple(q.shape), "[batch, tokens, channels]")
+    if q.dtype not in DTYPES:
+        raise InputError(f"{NAME}: dtype of q", q.dtype, "fp16, bf16, fp32 or fp64", "cast q, k and v")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise InputError(f"{NAME}: shape of {name}", tuple(x.shape), f"that of q, {tuple(q.shape)}")
+        if x.dtype != q.dtype:
+            raise InputError(f"{NAME}: dtype of {name}", x.dtype, f"that of q, {q.dtype}", "cast q, k and v alike")
+        if x.device != q.device:
+            raise InputError(f"{NAME}: device of {name}", str(x.device), f"that of q, {q.device}")
+    batch, length, width = q.shape
+    if segments is not None:
+        _check_ids("segments", segments, (batch, length), q.device)
+    if carry is not None:
+        state = (batch, 2, order + 1, width)
+        if tuple(carry.state.shape) != state:
+            raise InputError(
+                f"{NAME}: shape of carry.state",
+                tuple(carry.state.shape),
+                f"[batch, 2, order + 1, channels] = {state}",
+            )
+        if carry.state.dtype != state_dtype(q.dtype):
+            raise InputError(
+                f"{NAME}: dtype of carry.state",
+                carry.state.dtype,
+                f"{state_dtype(q.dtype)} for inputs of {q.dtype}",
+                "cast the state",
+            )
+        if carry.state.device != q.device:
+            raise InputError(f"{NAME}: device of carry.state", str(carry.state.device), f"that of q, {q.device}")
+        if carry.segment is not None:
+            _check_ids("carry.segment", carry.segment, (batch,), q.device)
+
+
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(ids.shape) != shape:
+        raise InputError(f"{NAME}: shape of {name}", tuple(ids.shape), f"{shape}")
+    if ids.dtype != torch.int64:
+        raise InputError(f"{NAME}: dtype of {name}", ids.dtype, "torch.int64", f"{name}.long()")
+    if ids.device != device:
+        raise InputError(f"{NAME}: device of {name}", str(ids.device), f"that of q, {device}")

@@ -1,0 +1,62 @@
+"""What every implementation of linear attention is told, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The operator's settings, the same on every piece of a sequence.
+
+    Attributes:
+        causal: whether token i sees tokens j <= i only.
+        decay: one number in (0, 1] for each head; None for 1.
+        normalize: divide by the sum of the weights.
+        eps: the least divisor.
+        scale: multiplies q.
+    """
+
+    causal: bool = True
+    decay: tuple[float, ...] | None = None
+    normalize: bool = False
+    eps: float = 1e-6
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not self.causal:
+            raise InputError(
+                "linear_attention: decay", self.decay, "None where causal=False", "pass causal=True or no decay"
+            )
+        if self.decay is not None and not all(0 < x <= 1 for x in self.decay):
+            raise InputError("linear_attention: decay", self.decay, "in (0, 1] for every head")
+        if self.normalize and not self.eps > 0:
+            raise InputError("linear_attention: eps", self.eps, "above 0 where normalize=True")
+
+    def decays(self, device: torch.device) -> Tensor | None:
+        """``[H]`` fp64, or None for 1."""
+        if self.decay is None:
+            return None
+        return torch.tensor(self.decay, dtype=torch.float64).to(device, non_blocking=True)
+
+    def decay_over(self, num_tokens: int, like: Tensor) -> Tensor:
+        """``A`` of a piece of ``num_tokens`` tokens: ``[1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
+        decays = self.decays(like.device)
+        if decays is None:
+            return like.new_ones(1, 1, 1, 1)
+        return (decays**num_tokens).to(like.dtype).view(1, -1, 1, 1)
+
+    def values(self, v: Tensor) -> Tensor:
+        """``v [B, L, H, V]``, with a column of ones behind it if ``normalize``: their sum is the divisor."""
+        return F.pad(v, (0, 1), value=1) if self.normalize else v
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    """What states are held and sums are taken in: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -1,0 +1,59 @@
+"""Long convolution: a kernel per channel that may be as long as the sequence, given tap by tap or by its modes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import choose
+from ..errors import InputError
+from ..scan import Carry
+from ..short_conv.past import check_tokens
+from .chunked import chunked_long_conv
+from .modal import ModalConv, modal_kernel
+from .reference import reference_long_conv, reference_modal_conv
+
+__all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
+
+BACKENDS = {"chunked": chunked_long_conv, "reference": reference_long_conv}
+
+
+def long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    causal: bool = True,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Carry]:
+    """Depthwise convolution with K taps per channel, by FFT.
+
+    ``y_i = skip * x_i + sum_m kernel[:, m] x_{i + centre - m}`` over tokens of i's document, with ``centre = 0`` if causal
+    (``kernel[:, 0]`` multiplies the current token, ``kernel[:, m]`` the one m before) and ``centre = K // 2`` otherwise
+    (``kernel[:, K // 2]`` multiplies the current token).
+
+    Args:
+        x: ``[B, L, D]``, any floating dtype; computed in fp32, or fp64 where x or kernel is. L may be 0.
+        kernel: ``[D, K]``, ``K >= 1``, shorter or longer than L.
+        skip: ``[D]``, or None.
+        causal: whether tokens see only themselves and their past.
+        carry: the tokens before x: state ``[B, K - 1, D]`` (of more or fewer, the last count), zeros where there were none, and
+            their document ids ``[B, K - 1]`` (-1: no token). Without ids they belong to the first document of x.
+        segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position without a
+            token: no token sees it, and its own output means nothing (but is finite).
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        ``y [B, L, D]`` in x's dtype, and the carry for the tokens that follow: the last ``K - 1`` tokens, in x's dtype.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown backend, a carry with ids for tokens without.
+    """
+    check_tokens("long_conv", x, carry, segments)
+    if kernel.dim() != 2 or kernel.shape[0] != x.shape[2] or not kernel.shape[1]:
+        raise InputError("long_conv: kernel", list(kernel.shape), f"[D, K] with D = {x.shape[2]} and K >= 1")
+    if skip is not None and skip.shape != kernel.shape[:1]:
+        raise InputError("long_conv: skip", list(skip.shape), f"[D] with D = {x.shape[2]}")
+    run = choose("long_conv", BACKENDS, backend, x.device)
+    return run(x, kernel, skip, causal=causal, carry=carry, segments=segments)

@@ -1,0 +1,82 @@
+"""Modal long convolution over both sides: one causal convolution from the left and one, with its own amplitudes,
+from the right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..scan import StatefulOp
+from .modal import ModalConv
+
+
+class CentredModalConv(StatefulOp):
+    """The operator for `span.scan`: inputs ``x [B, L, D]``, ``log_decay, angle [D, N]`` and ``re, im [2, D, N]``.
+
+    ``y_i = sum_{m>=0} h_0[m] x_{i-m} + h_1[m] x_{i+m}``, with the kernels of `ModalConv` for ``re[0], im[0]`` and
+    ``re[1], im[1]``.
+    States ``[2, B, D, N]`` complex: from the left, from the right.
+    """
+
+    causal = False
+    plain_sum = False
+
+    def __init__(self) -> None:
+        self._one_way = ModalConv()
+
+    def _sides(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None
+    ) -> list[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Inputs and documents of the causal convolution of each side; the right one reads backwards."""
+        x, log_decay, angle, re, im = inputs
+        from_left = (x, log_decay, angle, re[0], im[0])
+        from_right = (x.flip(1), log_decay, angle, re[1], im[1])
+        return [(from_left, segments), (from_right, None if segments is None else segments.flip(1))]
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        (decay, to_right), (_, to_left) = (self._one_way.summarize(*side) for side in self._sides(inputs, segments))
+        return decay, torch.stack([to_right, to_left])
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (left, left_saved), (right, right_saved) = (
+            self._one_way.attend(*side, start) for side, start in zip(self._sides(inputs, segments), past, strict=True)
+        )
+        return left + right.flip(1), (*left_saved, *right_saved)
+
+    def summarize_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        return torch.stack(
+            [
+                self._one_way.summarize_grad(*side, start, (kept,), upstream)
+                for side, start, kept, upstream in zip(
+                    self._sides(inputs, segments), past, saved, (grad, grad.flip(1)), strict=True
+                )
+            ]
+        )
+
+    def attend_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        future: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        left, right = (
+            self._one_way.attend_grad(*side, start, end, (kept,), upstream)
+            for side, start, end, kept, upstream in zip(
+                self._sides(inputs, segments), past, future, saved, (grad, grad.flip(1)), strict=True
+            )
+        )
+        dx, ddecay, dangle, dre, dim = zip(left, right, strict=True)
+        return dx[0] + dx[1].flip(1), sum(ddecay), sum(dangle), torch.stack(dre), torch.stack(dim)  # type: ignore[arg-type]

@@ -1,0 +1,232 @@
+"""Portable PyTorch: FFTs over whole documents, a slice of the channels at a time.
+
+A row of T tokens, of which the last L want outputs, is convolved circularly with n >= L + K - 1 points: what wraps around falls on
+outputs that nobody wants. Its adjoint is two correlations of the same size. Documents of similar length share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..scan import NO_TOKENS, Carry
+from ..short_conv.past import read_carry, write_carry
+
+# Bytes of workspace for a slice of the channels (one channel at least): enough for 8 channels of half a million tokens in fp32, so
+# that the strided copies into and out of a slice still use whole cache lines.
+WORKSPACE = 1 << 28
+# Up to this many tokens, as in decoding, the sum of L K products is cheaper than FFTs of L + K - 1 points.
+DIRECT_LEN = 16
+
+
+def chunked_long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    causal: bool = True,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Carry]:
+    """The arguments and results of `reference_long_conv`, in fp32 or better; saves nothing but its inputs."""
+    num_taps, length = kernel.shape[1], x.shape[1]
+    past = read_carry(x, carry, segments, num_taps - 1)
+    ids = None
+    if segments is not None:
+        ids = segments if past.ids is None else torch.cat([past.ids, segments], dim=1)
+    # The taps that reach any token at all: i + centre - m lies between the first carried and the last token.
+    centre, new = 0 if causal else num_taps // 2, max(length, 1)
+    first = max(0, centre - new + 1)
+    taps, centre = kernel[:, first : centre + new + past.tokens.shape[1]], centre - first
+    if length <= DIRECT_LEN:
+        y = _direct(x, taps, skip, past.tokens, ids, centre)
+    else:
+        y = _LongConv.apply(x, taps, skip, past.tokens, ids, centre)
+    return y, write_carry(x, segments, past, num_taps - 1)
+
+
+def _wide(x: Tensor, kernel: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
+
+
+def _direct(
+    x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+) -> Tensor:
+    """The sum over the taps, token by token; arguments as of `_LongConv`."""
+    length, num_taps, num_past = x.shape[1], kernel.shape[1], past.shape[1]
+    taps = kernel.to(_wide(x, kernel)).flip(1).t()
+    before = max(0, num_taps - 1 - centre - num_past)
+    tokens = F.pad(torch.cat([past.to(taps.dtype), x.to(taps.dtype)], dim=1), (0, 0, before, centre))
+    if ids is not None:
+        ids = F.pad(ids, (before, centre), value=NO_TOKENS)
+    own = before + num_past  # the first of x
+    rows = [x[:, :0] * taps[0]]  # so that the result depends on the taps even where x is empty
+    for i in range(own, own + length):
+        seen = slice(i + centre - num_taps + 1, i + centre + 1)
+        product = tokens[:, seen] * taps
+        if ids is not None:
+            product = product * (ids[:, seen] == ids[:, i : i + 1]).unsqueeze(-1).to(taps.dtype)
+        rows.append(product.sum(dim=1, keepdim=True))
+    y = torch.cat(rows, dim=1)
+    return (y if skip is None else y + skip * x).to(x.dtype)
+
+
+class _LongConv(torch.autograd.Function):
+    """The convolution of ``x [B, L, D]``, behind ``past [B, T, D]``, with ``kernel [D, K]``; ``ids [B, T + L]`` or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: Tensor,
+        skip: Tensor | None,
+        past: Tensor,
+        ids: Tensor | None,
+        centre: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, kernel, skip, past, ids)
+        ctx.centre = centre
+        batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for some in _slices(x, batches, dtype):
+            tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
+            out = torch.zeros_like(tokens)
+            for batch in batches:
+                product = batch.spectrum(tokens).mul_(batch.transfer(kernel[some].to(dtype)))
+                batch.put(product, out, batch.centre)
+            if skip is not None:
+                out.addcmul_(tokens, skip[some].to(dtype))
+            y[:, :, some] = out[:, past.shape[1] :]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, kernel, skip, past, ids = ctx.saved_tensors
+        num_past = past.shape[1]
+        batches, dtype = list(_batches(x, past, ids, kernel.shape[1], ctx.centre)), _wide(x, kernel)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
+        dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
+        dskip = None if skip is None else torch.empty_like(skip)
+        for some in _slices(x, batches, dtype):
+            tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
+            upstream = F.pad(grad[:, :, some].to(dtype), (0, 0, num_past, 0))
+            dtokens = torch.zeros_like(tokens)
+            dtaps = tokens.new_zeros(tokens.shape[2], kernel.shape[1])
+            for batch in batches:
+                to_y = batch.spectrum(upstream, batch.centre)
+                product = batch.spectrum(tokens).conj_physical_().mul_(to_y).sum(dim=0)
+                dtaps[:, batch.taps] += torch.fft.irfft(product, batch.size)[:, : batch.num_taps]
+                batch.put(to_y.mul_(batch.transfer(kernel[some].to(dtype)).conj_physical_()), dtokens, 0)
+            if skip is not None and dskip is not None:
+                dskip[some] = (upstream * tokens).sum((0, 1))
+                dtokens.addcmul_(upstream, skip[some].to(dtype))
+            dx[:, :, some] = dtokens[:, num_past:]
+            dpast[:, :, some] = dtokens[:, :num_past]
+            dkernel[some] = dtaps
+        return dx, dkernel, dskip, dpast, None, None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of tokens that are convolved alike: whole sequences, or documents of similar length.
+
+    Attributes:
+        size: points of the FFT.
+        taps: which taps of the kernel reach a token of a row.
+        centre: the tap among them that multiplies the current token.
+        index: ``[R, n]`` the rows' tokens, counted through ``[B * (T + L)]``; None where a row is a row of the piece.
+        valid: ``[R, n]`` whether that is a token of the row, or filling.
+    """
+
+    size: int
+    taps: slice
+    centre: int
+    index: Tensor | None = None
+    valid: Tensor | None = None
+
+    @property
+    def num_taps(self) -> int:
+        return self.taps.stop - self.taps.start
+
+    def transfer(self, kernel: Tensor) -> Tensor:
+        """The spectrum of the taps of ``kernel [D_c, K]``."""
+        return torch.fft.rfft(kernel[:, self.taps], self.size)
+
+    def spectrum(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` tokens to the right."""
+        if self.index is not None and self.valid is not None:
+            tokens = tokens.flatten(0, 1)[self.index].mul_(self.valid.unsqueeze(-1))
+        rows = tokens.new_zeros(tokens.shape[0], tokens.shape[2], self.size)
+        rows[:, :, first : first + tokens.shape[1]] = tokens.transpose(1, 2)
+        return torch.fft.rfft(rows)
+
+    def put(self, spectrum: Tensor, out: Tensor, first: int) -> None:
+        """Write what ``spectrum`` stands for, from position ``first`` on, to the rows' places in ``out [B, T + L, D_c]``."""
+        rows = torch.fft.irfft(spectrum, self.size)
+        if self.index is None or self.valid is None:
+            out.copy_(rows[:, :, first : first + out.shape[1]].transpose(1, 2))
+        else:
+            rows = rows[:, :, first : first + self.index.shape[1]].transpose(1, 2)
+            out.flatten(0, 1)[self.index[self.valid]] = rows[self.valid]
+
+
+def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[_Batch]:
+    """Everything that is to be convolved: the rows of the piece, or its documents by length."""
+    length = x.shape[1]
+    total = past.shape[1] + length
+    if ids is None:
+        size = fft_size(max(total + centre, length + num_taps - 1 - centre))
+        yield _Batch(size, slice(0, num_taps), centre)
+        return
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = begins.flatten().nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=starts.new_tensor([ids.numel()]))
+    is_token = ids.flatten()[starts] >= 0
+    starts, lengths = starts[is_token], lengths[is_token]
+    magnitudes = torch.frexp((lengths - 1).double()).exponent  # of lengths in (2^(e-1), 2^e]
+    for magnitude in magnitudes.unique().tolist():
+        alike = magnitudes == magnitude
+        longest = int(lengths[alike].max())
+        position = torch.arange(longest, device=x.device)
+        valid = position < lengths[alike].unsqueeze(1)
+        index = torch.where(valid, starts[alike].unsqueeze(1) + position, 0)
+        taps = slice(max(0, centre - longest + 1), min(num_taps, centre + longest))
+        middle = centre - taps.start
+        size = fft_size(longest + max(middle, taps.stop - taps.start - 1 - middle))
+        yield _Batch(size, taps, middle, index, valid)
+
+
+def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:
+    """The channels, as many at a time as the workspace holds."""
+    rows = [(x.shape[0] if batch.index is None else batch.index.shape[0]) + 1 for batch in batches]
+    # The rows, their spectrum, the product, its inverse; and the tokens and outputs, which are no longer than the rows.
+    points = 5 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
+    width = max(1, WORKSPACE // (points * dtype.itemsize))
+    width -= width % 16 if width > 16 else 0  # whole cache lines
+    for start in range(0, x.shape[2], width):
+        yield slice(start, min(start + width, x.shape[2]))
+
+
+@cache
+def fft_size(length: int) -> int:
+    """The least even number >= ``length`` whose prime factors are 2, 3 and 5: sizes that FFT libraries do fast."""
+    best = 2
+    while best < length:
+        best *= 2
+    odds = [3**i * 5**j for i in range(3) for j in range(3)]
+    for odd in odds:
+        size = 2 * odd
+        while size < length:
+            size *= 2
+        best = min(best, size)
+    return best

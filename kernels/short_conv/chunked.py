@@ -1,0 +1,170 @@
+"""Portable PyTorch: W shifted multiplies over blocks of tokens that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..scan import NO_TOKENS, Carry
+from .past import reach, read_carry, window, write_carry
+
+# Elements of a block of tokens: 2 MB in fp32, which the passes over it find in a processor's cache, or enough to keep a GPU busy.
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
+
+
+def chunked_short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    causal: bool = True,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Carry]:
+    """The arguments and results of `reference_short_conv`, in fp32 or better; saves nothing but its inputs."""
+    num_taps = weight.shape[1]
+    past = read_carry(x, carry, segments, num_taps - 1)
+    left, _ = reach(num_taps, causal)
+    y = _ShortConv.apply(x, weight, bias, past.tokens, past.ids, segments, left, activation == "silu")
+    return y, write_carry(x, segments, past, num_taps - 1)
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        past: Tensor,
+        past_ids: Tensor | None,
+        segments: Tensor | None,
+        left: int,
+        silu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, past, past_ids, segments)
+        ctx.left, ctx.silu = left, silu
+        piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start, stop in piece.blocks():
+            z = piece.linear(start, stop)
+            y[:, start:stop] = F.silu(z, inplace=True) if silu else z
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, past, past_ids, segments = ctx.saved_tensors
+        piece = _Piece.of(x, weight, bias, past, past_ids, segments, ctx.left)
+        left, num_past = ctx.left, past.shape[1]
+        right = weight.shape[1] - 1 - left
+        mirrored = piece.taps.flip(0)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
+        # Summed over blocks in fp64: a million tokens lose nothing.
+        dtaps = torch.zeros_like(piece.taps, dtype=torch.float64)
+        dbias = torch.zeros_like(piece.taps[0], dtype=torch.float64)
+        for start, stop in [(-num_past, 0), *piece.blocks()] if num_past else piece.blocks():
+            # Token j is seen by the tokens [j - right, j + left].
+            first, last = start - right, stop + left
+            g = window(grad, grad[:, :0], first, last, piece.taps.dtype)
+            if ctx.silu:
+                g = torch.ops.aten.silu_backward(g, piece.linear(first, last))
+            ids = piece.ids(first, last)
+            to_tokens = _convolve(g, mirrored, ids, right)
+            if stop <= 0:
+                dpast[:] = to_tokens
+                continue
+            dx[:, start:stop] = to_tokens
+            g = g[:, right : right + stop - start]
+            tokens, ids = piece.tokens(start - left, stop + right), piece.ids(start - left, stop + right)
+            for tap in range(weight.shape[1]):
+                dtaps[tap] += (g * _seen(tokens, ids, tap, left, stop - start)).sum((0, 1))
+            dbias += g.sum((0, 1))
+        dweight = dtaps.t().to(weight.dtype)
+        return dx, dweight, None if bias is None else dbias.to(bias.dtype), dpast, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece with its past, its taps ``[W, D]`` and ``bias [D]`` in the dtype of the computation."""
+
+    x: Tensor
+    past: Tensor
+    past_ids: Tensor | None
+    segments: Tensor | None
+    taps: Tensor
+    bias: Tensor | None
+    left: int
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        past: Tensor,
+        past_ids: Tensor | None,
+        segments: Tensor | None,
+        left: int,
+    ) -> _Piece:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+        taps = weight.t().to(dtype).contiguous()
+        return cls(x, past, past_ids, segments, taps, None if bias is None else bias.to(dtype), left)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The piece's tokens in blocks ``(start, stop)``."""
+        batch, length, width = self.x.shape
+        elements = CPU_BLOCK if self.x.device.type == "cpu" else GPU_BLOCK
+        block_len = max(64, elements // max(1, batch * width))
+        for start in range(0, length, block_len):
+            yield start, min(start + block_len, length)
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Tokens ``[start, stop)``, counted from the piece's first; zeros where there are none."""
+        return window(self.x, self.past, start, stop, self.taps.dtype)
+
+    def ids(self, start: int, stop: int) -> Tensor | None:
+        """Their document ids, or None where the piece has no documents."""
+        if self.segments is None or self.past_ids is None:
+            return None
+        return window(self.segments, self.past_ids, start, stop, torch.int64, NO_TOKENS)
+
+    def linear(self, start: int, stop: int) -> Tensor:
+        """The output ``[B, stop - start, D]`` before the activation; a new tensor."""
+        first, last = start - self.left, stop + self.taps.shape[0] - 1 - self.left
+        z = _convolve(self.tokens(first, last), self.taps, self.ids(first, last), self.left)
+        return z if self.bias is None else z.add_(self.bias)
+
+
+def _convolve(tokens: Tensor, taps: Tensor, ids: Tensor | None, left: int) -> Tensor:
+    """``sum_j taps[j] tokens_{i + j - left}``, ``[B, n, D]``, for the n tokens that have ``left`` before and the rest of W - 1 after them.
+
+    Args:
+        tokens: ``[B, n + W - 1, D]``.
+        taps: ``[W, D]``.
+        ids: ``[B, n + W - 1]`` or None.
+        left: taps before the token itself.
+    """
+    length = tokens.shape[1] - taps.shape[0] + 1
+    out = tokens[:, left : left + length] * taps[left]
+    for tap in range(taps.shape[0]):
+        if tap != left:
+            out.addcmul_(_seen(tokens, ids, tap, left, length), taps[tap])
+    return out
+
+
+def _seen(tokens: Tensor, ids: Tensor | None, tap: int, left: int, length: int) -> Tensor:
+    """What each of ``length`` tokens sees through ``tap``, ``[B, length, D]``: zero where it is another document's."""
+    seen = tokens[:, tap : tap + length]
+    if ids is None or tap == left:
+        return seen
+    same = ids[:, tap : tap + length] == ids[:, left : left + length]
+    return seen * same.unsqueeze(-1).to(seen.dtype)

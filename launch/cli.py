@@ -1,0 +1,147 @@
+"""The command line: ``longreach train | evaluate | generate | pack | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .. import __version__
+from ..kernels.errors import InputError
+from . import train as train_command
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 2 a user's mistake, told in one line)."""
+    arguments = _parser().parse_args(words)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except InputError as error:
+        return train_command.fail(error)
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stderr.close()
+        return 141
+    except KeyboardInterrupt:
+        print("longreach: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longreach",
+        description="Train models on very long sequences, one sequence split over many ranks.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a config says", description=_TRAIN)
+    train_command.add_arguments(train)
+    train.set_defaults(command=train_command.run)
+
+    evaluate = commands.add_parser("evaluate", help="bits per byte of held-out documents, or of a file of any length")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
+    evaluate.add_argument("--source", metavar="FILE", help="score this file as one sequence")
+    evaluate.add_argument("--batches", type=int, default=0, help="held-out batches to read; 0 reads all")
+    evaluate.set_defaults(command=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue; @FILE reads a file")
+    generate.add_argument("--tokens", type=int, default=256, help="how many to write (default 256)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0 among all")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(command=_generate)
+
+    pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
+    pack.add_argument("source", metavar="SOURCE", help="a file, a folder, or cpython for this Python's own library")
+    pack.add_argument("out_dir", metavar="OUT_DIR")
+    pack.add_argument("--name", default="", help="what the corpus is called (default: the source's name)")
+    pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
+    pack.set_defaults(command=_pack)
+
+    doctor = commands.add_parser("doctor", help="check this machine before a job")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+_TRAIN = """Train as CONFIG says. Starts parallel.ranks local ranks itself; under torchrun or deepspeed
+(`torchrun ... -m longreach.launch.train CONFIG`) it joins the world that they started."""
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ..framework.evaluate import evaluate
+
+    if arguments.batches < 0:
+        raise InputError("--batches", arguments.batches, "at least 0")
+    score = evaluate(arguments.run_dir, arguments.source, arguments.batches)
+    print(f"{score.num_tokens:,} tokens: {score.loss:.4f} nats, {score.bits_per_token:.4f} bits per token")
+    print("from position   bits per token")
+    for position, loss in score.by_position:
+        print(f"{position:13,}   {loss / score.loss * score.bits_per_token:.4f}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from ..framework.generate import decode_stream, encode, generate, load_run
+
+    for name, value, low in (("--tokens", arguments.tokens, 1), ("--top-k", arguments.top_k, 0)):
+        if value < low:
+            raise InputError(name, value, f"at least {low}")
+    if not arguments.temperature >= 0:
+        raise InputError("--temperature", arguments.temperature, "at least 0")
+    prompt = _prompt(arguments.prompt)
+    _, model = load_run(arguments.run_dir)
+    tokens = generate(
+        model,
+        encode(prompt),
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
+    for text in decode_stream(int(token) for token in tokens):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _prompt(text: str) -> bytes:
+    if not text.startswith("@"):
+        return text.encode("utf-8", errors="surrogateescape")
+    try:
+        with open(text[1:], "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError("--prompt", text, f"cannot be read: {error.strerror}") from None
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from ..framework.data import DataConfig, prepare
+
+    if not 0 <= arguments.valid_fraction < 1:
+        raise InputError("--valid-fraction", arguments.valid_fraction, "from 0 to less than 1")
+    data = DataConfig(
+        source=arguments.source,
+        name=arguments.name,
+        cache=arguments.out_dir,
+        valid_fraction=arguments.valid_fraction,
+        seq_len=1,
+        batch_size=1,
+    )
+    index = prepare(data)
+    for name, split in index.splits.items():
+        print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {len(split.shards)} shards")
+    for name, value in index.baselines.items():
+        print(f"{name}: {value}")
+    print(f"packed into {index.directory}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor()

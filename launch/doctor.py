@@ -1,0 +1,137 @@
+"""`longreach doctor`: what a job would find on this machine, before it is started."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from .. import __version__
+
+PACKAGES = ("torch", "triton", "deepspeed", "omegaconf", "webdataset", "tensorboard", "safetensors")
+LOW_DISK_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``level`` is "ok", "note" (a job runs, but look) or "bad" (it would not)."""
+
+    level: str
+    topic: str
+    text: str
+
+
+def doctor() -> int:
+    """Print every finding; returns 1 if a job would not run here."""
+    findings = [finding for check in CHECKS for finding in check()]
+    for finding in findings:
+        print(f"{finding.level:<5} {finding.topic:<12} {finding.text}")
+    bad = sum(finding.level == "bad" for finding in findings)
+    print("a job runs here" if not bad else f"{bad} findings keep a job from running here")
+    return 1 if bad else 0
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("ok", "longreach", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            yield Finding("ok", package, version(package))
+        except PackageNotFoundError:
+            optional = package == "triton" and sys.platform != "linux"
+            yield Finding("note" if optional else "bad", package, f"not installed; pip install {package}")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("ok", "cpu", f"{cores} cores, {_memory_bytes() / 2**30:.1f} GiB of memory")
+    if not torch.cuda.is_available():
+        yield Finding("note", "gpu", "none that torch can use: ranks compute on the CPU and exchange by gloo")
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        text = f"{number}: {properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield Finding("ok", "gpu", text)
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        yield Finding("note", "compiler", "no C++ compiler: nothing here needs one, DeepSpeed's own CPU ops would")
+
+
+def _backends() -> Iterator[Finding]:
+    """Which implementation of each operator "auto" takes, found by running it."""
+    import torch
+
+    from ..kernels.elementwise import elementwise_attention
+    from ..kernels.linear_attention import linear_attention
+    from ..kernels.long_conv import long_conv
+    from ..kernels.short_conv import short_conv
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, heads = torch.ones(1, 8, 4, device=device), torch.ones(1, 8, 2, 2, device=device)
+    runs: dict[str, Callable[[], object]] = {
+        "elementwise": lambda: elementwise_attention(x, x, x),
+        "linear attn": lambda: linear_attention(heads, heads, heads),
+        "short conv": lambda: short_conv(x, x[0, :4]),
+        "long conv": lambda: long_conv(x, x[0, :4]),
+    }
+    for name, operator in runs.items():
+        try:
+            operator()
+            yield Finding("ok", name, f"runs on {device}")
+        except Exception as error:  # whatever it is, the user must see it here and not in a job
+            yield Finding("bad", name, f"fails on {device}: {error}")
+
+
+def _exchange() -> Iterator[Finding]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        yield Finding("bad", "exchange", "torch was built without torch.distributed")
+        return
+    backends = [
+        name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
+    ]
+    yield Finding("ok" if backends else "bad", "exchange", f"backends: {', '.join(backends) or 'none'}")
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+        level = "note" if address.startswith("127.") else "ok"
+        hint = "; other nodes cannot reach this address, set MASTER_ADDR" if level == "note" else ""
+        yield Finding(level, "host", f"{host} is {address}{hint}")
+    except OSError:
+        yield Finding(
+            "note", "host", f"{host} has no address: give torchrun --rdzv-endpoint or --master-addr an address"
+        )
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", 29500))
+            yield Finding("ok", "port", "29500, torchrun's default, is free")
+        except OSError:
+            yield Finding("note", "port", "29500, torchrun's default, is in use: give torchrun another --master-port")
+
+
+def _disk() -> Iterator[Finding]:
+    for topic, path in (("disk", "."), ("shm", "/dev/shm")):
+        if not os.path.isdir(path):
+            continue
+        free = shutil.disk_usage(path).free
+        low = topic == "disk" and free < LOW_DISK_BYTES
+        writable = os.access(path, os.W_OK)
+        text = f"{os.path.abspath(path)}: {free / 2**30:.1f} GiB free" + ("" if writable else ", not writable")
+        yield Finding("note" if low or not writable else "ok", topic, text)
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _devices, _backends, _exchange, _disk)

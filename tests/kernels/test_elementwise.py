@@ -1,0 +1,453 @@
+"""Element-wise attention: the chunked backend against the definition, the definition against the exact attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers import run_distributed
+from torch import Tensor
+
+from longreach.kernels.elementwise import (
+    ElementwiseAttention,
+    chunked,
+    elementwise_attention,
+    exact_elementwise_attention,
+    reference_elementwise_attention,
+)
+from longreach.kernels.errors import InputError
+from longreach.kernels.scan import Carry, StatefulOp
+from longreach.parallel.mesh import Axis
+from longreach.parallel.relay import GatherRelay
+
+BATCH, WIDTH = 2, 3
+LENGTHS = [1, 2, 63, 64, 65, 128, 129, 500]
+DOCUMENTS = ["none", "many", "spanning", "single"]
+
+
+def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], rms: float, largest: float | None = None) -> None:
+    """Relative RMS error below ``rms``, and the largest error below ``largest`` (10 rms) times the largest value.
+
+    Errors are relative to the truth's size, or to 0.01 where it is smaller: dq of a token alone is 0.
+    """
+    assert len(got) == len(want)
+    for place, (x, truth) in enumerate(zip(got, want)):
+        assert x.shape == truth.shape, place
+        if not truth.numel():
+            continue
+        x, truth = x.double(), truth.double()
+        assert x.isfinite().all() and truth.isfinite().all(), place
+        error = (x - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=0.01)
+        assert error <= rms, f"tensor {place}: relative RMS error {error:.2e} > {rms:.0e}"
+        error = (x - truth).abs().max() / truth.abs().max().clamp(min=0.01)
+        limit = 10 * rms if largest is None else largest
+        assert error <= limit, f"tensor {place}: largest error {error:.2e} > {limit:.0e}"
+
+
+def make_inputs(length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, BATCH, length, WIDTH, dtype=torch.float64)
+    return (0.7 * q).to(dtype), (0.7 * k).to(dtype), v.to(dtype)
+
+
+def make_segments(kind: str, length: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "single":
+        return torch.arange(length).expand(BATCH, -1).clone()
+    begins = torch.rand(BATCH, length) < (0.3 if kind == "many" else 0.012)
+    if kind == "spanning" and length > 70:
+        begins[0, 64] = True  # at the edge of a block, too
+    begins[:, 0] = False
+    return 5 + begins.long().cumsum(dim=1)
+
+
+def make_carry(order: int, segments: Tensor | None, dtype: torch.dtype = torch.float64) -> Carry:
+    """The carry behind 9 tokens: their document goes on in row 0, and ends in row 1 (with documents)."""
+    _, carry = reference_elementwise_attention(*make_inputs(9, dtype), order=order)
+    if segments is None:
+        return carry
+    return Carry(carry.state, segments[:, 0] - torch.tensor([0, 1]))
+
+
+def run(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    *,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+    **options: object,
+) -> list[Tensor]:
+    """Output, outgoing state, and the gradients of q, k, v and of the incoming state if there is one."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    if carry is not None:
+        leaves.append(carry.state.detach().clone().requires_grad_())
+        carry = Carry(leaves[3], carry.segment)
+    y, end = elementwise_attention(*leaves[:3], carry=carry, segments=segments, **options)  # type: ignore[arg-type]
+    assert y.dtype == inputs[0].dtype
+    if segments is not None:
+        assert end.segment is not None and end.segment.equal(segments[:, -1])
+    grads = grads[0].to(y.dtype), grads[1].to(end.state.dtype)
+    return [y.detach(), end.state.detach(), *torch.autograd.grad([y, end.state], leaves, grads)]
+
+
+def make_grads(length: int, order: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.randn(BATCH, length, WIDTH, dtype=torch.float64),
+        torch.randn(BATCH, 2, order + 1, WIDTH, dtype=torch.float64),
+    )
+
+
+def compare(
+    length: int, order: int, causal: bool, documents: str, with_carry: bool, dtype: torch.dtype, rms: float
+) -> None:
+    """The chunked backend in ``dtype`` against the definition in fp64, on the same numbers."""
+    inputs = make_inputs(length, dtype)
+    segments = make_segments(documents, length)
+    carry = make_carry(order, segments, dtype) if with_carry else None
+    y_grad, state_grad = make_grads(length, order)
+    grads = y_grad.to(dtype), state_grad
+    options = {"order": order, "causal": causal, "segments": segments}
+    got = run(inputs, grads, carry=carry, backend="chunked", **options)
+    wide_carry = None if carry is None else Carry(carry.state.double(), carry.segment)
+    q, k, v = (x.double() for x in inputs)
+    want = run((q, k, v), grads, carry=wide_carry, backend="reference", **options)
+    assert_close(got, want, rms)
+
+
+@pytest.mark.parametrize("with_carry", [False, True], ids=["", "carry"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equals_the_definition(length: int, causal: bool, documents: str, with_carry: bool) -> None:
+    """Catches a wrong adjoint, a padded token that counts, a state that reaches a foreign document."""
+    compare(length, 4, causal, documents, with_carry, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+@pytest.mark.parametrize("order", [2, 6, 8])
+def test_equals_the_definition_at_every_order(order: int, causal: bool) -> None:
+    for documents in ("none", "spanning"):
+        for length in (1, 129, 500):
+            compare(length, order, causal, documents, True, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("dtype, rms", [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3), (torch.float16, 3e-4)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+def test_equals_the_definition_in_every_dtype(dtype: torch.dtype, rms: float, causal: bool) -> None:
+    """Catches sums in the dtype of the inputs: the errors allowed are those of rounding outputs and gradients once."""
+    for order in (2, 4, 6):
+        for documents in ("none", "many", "spanning"):
+            for length in (65, 500):
+                compare(length, order, causal, documents, True, dtype, rms)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+def test_equals_the_definition_over_slabs(causal: bool, documents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches states that are lost between the slabs in which a long piece is worked on."""
+    for blocks in (1, 3):
+        monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", blocks * 64 * BATCH * WIDTH)
+        compare(500, 4, causal, documents, True, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("documents", ["none", "many", "edge"])
+def test_pieces_equal_the_whole(documents: str) -> None:
+    """Catches a carry that loses a document, outputs and gradients alike; "edge": a document begins at each cut."""
+    length, order = 200, 6
+    inputs, grads = make_inputs(length), make_grads(length, order)
+    segments = make_segments("many" if documents == "edge" else documents, length)
+    for cuts in ([0, 77, 200], [0, 1, 128, 200], [0, 64, 64, 200]):
+        if documents == "edge":
+            begins = torch.zeros(BATCH, length, dtype=torch.int64)
+            begins[:, cuts[1:-1]] = 1
+            segments = begins.cumsum(dim=1)
+        carry = make_carry(order, segments)
+        want = run(inputs, grads, carry=carry, segments=segments, order=order)
+        leaves = [x.clone().requires_grad_() for x in (*inputs, carry.state)]
+        now, parts = Carry(leaves[3], carry.segment), []
+        for first, last in zip(cuts, cuts[1:]):
+            ids = None if segments is None else segments[:, first:last]
+            y, now = elementwise_attention(
+                *(x[:, first:last] for x in leaves[:3]), order=order, carry=now, segments=ids
+            )
+            parts.append(y)
+        out = [torch.cat(parts, dim=1), now.state]
+        assert_close([*(x.detach() for x in out), *torch.autograd.grad(out, leaves, grads)], want, 1e-12)
+
+
+def test_decoding_token_by_token_equals_the_whole() -> None:
+    inputs = make_inputs(70, torch.float32)
+    segments = make_segments("many", 70)
+    with torch.no_grad():
+        want, end = elementwise_attention(*inputs, segments=segments)
+        carry, parts = None, []
+        for i in range(70):
+            y, carry = elementwise_attention(
+                *(x[:, i : i + 1] for x in inputs), carry=carry, segments=segments[:, i : i + 1]
+            )
+            parts.append(y)
+    assert carry is not None
+    assert_close([torch.cat(parts, dim=1), carry.state], [want, end.state], 1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+def test_gradients_are_derivatives(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite differences, independent of the reference; blocks of 2 and slabs of 1, so that states cross their edges."""
+    monkeypatch.setattr(chunked, "BLOCK_LEN", 2)
+    monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", 1)
+    for order, documents in ((2, "none"), (4, "many")):
+        segments = make_segments(documents, 5)
+        carry = make_carry(order, segments)
+        inputs = [x.requires_grad_() for x in (*make_inputs(5), carry.state)]
+
+        def outputs(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            state: Tensor,
+            order: int = order,
+            segments: Tensor | None = segments,
+            ids: Tensor | None = carry.segment,
+        ) -> tuple[Tensor, Tensor]:
+            y, end = elementwise_attention(
+                q, k, v, order=order, causal=causal, carry=Carry(state, ids), segments=segments
+            )
+            return y, end.state
+
+        assert torch.autograd.gradcheck(outputs, inputs)
+
+
+class Derived(ElementwiseAttention):
+    """The same passes, with the adjoints that `StatefulOp` derives from them."""
+
+    summarize_grad = StatefulOp.summarize_grad
+    attend_grad = StatefulOp.attend_grad
+
+
+def test_no_tokens() -> None:
+    """A rank with an empty share passes the carry on: A = 1, B = 0."""
+    inputs = make_inputs(0)
+    carry = make_carry(6, None)
+    for causal in (True, False):
+        decay, state = ElementwiseAttention(6, causal).summarize(inputs, None)
+        assert decay.eq(1).all() and state.eq(0).all()
+        grads = make_grads(0, 6)
+        y, end, *input_grads, carry_grad = run(inputs, grads, carry=carry, causal=causal)
+        assert y.shape == (BATCH, 0, WIDTH) and all(x.shape == y.shape for x in input_grads)
+        assert end.equal(carry.state) and carry_grad.equal(grads[1])
+
+
+def error_bound(reach: float, order: int, v: Tensor) -> float:
+    """How far the series may be from the exact attention where ``|2 q k| <= reach`` for all pairs of tokens.
+
+    Taylor's remainder, relative to ``exp(x)``, is at most ``e = reach^(t+1) / (t+1)! * exp(reach)`` on either side of 0.
+    With exact weights p and relative errors d, ``|d| <= e``: ``y_series - y = sum p d (v - y) / sum p (1 + d)``, so its
+    magnitude is at most ``e / (1 - e)`` times the range of v.
+    """
+    e = reach ** (order + 1) / math.factorial(order + 1) * math.exp(reach)
+    return e / (1 - e) * float(v.max() - v.min())
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
+def test_series_nears_the_exact_attention(causal: bool) -> None:
+    """Catches a missing factor 2 or a missing exp(-k^2): the error must obey the bound at every order, and shrink."""
+    reach = 0.7  # the 10% range of order 2
+    limit = math.sqrt(reach / 2)
+    q, k, v = torch.rand(3, 1, 200, 4, dtype=torch.float64) * 2 - 1
+    q, k = q * limit, k * limit
+    segments = (torch.rand(1, 200) < 0.05).long().cumsum(dim=1)
+    exact = exact_elementwise_attention(q, k, v, causal=causal, segments=segments)
+    errors = []
+    for order in (2, 4, 6, 8):
+        y, _ = elementwise_attention(q, k, v, order=order, causal=causal, segments=segments)
+        errors.append((y - exact).abs().max().item())
+        assert errors[-1] <= error_bound(reach, order, v), order
+    assert all(later < earlier / 10 for earlier, later in zip(errors, errors[1:])), errors
+
+
+def test_exact_attention_is_stable() -> None:
+    """Far-away keys: the nearest one wins, where a plain exp would give 0 / 0."""
+    q, k, v = torch.tensor([[[300.0]]]), torch.tensor([[[100.0], [200.0]]]), torch.tensor([[[1.0], [2.0]]])
+    y = exact_elementwise_attention(q.expand(1, 2, 1), k, v, causal=False)
+    assert y.equal(torch.full((1, 2, 1), 2.0))
+
+
+def extreme_inputs(length: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """q, k, v and upstream gradients of magnitudes up to 1e4: mixed, and the corners."""
+    signs = torch.randn(4, BATCH, length, WIDTH, dtype=torch.float64).sign()
+    mixed = signs * 10 ** (torch.rand(4, BATCH, length, WIDTH, dtype=torch.float64) * 9 - 5)
+    cases = [mixed, signs * 1e4]
+    # Keys where exp(-k^2) is tiny or denormal (fp32), queries from nothing to far outside, and the largest v and g.
+    for key in (5.0, 8.0, 8.4, 9.5, 10.1, 10.3, 26.0):
+        for query in (0.0, 1e-3, 1.0, 30.0, 1e4):
+            cases.append(torch.stack([signs[0] * query, signs[1] * key, signs[2] * 1e4, signs[3] * 1e4]))
+    return [tuple(case) for case in cases]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_finite_inputs_give_finite_results(backend: str, dtype: torch.dtype) -> None:
+    """Catches 0/0 where all weights underflow, 0*inf in powers and in gradients, and overflow of fp16."""
+    for order in (2, 4, 6, 8):
+        for causal in (True, False):
+            for case in extreme_inputs(70):
+                q, k, v, grad = (x.to(dtype) for x in case)
+                state_grad = torch.randn(BATCH, 2, order + 1, WIDTH)
+                carry = make_carry(order, None, dtype)
+                for before in (None, carry):
+                    got = run((q, k, v), (grad, state_grad), carry=before, order=order, causal=causal, backend=backend)
+                    assert all(x.isfinite().all() for x in got), (order, causal)
+
+
+def test_guards_are_those_of_the_definition() -> None:
+    """Floored denominators, clamped queries and underflow, where the results are of ordinary size."""
+    q, k, v = make_inputs(130)
+    k[:, :60] = 8.5 + 0.1 * k[:, :60]  # exp(-k^2) is below the floor of the denominator
+    q[:, 100:] *= 1e4
+    y_grad, state_grad = make_grads(130, 4)
+    y_grad[:, :60] *= 1e-20
+    for causal in (True, False):
+        got = run((q, k, v), (y_grad, state_grad), order=4, causal=causal, backend="chunked")
+        want = run((q, k, v), (y_grad, state_grad), order=4, causal=causal, backend="reference")
+        assert_close(got, want, 1e-9)
+        assert got[2][q.abs() > 1000].eq(0).all() and (q.abs() > 1000).any()
+
+
+def test_a_million_tokens_keep_their_digits() -> None:
+    """Catches a long running sum in fp32, forward and backward: against plain fp64 sums, relative error <= 1e-5."""
+    length = 2**20
+    q, k, v = torch.randn(3, 1, length, 1).mul_(0.5)
+    v = v + 1  # sums that grow
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    y, end = elementwise_attention(*leaves)
+    grad = torch.randn_like(y) + 1
+    grads = torch.autograd.grad(y, leaves, grad)
+    with torch.no_grad():
+        q, k, v, g = (x.detach().double() for x in (q, k, v, grad))
+        weight = torch.exp(-k * k)
+        coefficients = [2.0**n / math.factorial(n) for n in range(7)]
+        s = [(k**n * weight * v).cumsum(dim=1) for n in range(7)]
+        z = [(k**n * weight).cumsum(dim=1) for n in range(7)]
+        den = sum(c * q**n * z_n for n, (c, z_n) in enumerate(zip(coefficients, z)))
+        truth = sum(c * q**n * s_n for n, (c, s_n) in enumerate(zip(coefficients, s))) / den
+        a = g / den
+        dv = 0
+        dk = 0
+        for n, c in enumerate(coefficients):
+            r = (c * q**n * a).flip(1).cumsum(dim=1).flip(1)
+            u = -(c * q**n * a * truth).flip(1).cumsum(dim=1).flip(1)
+            dv = dv + weight * k**n * r
+            lower = n * k ** (n - 1) if n else torch.zeros_like(k)
+            dk = dk + weight * (lower - 2 * k ** (n + 1)) * (v * r + u)
+        state = torch.stack([torch.stack([x[:, -1] for x in sums], dim=1) for sums in (s, z)], dim=1)
+    for got, want in ((y, truth), (end.state, state), (grads[1], dk), (grads[2], dv)):
+        error = (got.detach().double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+        assert error <= 1e-5, f"{error:.1e}"
+    assert (y.detach().double() - truth).abs().max() / truth.abs().max() <= 1e-5
+
+
+def test_autocast_leaves_the_sums_alone() -> None:
+    """Catches a sum over a block that autocast turns into a product in bf16."""
+    inputs, grads = make_inputs(200, torch.float32), make_grads(200, 6)
+    want = run(inputs, grads, segments=make_segments("none", 200))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(inputs, grads)
+    assert all(x.equal(truth) for x, truth in zip(got, want))
+
+
+def piece(
+    axis: Axis,
+    cases: list[tuple[list[int], bool, tuple[Tensor, ...], tuple[Tensor, Tensor], Carry | None, Tensor | None]],
+) -> list[tuple[list[Tensor], int]]:
+    """This rank's outputs and gradients of every case, and the bytes that it sent."""
+    results = []
+    for shares, causal, inputs, (y_grad, state_grad), carry, segments in cases:
+        first = sum(shares[: axis.rank])
+        mine = slice(first, first + shares[axis.rank])
+        sent: list[int] = []
+        leaves = [x[:, mine].clone().requires_grad_() for x in inputs]
+        if carry is not None:
+            leaves.append(carry.state.clone().requires_grad_())
+            carry = Carry(leaves[3], carry.segment)
+        y, end = elementwise_attention(
+            *leaves[:3],
+            order=4,
+            causal=causal,
+            carry=carry,
+            segments=None if segments is None else segments[:, mine],
+            relay=GatherRelay(axis, sent.append),
+        )
+        grads = torch.autograd.grad([y, end.state], leaves, [y_grad[:, mine], state_grad])
+        results.append(([y.detach(), end.state.detach(), *grads], sum(sent)))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
+    """Catches a state folded in the wrong order or direction, a lost summand, a share of no or one token."""
+    length = 150
+    shares = {
+        2: [[75, 75], [1, 149], [0, 150], [150, 0]],
+        3: [[50, 50, 50], [70, 0, 80], [1, 2, 147]],
+        4: [[38, 38, 37, 37], [0, 65, 0, 85], [129, 1, 1, 19]],
+    }[ranks]
+    cases = []
+    for share in shares:
+        for causal in (True, False):
+            for documents in ("none", "many", "spanning"):
+                segments = make_segments(documents, length)
+                if segments is not None and documents == "spanning":
+                    segments[1] = 7  # one document over all ranks
+                for carry in (None, make_carry(4, segments)):
+                    cases.append((share, causal, make_inputs(length), make_grads(length, 4), carry, segments))
+    answers = run_distributed(piece, ranks, cases)
+    state_bytes = 8 * BATCH * 2 * 5 * WIDTH  # in fp64
+    for case, (share, causal, inputs, grads, carry, segments) in enumerate(cases):
+        want = run(inputs, grads, carry=carry, segments=segments, order=4, causal=causal)
+        parts = [answers[rank][case][0] for rank in range(ranks)]
+        joined = [torch.cat([part[i] for part in parts], dim=1) for i in (0, 2, 3, 4)]
+        assert_close(joined, [want[i] for i in (0, 2, 3, 4)], 1e-10)
+        for part in parts:  # the carry and its gradient are the same, and whole, on every rank
+            assert_close([part[1], *part[5:]], [want[1], *want[5:]], 1e-10)
+        directions = 1 if causal else 2
+        forward = state_bytes + 8 if segments is None else directions * state_bytes + (8 + 16) * BATCH
+        assert all(answers[rank][case][1] == forward + directions * state_bytes for rank in range(ranks)), share
+
+
+GOOD = {
+    "q": torch.zeros(2, 4, 3),
+    "k": torch.zeros(2, 4, 3),
+    "v": torch.zeros(2, 4, 3),
+    "carry": Carry(torch.zeros(2, 2, 7, 3), torch.zeros(2, dtype=torch.int64)),
+    "segments": torch.zeros(2, 4, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize(
+    "wrong, field",
+    [
+        ({"order": 3}, "order"),
+        ({"order": 0}, "order"),
+        ({"order": -2}, "order"),
+        ({"order": 2.0}, "order"),
+        ({"q": torch.zeros(4, 3)}, "shape of q"),
+        ({"q": torch.zeros(2, 4, 3).long()}, "dtype of q"),
+        ({"k": torch.zeros(2, 5, 3)}, "shape of k"),
+        ({"v": torch.zeros(2, 4, 1)}, "shape of v"),
+        ({"v": torch.zeros(2, 4, 3).bfloat16()}, "dtype of v"),
+        ({"segments": torch.zeros(2, 3).long()}, "shape of segments"),
+        ({"segments": torch.zeros(2, 4)}, "dtype of segments"),
+        ({"order": 4}, "shape of carry.state"),
+        ({"carry": Carry(torch.zeros(2, 2, 7, 3).bfloat16())}, "dtype of carry.state"),
+        ({"carry": Carry(torch.zeros(2, 2, 7, 3), torch.zeros(2, 1).long())}, "shape of carry.segment"),
+        ({"backend": "fast"}, "backend"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_a_mistake_is_told_in_one_line(wrong: dict[str, object], field: str) -> None:
+    elementwise_attention(**GOOD)  # type: ignore[arg-type]
+    with pytest.raises(InputError) as caught:
+        elementwise_attention(**{**GOOD, **wrong})  # type: ignore[arg-type]
+    assert field in str(caught.value) and "\n" not in str(caught.value)
