@@ -17,3 +17,7 @@ class InputError(ValueError):
         self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
         line = f"{field} = {value!r}: {allowed}"
         super().__init__(f"{line}; {fix}" if fix else line)
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[object, ...]]:
+        # An exception is pickled by its message alone, unless told how it is made.
+        return type(self), (self.field, self.value, self.allowed, self.fix)

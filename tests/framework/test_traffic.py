@@ -1,0 +1,95 @@
+"""The bytes that each verb exchanges, counted in a run, against the formulas in README."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import run_distributed
+from longreach.framework.model import ModelConfig, build_model
+from longreach.parallel.mesh import Axis
+from longreach.parallel.span import Span, shares
+
+B, D, H, VOCAB = 2, 12, 3, 17
+FP32, IDS = 4, 16  # bytes of a number; of a row's first and last document id
+
+
+def count(axis: Axis, mixer: str, options: dict[str, object], length: int, packed: bool) -> dict[tuple[str, str], int]:
+    """Bytes by (layer, verb) of one forward and backward pass of a model with that one mixer in two blocks."""
+    config = ModelConfig(vocab=VOCAB, width=D, depth=2, mixers=[mixer])
+    for name, value in options.items():
+        assert hasattr(getattr(config, mixer), name)
+        setattr(getattr(config, mixer), name, value)
+    model = build_model(config)
+    lengths = shares(length, axis.size)
+    first = sum(lengths[: axis.rank])
+    ids = (torch.arange(length) // 5).expand(B, -1)[:, first : first + lengths[axis.rank]] if packed else None
+    span = Span(axis=axis, lengths=lengths, segments=ids)
+    tokens = torch.zeros(B, lengths[axis.rank], dtype=torch.int64)
+    nll, penalty = model(tokens, span, tokens)
+    (nll.sum() + penalty).backward()
+    return dict(span.traffic.bytes)
+
+
+def scans(mixer: str, packed: bool) -> int:
+    """Bytes of the states of one block, forward and backward."""
+    ids = B * IDS if packed else 0
+    decay = B if packed else 1  # A is one number, or one for each row
+    if mixer == "elementwise":
+        state = 2 * 7 * D
+        return 2 * FP32 * B * state + FP32 * decay + ids
+    if mixer == "feedforward_kernel":
+        state = H * (D // H) * (D // H + 1)
+        return 2 * FP32 * B * state + FP32 * decay + ids
+    attention = H * (D // 2 // H) * (2 * D // H)
+    total = 2 * FP32 * B * attention + FP32 * decay + ids
+    if mixer == "chela-modal":
+        modes = 4
+        total += 2 * 2 * FP32 * B * D * modes + 2 * FP32 * decay * D * modes + ids
+    return total
+
+
+def halos(mixer: str, axis_rank: int, size: int) -> int:
+    """Bytes of the neighbouring tokens of one block: to the next rank forward, to the one before backward."""
+    width = 0 if mixer == "softmax" else D if mixer.startswith("chela") else 3 * D
+    forward, backward = axis_rank < size - 1, axis_rank > 0
+    return FP32 * B * 3 * width * (forward + backward)
+
+
+MIXERS = {
+    "elementwise": ("elementwise", {}),
+    "feedforward_kernel": ("feedforward_kernel", {"heads": H}),
+    "chela-modal": ("chela", {"heads": H, "modes": 4}),
+    "chela-free": ("chela", {"heads": H, "long_kernel": "free", "long_len": 9}),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MIXERS)
+def test_bytes_equal_the_formulas(name: str, packed: bool, ranks: int) -> None:
+    """Catches an exchange that nobody needs, or that grows with the sequence."""
+    for length in (ranks * 8, ranks * 64):
+        rows = run_distributed(count, ranks, *MIXERS[name], length, packed)
+        for rank, row in enumerate(rows):
+            for block in ("blocks.0", "blocks.1"):
+                assert row[block, "scan"] == scans(name, packed)
+                assert row[block, "halo"] == halos(name, rank, ranks)
+                if name == "chela-free":  # the one that grows: tokens for channels, and back, in both passes
+                    own, local = D // ranks, length // ranks
+                    sent = local * (D - own) + (ranks - 1) * local * own
+                    assert row[block, "by_channel"] == 2 * FP32 * B * sent
+                else:
+                    assert (block, "by_channel") not in row
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_softmax_sends_the_sequence(ranks: int) -> None:
+    length = ranks * 8
+    rows = run_distributed(count, ranks, "softmax", {"heads": H}, length, False)
+    for rank, row in enumerate(rows):
+        own = H // ranks + (rank < H % ranks)
+        local, head = length // ranks, D // H
+        there = 3 * local * (H - own) * head + (ranks - 1) * local * own * head
+        back = local * (H - own) * head + 3 * (ranks - 1) * local * own * head
+        assert row["blocks.0", "by_channel"] == FP32 * B * (there + back)
+        assert ("blocks.0", "scan") not in row
