@@ -277,13 +277,15 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise InputError("checkpoint", str(file), allowed, "install a newer longreach")
     if not isinstance(document, dict) or document.get("sha256") != _digest_of(document):
         raise InputError("checkpoint", str(file), "is damaged: its SHA-256 is not the one that was written")
+    if document.keys() < {"state", "optimizer_step", "loss_scaler", "random", "files"}:
+        raise InputError("checkpoint", str(file), "is damaged: it lacks keys")
     return document
 
 
 def _check(path: Path, document: dict[str, Any], *, digests: bool) -> None:
     """Compare the files with what ``state.json`` says of them: their sizes and, if asked, their SHA-256."""
-    for name, written in document["files"].items():
-        file = path / name
+    for name in (MODEL, OPTIMIZER):
+        file, written = path / name, document["files"][name]
         if not file.is_file():
             raise InputError("checkpoint", str(file), "is missing")
         size = file.stat().st_size

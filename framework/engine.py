@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ _ALLOWED_KEYS = frozenset(
         "comet",
     ]
 )
+_SECTIONS = ("fp16", "bf16", "bfloat16", "zero_optimization", "data_types")
 
 # Keys that DeepSpeed knows and that would fight with us: the value that changes nothing, and what to do instead.
 _FOREIGN_KEYS: dict[str, tuple[Any, str]] = {
@@ -187,20 +188,21 @@ def _check_keys(given: dict[str, Any], where: str) -> None:
         if key in _FOREIGN_KEYS:
             harmless, instead = _FOREIGN_KEYS[key]
             value = given.pop(key)
-            all_auto = key in ("optimizer", "scheduler") and not value.get("params")
+            all_auto = isinstance(value, dict) and "type" in value and not value.get("params")
             if value != harmless and not all_auto:
                 raise InputError(f"{where}{key}", value, "cannot be chosen here", instead)
         elif key not in _ALLOWED_KEYS:
             near = difflib.get_close_matches(key, _ALLOWED_KEYS, 1)
             fix = f"did you mean {near[0]}?" if near else "remove it"
             raise InputError(f"{where}{key}", given[key], "is not a key that DeepSpeed knows", fix)
+        elif key in _SECTIONS and not isinstance(given[key], dict):
+            raise InputError(f"{where}{key}", given[key], "must hold keys of its own")
 
 
 def _check_batch(given: dict[str, Any], where: str, ours: dict[str, Any], batch_size: int, world_size: int) -> None:
     """Compare batch keys. A user's ``train_batch_size`` counts sequences; DeepSpeed's counts a part of one as one."""
-    if batch_size % (ours["train_micro_batch_size_per_gpu"] * ours["gradient_accumulation_steps"]):
-        raise InputError("data.batch_size", batch_size, "must be micro-batch size x accumulation x data ranks")
     micro, accumulation = ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]
+    assert batch_size % (micro * accumulation) == 0
     equation = (
         f"data.batch_size {batch_size} = train.micro_batch_size {micro} x {accumulation} accumulated x "
         f"{batch_size // (micro * accumulation)} data ranks (of {world_size} ranks)"
@@ -223,30 +225,29 @@ def _check_sections(given: dict[str, Any], where: str, precision: str) -> None:
     _import_deepspeed()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
 
     zero = given.setdefault("zero_optimization", {})
-    for name, kind in (
-        ("zero_optimization", DeepSpeedZeroConfig),
-        ("fp16", DeepSpeedFP16Config),
-        ("bf16", DeepSpeedBF16Config),
-    ):
+    kinds = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    for name, kind in kinds.items():
         try:
             kind(**given[name])
-        except ValueError as error:  # pydantic's is one
-            first = (
-                error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error), "input": given[name]}
-            )
+        except ValidationError as error:
+            first = error.errors()[0]
             key = ".".join(str(part) for part in (name, *first["loc"]))
             known = [field.alias or label for label, field in kind.model_fields.items()]
             near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
-            fix = f"did you mean {near[0]}?" if near and first.get("type") == "extra_forbidden" else ""
+            fix = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else ""
             raise InputError(f"{where}{key}", first["input"], first["msg"], fix) from None
+    if not given["bf16"].setdefault("check_grad_overflow", True):
+        allowed = "must be true, so that a gradient that is not finite never reaches the weights"
+        raise InputError(f"{where}bf16.check_grad_overflow", False, allowed)
     stage = zero.get("stage", 0)
     prefix = f"{where}zero_optimization."
     if zero.get("overlap_comm") and stage == 1:
         raise InputError(f"{prefix}overlap_comm", True, "needs stage 2 or 3", "set it to false")
-    if zero.get("round_robin_gradients"):
-        raise InputError(f"{prefix}round_robin_gradients", True, "is not supported", "remove it")
+    if zero.get("round_robin_gradients"):  # DeepSpeed then takes one parameter's fp32 values for another's
+        raise InputError(f"{prefix}round_robin_gradients", True, "makes wrong checkpoints", "remove it")
     for name in ("offload_optimizer", "offload_param"):
         device = (zero.get(name) or {}).get("device", "none")
         if device == "nvme":
@@ -279,6 +280,8 @@ def _import_deepspeed() -> Any:
             logging.disable(before)
     import deepspeed
 
+    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+        raise InputError("deepspeed", deepspeed.__version__, "is too old", "install deepspeed 0.19.8 or newer")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # torch 2.13 has new names for two collectives; DeepSpeed's calls by the old ones are not the user's concern.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -287,7 +290,10 @@ def _import_deepspeed() -> Any:
 
 def _join_world(deepspeed: Any, mesh: Mesh) -> None:
     """Show DeepSpeed the world that was joined; make one of this rank alone if none was. Never asks MPI."""
+    from deepspeed.utils import groups
+
     avoid_compiling()
+    deepspeed.comm.comm.cdb = groups._WORLD_GROUP = None  # it would stay in a world that was left
     alone: dict[str, Any] = {}
     if mesh.world.group is None:
         directory = tempfile.mkdtemp(prefix="longreach-")
@@ -341,10 +347,17 @@ class Engine:
             self._deepspeed = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
-        self._store = _store_of(self._deepspeed, optimizer, trained)
+        stage = self._deepspeed.zero_optimization_stage()
+        kind = _WholeStore if stage == 0 else _PartitionedStore if stage == 3 else _FlatStore
+        self._store = kind(self._deepspeed.optimizer, optimizer, trained)
         self._store.make_state()
         _set_rates(optimizer, rates)
-        self._reduce_here = self._deepspeed.zero_optimization_stage() == 0
+        self._update_scale: Callable[[bool], None] | None = None
+        self._overflows: list[bool] = []
+        if self._deepspeed.fp16_enabled():  # it grows the scale of the loss before it divides the gradient by it
+            self._update_scale = self._deepspeed.optimizer._update_scale
+            self._deepspeed.optimizer._update_scale = self._overflows.append
+        self._reduce_here = stage == 0
         if self._reduce_here:
             self._deepspeed.enable_backward_allreduce = False
 
@@ -378,7 +391,8 @@ class Engine:
         scale = float(self.mesh.world.size)  # DeepSpeed averages over all ranks
         if not hasattr(optimizer, "scale_if_loss"):  # and it forgets the scale of fp16 in stage 0
             scale = self.gradient_scale
-        self._deepspeed.backward(loss.float() * scale, scale_wrt_gas=False)
+        wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        self._deepspeed.backward(wide * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Update the weights with the gradient added up since the last step, which ends it.
@@ -398,6 +412,8 @@ class Engine:
             return math.inf
         engine.step()
         self._store.after_step()
+        while self._overflows and self._update_scale is not None:
+            self._update_scale(self._overflows.pop())
         if not engine.was_step_applied():
             return math.inf
         norm = norm if self._reduce_here else float(engine.get_global_grad_norm())
@@ -511,27 +527,16 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-class _Store(Protocol):
-    """Where a stage keeps the fp32 value of a parameter and what the optimizer knows of it."""
-
-    def make_state(self) -> None: ...
-    def states(self) -> list[dict[str, Any]]: ...
-    def keys(self, param: nn.Parameter) -> tuple[str, ...]: ...
-    def read(self, param: nn.Parameter, key: str) -> Tensor: ...
-    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None: ...
-    def before_write(self) -> None: ...
-    def after_write(self) -> None: ...
-    def after_step(self) -> None: ...
-
-
-def _store_of(engine: Any, optimizer: torch.optim.Optimizer, trained: set[int]) -> _Store:
-    stage = engine.zero_optimization_stage()
-    kind = _WholeStore if stage == 0 else _PartitionedStore if stage == 3 else _FlatStore
-    return kind(engine.optimizer, optimizer, trained)
-
-
 class _WholeStore:
-    """Stage 0: every rank has everything, in the parameter itself or in an fp32 copy of it."""
+    """Where the fp32 value of a parameter is, and what the optimizer keeps of it.
+
+    In stage 0, every rank has everything, in the parameter itself or in an fp32 copy of it.
+
+    Args:
+        wrapper: DeepSpeed's optimizer.
+        optimizer: the torch optimizer in it.
+        trained: ``id`` of the parameters that it trains.
+    """
 
     def __init__(self, wrapper: Any, optimizer: torch.optim.Optimizer, trained: set[int]) -> None:
         self.wrapper, self.optimizer, self.trained = wrapper, optimizer, trained
@@ -540,7 +545,8 @@ class _WholeStore:
 
     def masters(self) -> list[tuple[int, Tensor]]:
         """The fp32 tensors that the torch optimizer works on, each with the number of its group."""
-        return [(i, tensor) for i, group in enumerate(self.optimizer.param_groups) for tensor in group["params"]]
+        groups = enumerate(self.optimizer.param_groups)
+        return [(i, p) for i, group in groups for p in group["params"] if p.requires_grad and p.numel()]
 
     def make_state(self) -> None:
         """Have the optimizer make its state, which it does at its first step: take one that changes nothing."""
@@ -562,9 +568,11 @@ class _WholeStore:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
     def states(self) -> list[dict[str, Any]]:
+        """What the torch optimizer keeps, for each of its tensors."""
         return [self.optimizer.state[tensor] for _, tensor in self.masters()]
 
     def keys(self, param: nn.Parameter) -> tuple[str, ...]:
+        """The names of the tensors that the optimizer keeps of a parameter."""
         if id(param) not in self.trained:
             return ()
         _, master = self.masters()[0]
@@ -572,24 +580,26 @@ class _WholeStore:
         return tuple(key for key, value in state.items() if key != "step" and torch.is_tensor(value))
 
     def read(self, param: nn.Parameter, key: str) -> Tensor:
+        """A whole tensor, fp32: the parameter's ("param") or one of `keys`; a collective."""
         master = self._copies.get(id(param), param)
         value = master if key == "param" else self.optimizer.state[master][key]
         return value.detach().float().clone()
 
     def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set what `read` reads; the parameter that the model computes with, too."""
         master = self._copies.get(id(param), param)
         (master.data if key == "param" else self.optimizer.state[master][key]).copy_(value)
         if key == "param":
             param.data.copy_(value)
 
     def before_write(self) -> None:
-        pass
+        """Called before the first of a number of `write`; a collective."""
 
     def after_write(self) -> None:
-        pass
+        """Called after the last of them; a collective."""
 
     def after_step(self) -> None:
-        pass
+        """Called after each step."""
 
 
 class _FlatStore(_WholeStore):

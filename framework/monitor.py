@@ -28,21 +28,23 @@ class Monitor:
     """Rank 0's view of a run, written below its directory.
 
     Args:
-        run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``plots/``.
+        run_dir: gets ``metrics.jsonl``, ``validation.jsonl``, ``tensorboard/`` and ``plots/``.
         config: shown in TensorBoard as text.
         first_step: steps done before; rows of later steps, left by a run that was stopped, are dropped.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, first_step: int) -> None:
         self.run_dir, self.config = run_dir, config
-        self.metrics = run_dir / "metrics.jsonl"
+        self.metrics, self.validations = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
         self.rows = _rows_up_to(self.metrics, first_step)
+        self.held_out = _rows_up_to(self.validations, first_step)
         _write_rows(self.metrics, self.rows)
+        _write_rows(self.validations, self.held_out)
         self.board: SummaryWriter | None = None
         if config.monitor.tensorboard:
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
             self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, highlight=False, markup=False)
         self.progress: Progress | None = None
         if self.console.is_terminal:
             self.progress = Progress(
@@ -59,7 +61,7 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print one line, above the progress bar if there is one."""
-        (self.progress.console if self.progress else self.console).print(line, highlight=False, soft_wrap=True)
+        (self.progress.console if self.progress else self.console).print(line, soft_wrap=True)
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step; ``row["step"]`` counts from 1."""
@@ -85,7 +87,8 @@ class Monitor:
         """Record a validation: ``loss`` in nats a token, and the loss of each stretch of positions."""
         self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
         row = {"step": step, "loss": loss, "bits_per_token": loss * BITS, "by_position": by_position}
-        with open(self.run_dir / "validation.jsonl", "a", encoding="ascii") as file:
+        self.held_out.append(row)
+        with open(self.validations, "a", encoding="ascii") as file:
             file.write(json.dumps(row) + "\n")
         if self.board is not None:
             self.board.add_scalar("validation/loss", loss, step)
@@ -101,10 +104,9 @@ class Monitor:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot([r["step"] for r in self.rows], [r["bits_per_token"] for r in self.rows], lw=0.8, label="training")
-        held_out = self.run_dir / "validation.jsonl"
-        if held_out.exists():
-            rows = [json.loads(line) for line in held_out.read_text().splitlines()]
-            axes.plot([r["step"] for r in rows], [r["bits_per_token"] for r in rows], "o-", label="held-out")
+        if self.held_out:
+            steps, bits = zip(*[(r["step"], r["bits_per_token"]) for r in self.held_out], strict=True)
+            axes.plot(steps, bits, "o-", label="held-out")
         axes.set(xlabel="step", ylabel="bits per token", title=self.run_dir.name)
         axes.legend()
         axes.grid(alpha=0.3)

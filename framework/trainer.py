@@ -1,8 +1,8 @@
 """The training loop, top to bottom.
 
 One scale for the loss, however the work is split: the sum of the token losses of the whole optimizer step over the
-number of
-its labelled tokens. Each rank adds the summand of its own tokens; `Engine` sums gradients over ranks and micro-batches.
+number of its labelled tokens. Each rank adds the summand of its own tokens; `Engine` sums gradients over ranks and
+micro-batches.
 """
 
 from __future__ import annotations
@@ -69,25 +69,26 @@ def train(config: RunConfig) -> Result:
     mesh = init_mesh(config.parallel.num_sequence_ranks)
     index = open_corpus(config, mesh)
     run_dir = Path(config.run.dir)
-    first_alone(lambda: _start_run_dir(run_dir, config), mesh.world)
-
     torch.manual_seed(config.run.seed)
     model = build_model(config.model).to(mesh.device)
     num_parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, _optimizer(model, config.optim), settings, mesh)
     saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None
     state = {"step": 0, "consumed": 0} if saved is None else checkpoint.load(engine, saved)
+    # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
+    first_alone(lambda: _start_run_dir(run_dir, config), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
         monitor.say(_introduction(config, index, num_parameters, mesh))
         if saved is not None:
-            monitor.say(f"resuming from {saved}")
+            monitor.say(_continuation(saved, state["step"], config.train.steps))
     try:
         held_out = _loop(config, engine, mesh, index, state, run_dir, monitor)
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     finally:
         if monitor is not None:
             monitor.close()
+    engine.close()
     return Result(state["step"], held_out, run_dir, plot)
 
 
@@ -279,7 +280,8 @@ def _num_micro_batches(config: RunConfig) -> int:
 
 def _set_threads(threads: int) -> None:
     """Share the machine's cores among its ranks, unless told otherwise."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun tells the ranks of a machine by one name, deepspeed by the other.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // local))
 
@@ -305,9 +307,15 @@ def _identity(config: RunConfig, index: Index) -> dict[str, Any]:
 
 
 def _introduction(config: RunConfig, index: Index, num_parameters: int, mesh: Mesh) -> str:
-    mixers = ", ".join(config.model.mixers)
+    mixers, ranks = ", ".join(config.model.mixers), mesh.sequence.size
     return (
         f"{num_parameters:,} parameters ({mixers}; width {config.model.width}, depth {config.model.depth}), "
         f"{index.splits['train'].num_tokens:,} training tokens in {index.name}, "
-        f"sequences of {config.data.seq_len:,} tokens over {mesh.sequence.size} ranks, {mesh.data.size} of them at once"
+        f"sequences of {config.data.seq_len:,} tokens on {ranks} rank{'s' * (ranks > 1)}, {mesh.data.size} at once"
     )
+
+
+def _continuation(saved: Path, step: int, num_steps: int) -> str:
+    if step < num_steps:
+        return f"continuing from {saved}"
+    return f"finished: {saved} is at step {step} of {num_steps}; raise train.steps to go on, or give another run.dir"

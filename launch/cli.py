@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .. import __version__
 from ..kernels.errors import InputError
@@ -13,22 +15,19 @@ from . import train as train_command
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 2 a user's mistake, told in one line)."""
-    arguments = _parser().parse_args(words)
+    arguments = train_command.parse(_parser(), words)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        return command(arguments)
-    except InputError as error:
-        return train_command.fail(error)
+        return train_command.guarded(lambda: command(arguments))
     except BrokenPipeError:  # the reader of our output has left
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is said of it at exit
         return 141
     except KeyboardInterrupt:
-        print("longreach: interrupted", file=sys.stderr)
-        return 130
+        return train_command.tell("interrupted", train_command.INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = train_command.Parser(
         prog="longreach",
         description="Train models on very long sequences, one sequence split over many ranks.",
     )
@@ -51,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokens", type=int, default=256, help="how many to write (default 256)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0 among all")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     generate.set_defaults(command=_generate)
 
     pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
@@ -86,11 +85,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from ..framework.generate import decode_stream, encode, generate, load_run
 
-    for name, value, low in (("--tokens", arguments.tokens, 1), ("--top-k", arguments.top_k, 0)):
-        if value < low:
+    for name, value, low in (
+        ("--tokens", arguments.tokens, 1),
+        ("--top-k", arguments.top_k, 0),
+        ("--seed", arguments.seed, 0),
+        ("--temperature", arguments.temperature, 0),
+    ):
+        if not low <= value < 2**63:  # NaN is not either
             raise InputError(name, value, f"at least {low}")
-    if not arguments.temperature >= 0:
-        raise InputError("--temperature", arguments.temperature, "at least 0")
     prompt = _prompt(arguments.prompt)
     _, model = load_run(arguments.run_dir)
     tokens = generate(
@@ -110,17 +112,20 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _prompt(text: str) -> bytes:
-    if not text.startswith("@"):
-        return text.encode("utf-8", errors="surrogateescape")
-    try:
-        with open(text[1:], "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError("--prompt", text, f"cannot be read: {error.strerror}") from None
+    prompt = text.encode("utf-8", errors="surrogateescape")
+    if text.startswith("@"):
+        try:
+            with open(text[1:], "rb") as file:
+                prompt = file.read()
+        except OSError as error:
+            raise InputError("--prompt", text, f"cannot be read: {error.strerror}") from None
+    if not prompt:
+        raise InputError("--prompt", text, "at least one byte")
+    return prompt
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from ..framework.data import DataConfig, prepare
+    from ..framework.data import BASELINES, DataConfig, packed_dir, prepare
 
     if not 0 <= arguments.valid_fraction < 1:
         raise InputError("--valid-fraction", arguments.valid_fraction, "from 0 to less than 1")
@@ -132,11 +137,14 @@ def _pack(arguments: argparse.Namespace) -> int:
         seq_len=1,
         batch_size=1,
     )
+    if packed_dir(data) != Path(arguments.out_dir).expanduser():
+        raise InputError("SOURCE", arguments.source, "is packed already", f"train with data.source={arguments.source}")
     index = prepare(data)
     for name, split in index.splits.items():
         print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {len(split.shards)} shards")
-    for name, value in index.baselines.items():
-        print(f"{name}: {value}")
+    for key, label in BASELINES.items():
+        if key in index.baselines:
+            print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")
     print(f"packed into {index.directory}")
     return 0
 

@@ -5,36 +5,68 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from ..framework.config import RunConfig, load
 from ..kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from ..framework.config import RunConfig
+
+MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+PATIENCE_SECONDS = 3.0
+_LOST = ("by peer", "remote process exited")  # how gloo and NCCL say that another rank has gone
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(tell(f"{message}; see {self.prog} --help"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``train``."""
     parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or a name in configs/")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="replaces a value of CONFIG, such as train.steps=10"
+        "overrides", metavar="key=value", nargs="*", default=[], help="replaces a value of CONFIG, such as train.steps=10"
     )
     parser.add_argument("--deepspeed_config", metavar="F", help="a DeepSpeed JSON; the same as deepspeed=F")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; ``key=value`` may also follow an option, where argparse takes no list up again."""
+    arguments, rest = parser.parse_known_args(words)
+    foreign = [word for word in rest if word.startswith("-") or "overrides" not in arguments]
+    if foreign:
+        parser.error(f"unrecognized arguments: {' '.join(foreign)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Train in the world this process is part of; without one, start ``parallel.ranks`` local ranks. Returns the
     exit code.
     """
+    from ..framework.config import load
+
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:
-        overrides.append(f"deepspeed={arguments.deepspeed_config}")
+        overrides.append(f"deepspeed={json.dumps(arguments.deepspeed_config)}")
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if started:
+        overrides.append(f"parallel.ranks={os.environ['WORLD_SIZE']}")
     config = load(arguments.config, overrides)
-    if "RANK" not in os.environ and config.parallel.ranks > 1:
+    if not started and config.parallel.ranks > 1:
         return _start_ranks(config, [arguments.config, *overrides])
     return _train(config)
 
@@ -46,22 +78,23 @@ def _train(config: RunConfig) -> int:
     from ..framework.trainer import train
     from ..parallel.mesh import leave_world
 
-    if os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         say_plainly()
-    try:
-        result = train(config)
-        if os.environ.get("RANK", "0") == "0":
-            report(config, result)
-    finally:
-        leave_world()
+    result = train(config)
+    if first:
+        report(config, result)
+    leave_world()  # only after success: a rank that fails must not wait for the others
     return 0
 
 
 def _start_ranks(config: RunConfig, words: list[str]) -> int:
     """Start the ranks on this machine through torchrun's Python interface."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks tell what went wrong
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -72,36 +105,68 @@ def _start_ranks(config: RunConfig, words: list[str]) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     try:
         elastic_launch(settings, sys.executable)("-m", "longreach.launch.train", *words)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            return tell(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", FAILED)
+        return failure.exitcode
+    except SignalException as error:
+        interrupted = error.sigval == signal.SIGINT
+        return tell("interrupted" if interrupted else f"ended by {error.sigval.name}", 128 + error.sigval)
     return 0
 
 
-def fail(error: InputError) -> int:
-    """Tell a user's mistake in one line. Where every rank finds the same one, the first of each machine tells it."""
-    import torch.distributed as dist
+def tell(why: object, code: int = MISTAKE) -> int:
+    """Say in one line why this process ends; returns its exit code.
 
+    Where every rank finds the same mistake, one line is enough, and where one rank fails, the others have nothing to
+    add. So all but the first rank wait: the launcher, which sees the one that failed go, ends them meanwhile.
+    """
     rank = os.environ.get("RANK", "0")
-    joined = dist.is_available() and dist.is_initialized()
-    if joined or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"longreach: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
-    return 2
+    if rank != "0":
+        time.sleep(PATIENCE_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
+    print(f"longreach: {f'rank {rank}: ' if rank != '0' else ''}{why}", file=sys.stderr, flush=True)
+    return code
 
 
-@record
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; returns the exit code. A user's mistake, or the loss of another rank, is told in one line."""
+    try:
+        return command()
+    except InputError as error:
+        return tell(error)
+    except RuntimeError as error:
+        from ..parallel.mesh import PeerFailed
+
+        if not isinstance(error, PeerFailed) and not any(words in str(error) for words in _LOST):
+            raise
+        time.sleep(PATIENCE_SECONDS)  # the one that failed says why
+        return tell(str(error).partition("\n")[0], FAILED)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Entry point of every rank."""
-    parser = argparse.ArgumentParser(prog="python -m longreach.launch.train", description=__doc__)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    parser = Parser(prog="python -m longreach.launch.train", description=__doc__)
     add_arguments(parser)
+    arguments = parse(parser, words)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
-        code = run(parser.parse_args(words))
-    except InputError as error:
-        code = fail(error)
+        code = record(lambda: guarded(lambda: run(arguments)))()
+    except KeyboardInterrupt:
+        code = INTERRUPTED  # whoever started the ranks says so
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Stop at the first of several signals: the terminal sends one to every process, and the launcher another."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

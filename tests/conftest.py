@@ -1,6 +1,8 @@
 """What every test starts with."""
 
 import os
+import random
+from pathlib import Path
 
 # Before torch is imported: the same number of threads everywhere, so that sums are rounded alike.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -15,3 +17,18 @@ import torch
 def seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small packed corpus: 60 documents of 40 to 600 bytes, made of few words."""
+    from longreach.framework.data import pack
+
+    source, draw = tmp_path_factory.mktemp("source"), random.Random(0)
+    words = ["span", "carry", "halo", "scan", "relay", "past", "future", "piece"]
+    for number in range(60):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(8, 110)))
+        (source / f"{number:02}.txt").write_text(text, encoding="ascii")
+    packed = tmp_path_factory.mktemp("packed") / "words"
+    pack(str(source), packed, name="words", valid_fraction=0.1)
+    return packed

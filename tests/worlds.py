@@ -27,6 +27,7 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "longreach.framework.checkpoint",
+    "longreach.framework.trainer",
 ]
 
 
@@ -86,6 +87,7 @@ def _rank(rank: int, ranks: int, store: str, pipe: Connection, call: tuple[str, 
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    tempfile.tempdir = str(Path(store).parent)
     sys.path.insert(0, str(Path(__file__).parent))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -16,10 +16,11 @@ from ...kernels.errors import InputError
 from .corpus import CPYTHON
 from .index import FILE_NAME, Index
 from .loader import FILLER, IGNORE, Batch, Batches, SequenceDataset, TokenStream
-from .pack import pack
+from .pack import BASELINES, pack
 from .progress import Callback
 
 __all__ = [
+    "BASELINES",
     "FILLER",
     "IGNORE",
     "Batch",

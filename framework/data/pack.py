@@ -28,6 +28,7 @@ SHARD_BYTES = 64 << 20
 TAR_BLOCK = 512  # a tar member's content is padded to whole blocks
 SAMPLE_BLOCK = 1 << 20
 SAMPLE_BLOCKS = 8
+BASELINES = {"order0": "order-0 entropy", "gzip": "gzip -9", "xz": "xz -9"}  # what `baselines` measures, and its name
 
 
 def pack(

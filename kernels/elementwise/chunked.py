@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,19 +25,6 @@ BLOCK_LEN = 64
 # Blocks are worked on in slabs of about so many elements of [B, L, D]: temporaries stay in the cache of a CPU, and
 # small beside the inputs on a GPU.
 SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-
-Pass = TypeVar("Pass", bound=Callable[..., Any])
-
-
-def _full_precision(method: Pass) -> Pass:
-    """Autocast would run the sums over a block as a matrix product in bf16."""
-
-    @wraps(method)
-    def run(self: StatefulOp, inputs: tuple[Tensor, ...], *args: Any) -> Any:
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return method(self, inputs, *args)
-
-    return run  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,6 @@ class ElementwiseAttention(StatefulOp):
     order: int = 6
     causal: bool = True
 
-    @_full_precision
     def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         cut = _Cut.of(inputs[0])
         if inputs[0].shape[1] == 1:
@@ -68,7 +52,6 @@ class ElementwiseAttention(StatefulOp):
             state = self._ends(cut, self._keys(cut, inputs), ends)
         return state.new_ones(1, 1, 1, 1), state
 
-    @_full_precision
     def attend(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -90,7 +73,6 @@ class ElementwiseAttention(StatefulOp):
             y[:, slab.tokens] = finite(num / bottom.clamp(min=DEN_FLOOR), cut.dtype)
         return y if y.dtype == inputs[0].dtype else finite(y, inputs[0].dtype), (y, den)
 
-    @_full_precision
     def summarize_grad(
         self,
         inputs: tuple[Tensor, ...],
@@ -103,7 +85,6 @@ class ElementwiseAttention(StatefulOp):
         ends = None if segments is None else [segments == segments[:, :1], segments == segments[:, -1:]]
         return self._ends(cut, self._queries(cut, inputs, saved, grad), ends)
 
-    @_full_precision
     def attend_grad(
         self,
         inputs: tuple[Tensor, ...],

@@ -93,12 +93,12 @@ def linear_attention(
     Args:
         q, k: ``[B, L, H, K]``, floating; L may be 0 on some pieces.
         v: ``[B, L, H, V]``, floating.
-        decay: ``[H]``, one number in (0, 1] for each head, or None for 1; it gets no gradient. A sequence of floats or a
-            tensor in main memory costs no wait for the device. Only with ``causal``.
+        decay: ``[H]``, one number in (0, 1] for each head, or None for 1; it gets no gradient. Only with ``causal``.
+            A sequence of floats, or a tensor in main memory, costs no wait for the device.
         causal: whether token i sees tokens j <= i only; otherwise it sees all tokens of its document.
         normalize: divide by the sum of the weights.
-        carry: what came before the sequence: state ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize`` (z is the
-            last column), fp32 or fp64; segment ``[B]`` int64, or None. None at the beginning.
+        carry: what came before the sequence: state ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize`` (z is
+            the last column), fp32 or fp64; segment ``[B]`` int64, or None. None at the beginning.
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document.
         relay: reaches the other pieces of the sequence; None if there are none.
         backend: "auto", "chunked" or "reference" (O(L^2), the definition).
@@ -115,7 +115,6 @@ def linear_attention(
     decays = _decays(decay)
     _check(q, k, v, decays, normalize, carry, segments)
     op = LinearAttention(causal, decays, normalize, eps, scale, backend)
-    choose("linear_attention", backends(q.device), backend, q.device)
     return scan(op, q, k, v, segments=segments, carry=carry, relay=relay)
 
 

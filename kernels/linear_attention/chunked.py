@@ -24,7 +24,7 @@ from .settings import Settings, state_dtype
 
 MIN_BLOCK, MAX_BLOCK = 64, 256
 # Elements of a stretch's temporaries: few enough for a processor's cache, or enough to keep a GPU busy.
-CPU_WORKSPACE, GPU_WORKSPACE = 1 << 21, 1 << 27
+CPU_WORKSPACE, GPU_WORKSPACE = 1 << 20, 1 << 26
 
 
 class Chunked(Settings, StatefulOp):
@@ -270,6 +270,7 @@ class _Weights:
 
 
 def _times(weight: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight * mask``, where no weight is 1."""
     return mask.to(dtype) if weight is None else weight * mask
 
 

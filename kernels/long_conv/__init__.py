@@ -29,19 +29,20 @@ def long_conv(
 ) -> tuple[Tensor, Carry]:
     """Depthwise convolution with K taps per channel, by FFT.
 
-    ``y_i = skip * x_i + sum_m kernel[:, m] x_{i + centre - m}`` over tokens of i's document, with ``centre = 0`` if causal
-    (``kernel[:, 0]`` multiplies the current token, ``kernel[:, m]`` the one m before) and ``centre = K // 2`` otherwise
-    (``kernel[:, K // 2]`` multiplies the current token).
+    ``y_i = skip * x_i + sum_m kernel[:, m] x_{i + centre - m}`` over tokens of i's document. If causal, ``centre = 0``:
+    ``kernel[:, 0]`` multiplies the current token, ``kernel[:, m]`` the one m before it. Otherwise ``centre = K // 2``, and
+    ``kernel[:, K // 2]`` multiplies the current token.
 
     Args:
         x: ``[B, L, D]``, any floating dtype; computed in fp32, or fp64 where x or kernel is. L may be 0.
         kernel: ``[D, K]``, ``K >= 1``, shorter or longer than L.
         skip: ``[D]``, or None.
         causal: whether tokens see only themselves and their past.
-        carry: the tokens before x: state ``[B, K - 1, D]`` (of more or fewer, the last count), zeros where there were none, and
-            their document ids ``[B, K - 1]`` (-1: no token). Without ids they belong to the first document of x.
-        segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position without a
-            token: no token sees it, and its own output means nothing (but is finite).
+        carry: the tokens before x: state ``[B, K - 1, D]``, zeros where there were none, and their document ids
+            ``[B, K - 1]`` (-1: no token; None: those of the first document of x). Of more tokens the last ones count,
+            and there may be fewer.
+        segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
+            without a token: no token sees it, and its own output means nothing (but is finite).
         backend: "auto", "chunked" or "reference".
 
     Returns:

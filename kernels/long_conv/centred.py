@@ -4,6 +4,8 @@ from the right.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -72,11 +74,12 @@ class CentredModalConv(StatefulOp):
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        left, right = (
-            self._one_way.attend_grad(*side, start, end, (kept,), upstream)
+        (dx, *ways), (dx_flipped, *back) = (
+            cast(tuple[Tensor, ...], self._one_way.attend_grad(*side, start, end, (kept,), upstream))
             for side, start, end, kept, upstream in zip(
                 self._sides(inputs, segments), past, future, saved, (grad, grad.flip(1)), strict=True
             )
         )
-        dx, ddecay, dangle, dre, dim = zip(left, right, strict=True)
-        return dx[0] + dx[1].flip(1), sum(ddecay), sum(dangle), torch.stack(dre), torch.stack(dim)  # type: ignore[arg-type]
+        ddecay, dangle = ways[0] + back[0], ways[1] + back[1]
+        dre, dim = torch.stack([ways[2], back[2]]), torch.stack([ways[3], back[3]])
+        return dx + dx_flipped.flip(1), ddecay, dangle, dre, dim

@@ -1,7 +1,7 @@
 """Portable PyTorch: FFTs over whole documents, a slice of the channels at a time.
 
-A row of T tokens, of which the last L want outputs, is convolved circularly with n >= L + K - 1 points: what wraps around falls on
-outputs that nobody wants. Its adjoint is two correlations of the same size. Documents of similar length share a batch.
+L tokens behind their past are convolved circularly with n >= L + K - 1 points: what wraps around falls on places
+that nobody reads. The adjoint is two correlations of the same size. Documents of similar length share a batch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 from ..scan import NO_TOKENS, Carry
 from ..short_conv.past import read_carry, write_carry
 
-# Bytes of workspace for a slice of the channels (one channel at least): enough for 8 channels of half a million tokens in fp32, so
-# that the strided copies into and out of a slice still use whole cache lines.
-WORKSPACE = 1 << 28
+# Bytes of workspace for a slice of the channels. Smaller slices run the FFTs no faster, larger ones leave the cache.
+WORKSPACE = 1 << 27
+# Channels in a slice, whatever they take: copying fewer into and out of [B, L, D] wastes most of every cache line.
+MIN_CHANNELS = 4
 # Up to this many tokens, as in decoding, the sum of L K products is cheaper than FFTs of L + K - 1 points.
 DIRECT_LEN = 16
 
@@ -56,9 +57,7 @@ def _wide(x: Tensor, kernel: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
 
 
-def _direct(
-    x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
-) -> Tensor:
+def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
     """The sum over the taps, token by token; arguments as of `_LongConv`."""
     length, num_taps, num_past = x.shape[1], kernel.shape[1], past.shape[1]
     taps = kernel.to(_wide(x, kernel)).flip(1).t()
@@ -79,7 +78,7 @@ def _direct(
 
 
 class _LongConv(torch.autograd.Function):
-    """The convolution of ``x [B, L, D]``, behind ``past [B, T, D]``, with ``kernel [D, K]``; ``ids [B, T + L]`` or None."""
+    """Of ``x [B, L, D]``, behind ``past [B, T, D]``, with ``kernel [D, K]``; ``ids [B, T + L]`` or None."""
 
     @staticmethod
     def forward(
@@ -162,7 +161,7 @@ class _Batch:
         return torch.fft.rfft(kernel[:, self.taps], self.size)
 
     def spectrum(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` tokens to the right."""
+        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` places to the right."""
         if self.index is not None and self.valid is not None:
             tokens = tokens.flatten(0, 1)[self.index].mul_(self.valid.unsqueeze(-1))
         rows = tokens.new_zeros(tokens.shape[0], tokens.shape[2], self.size)
@@ -170,7 +169,7 @@ class _Batch:
         return torch.fft.rfft(rows)
 
     def put(self, spectrum: Tensor, out: Tensor, first: int) -> None:
-        """Write what ``spectrum`` stands for, from position ``first`` on, to the rows' places in ``out [B, T + L, D_c]``."""
+        """Write what ``spectrum`` stands for, from place ``first`` on, to the rows' tokens in ``out [B, T + L, D_c]``."""
         rows = torch.fft.irfft(spectrum, self.size)
         if self.index is None or self.valid is None:
             out.copy_(rows[:, :, first : first + out.shape[1]].transpose(1, 2))
@@ -209,9 +208,9 @@ def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre:
 def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:
     """The channels, as many at a time as the workspace holds."""
     rows = [(x.shape[0] if batch.index is None else batch.index.shape[0]) + 1 for batch in batches]
-    # The rows, their spectrum, the product, its inverse; and the tokens and outputs, which are no longer than the rows.
+    # The rows, their spectrum, the product, its inverse; the tokens and outputs, which are no longer than the rows.
     points = 5 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
-    width = max(1, WORKSPACE // (points * dtype.itemsize))
+    width = max(MIN_CHANNELS, WORKSPACE // (points * dtype.itemsize))
     width -= width % 16 if width > 16 else 0  # whole cache lines
     for start in range(0, x.shape[2], width):
         yield slice(start, min(start + width, x.shape[2]))

@@ -1,11 +1,11 @@
-"""Modal long convolution: a kernel that is a sum of damped complex exponentials, hence a recurrence of N numbers a channel.
+"""Modal long convolution: the kernel is a sum of N damped complex exponentials, hence a recurrence of N numbers.
 
     h[m] = sum_n Re(c_n lambda_n^m),    c = re + i im,    lambda = exp(-exp(log_decay) + i angle), |lambda| < 1
     s_i = lambda s_{i-1} + x_i,         y_i = sum_n Re(c_n s_i)
 
-In blocks of C tokens: a token sees those of its block through the taps h[0..C-1], and earlier ones through the state that
-enters the block; both are matrix products per channel. A piece is walked in stretches of blocks, so that only a bounded
-workspace is held beside inputs and outputs. README.md has the formulas. Axes of what is computed with:
+In blocks of C tokens: a token sees those of its block through the taps h[0..C-1], and earlier ones through the
+state that enters the block; both are matrix products per channel. A piece is walked in stretches of blocks, so that
+only a bounded workspace is held beside inputs and outputs. README.md has the formulas. Axes of what is computed with:
 
     D channels,  B rows of the batch,  M blocks of all rows,  C tokens of a block,  N modes (2N: real, imaginary)
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ CPU_STRETCH, GPU_STRETCH = 1 << 21, 1 << 26
 class ModalConv(StatefulOp):
     """The operator for `span.scan`: inputs ``x [B, L, D]`` and ``log_decay, angle, re, im``, each ``[D, N]``.
 
-    Computed in fp32 (powers of lambda in fp64), or in fp64 where an input is. State ``[B, D, N]`` in complex64 (complex128);
-    ``A = lambda^L``, ``[1, D, N]``. A decoding step (L = 1) costs O(D N), whatever came before.
+    Computed in fp32 (powers of lambda in fp64), or in fp64 where an input is. State ``[B, D, N]`` in complex64
+    (complex128); ``A = lambda^L``, ``[1, D, N]``. A decoding step (L = 1) costs O(D N), whatever came before.
 
     Args:
         causal: must be True.
@@ -53,16 +54,22 @@ class ModalConv(StatefulOp):
         _check(x, parameters)
         modes = _Modes.of(x, parameters)
         state = modes.state(x.shape[0])
+        if x.shape[1] == 1:  # decoding: what the blocks come down to, without their tables
+            return modes.power(1).to(state.dtype).unsqueeze(0), state + x[:, 0].unsqueeze(-1)
         for stretch in _stretches(x, segments):
             sent = stretch.written(stretch.rows(x, modes.dtype), modes.write(stretch))
             _, state = stretch.enter(sent, modes.powers(stretch), state)
-        return modes.power(x.shape[1]).unsqueeze(0), state
+        return modes.power(x.shape[1]).to(state.dtype).unsqueeze(0), state
 
     def attend(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, *parameters = inputs
         modes = _Modes.of(x, parameters)
+        if x.shape[1] == 1:
+            state = modes.power(1) * past + x[:, 0].unsqueeze(-1)
+            y = (modes.amplitude * state).real.sum(-1).to(x.dtype).unsqueeze(1)
+            return y, (torch.stack([past, state.to(past.dtype)]),)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         starts = [past]
         for stretch in _stretches(x, segments):
@@ -124,10 +131,15 @@ class ModalConv(StatefulOp):
             dx[:, stretch.tokens] = stretch.tokens_of(to_rows)
             for total, part in zip(to_tables[block_len], parts, strict=True):
                 total += part
-        made = [t for block in tables.values() for t in block]
-        upstreams = [t for block in to_tables.values() for t in block]
-        if not made:
+        pairs = [
+            (table, part)
+            for block_len, some in tables.items()
+            for table, part in zip(some, to_tables[block_len], strict=True)
+            if table.requires_grad  # not the 1 with which a single token is written
+        ]
+        if not pairs:
             return dx, *(torch.zeros_like(p) for p in parameters)
+        made, upstreams = zip(*pairs, strict=True)
         return dx, *torch.autograd.grad(made, leaves, upstreams)
 
 
@@ -175,12 +187,13 @@ class _Modes:
         rate: ``[D, N]``, the logarithm of lambda.
         amplitude: ``[D, N]``.
         dtype: of the computation with tokens, fp32 or fp64.
+        _found: what several stretches use.
     """
 
     rate: Tensor
     amplitude: Tensor
     dtype: torch.dtype
-    _found: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _found: dict[tuple[str | int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, x: Tensor, parameters: list[Tensor]) -> _Modes:
@@ -190,28 +203,28 @@ class _Modes:
             dtype = torch.promote_types(dtype, tensor.dtype)
         return cls(torch.complex(-log_decay.exp(), angle), torch.complex(re, im), dtype)
 
-    def to_step(self, count: int, step: int) -> Tensor:
-        """``lambda^(step m)`` for ``m < count``, ``[D, count, N]``, complex128."""
-        exponents = step * torch.arange(count, dtype=torch.float64, device=self.rate.device)
-        return torch.exp(self.rate.unsqueeze(1) * exponents.unsqueeze(1))
-
     def power(self, exponent: int) -> Tensor:
-        """``lambda^exponent``, ``[D, N]``, in the dtype of states."""
-        return torch.exp(self.rate * exponent).to(self.dtype.to_complex())
+        """``lambda^exponent``, ``[D, N]``."""
+        return self._once(("power", exponent), lambda: torch.exp(self.rate * exponent))
+
+    def to_step(self, count: int, step: int) -> Tensor:
+        """``lambda^(step m)`` for ``m < count``, ``[D, count, N]``."""
+
+        def make() -> Tensor:
+            table = torch.ones_like(self.rate).unsqueeze(1)
+            while table.shape[1] < count:
+                table = torch.cat([table, table * self.power(step * table.shape[1]).unsqueeze(1)], dim=1)
+            return table[:, :count]
+
+        return self._once(("step", count, step), make)
 
     def state(self, batch: int) -> Tensor:
         """The state ``[B, D, N]`` of no tokens."""
         return self.rate.new_zeros(batch, *self.rate.shape, dtype=self.dtype.to_complex())
 
-    def write(self, stretch: _Stretch) -> Tensor:
-        return self._once("write", stretch, lambda: _as_real(self.to_step(stretch.block_len, 1).flip(1)).to(self.dtype))
-
-    def read(self, stretch: _Stretch) -> Tensor:
-        def make() -> Tensor:
-            taken = self.to_step(stretch.block_len, 1) * (self.amplitude * self.rate.exp()).unsqueeze(1)
-            return _as_real(taken.conj()).mT.to(self.dtype).contiguous()
-
-        return self._once("read", stretch, make)
+    def tables(self, stretch: _Stretch) -> _Tables:
+        """The tables of stretches with such blocks."""
+        return _Tables(self.inside(stretch), self.write(stretch), self.read(stretch), self.powers(stretch))
 
     def inside(self, stretch: _Stretch) -> Tensor:
         def make() -> Tensor:
@@ -220,20 +233,28 @@ class _Modes:
             # Row j is the taps moved j places to the right.
             return F.pad(taps, (length - 1, 0)).unfold(1, length, 1).flip(1)
 
-        return self._once("inside", stretch, make)
+        return self._once(("inside", stretch.block_len), make)
+
+    def write(self, stretch: _Stretch) -> Tensor:
+        def make() -> Tensor:
+            return _as_real(self.to_step(stretch.block_len, 1).flip(1)).to(self.dtype)
+
+        return self._once(("write", stretch.block_len), make)
+
+    def read(self, stretch: _Stretch) -> Tensor:
+        def make() -> Tensor:
+            taken = self.to_step(stretch.block_len, 1) * (self.amplitude * self.power(1)).unsqueeze(1)
+            return _as_real(taken.conj()).mT.to(self.dtype).contiguous()
+
+        return self._once(("read", stretch.block_len), make)
 
     def powers(self, stretch: _Stretch) -> Tensor:
         def make() -> Tensor:
             return self.to_step(stretch.group_len + 1, stretch.block_len).to(self.dtype.to_complex())
 
-        return self._once("powers", stretch, make)
+        return self._once(("powers", stretch.block_len), make)
 
-    def tables(self, stretch: _Stretch) -> _Tables:
-        return _Tables(self.inside(stretch), self.write(stretch), self.read(stretch), self.powers(stretch))
-
-    def _once(self, name: str, stretch: _Stretch, make: Callable[[], Tensor]) -> Tensor:
-        """Stretches of equal blocks share their tables."""
-        key = name, stretch.block_len
+    def _once(self, key: tuple[str | int, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
@@ -349,7 +370,7 @@ def _stretches(x: Tensor, segments: Tensor | None) -> Iterator[_Stretch]:
     edges = [*range(0, aligned, num_blocks * BLOCK_LEN), aligned]
     if aligned < length:
         edges.append(length)
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         whole = stop <= aligned
         group_len = math.isqrt(num_blocks - 1) + 1 if whole else 1
         documents = gate = None
@@ -359,15 +380,13 @@ def _stretches(x: Tensor, segments: Tensor | None) -> Iterator[_Stretch]:
             if start:
                 goes_on = segments[:, start : start + 1] == segments[:, start - 1 : start]
                 gate = torch.cat([goes_on, gate[:, 1:]], dim=1)
-        yield _Stretch(
-            slice(start, stop), batch, BLOCK_LEN if whole else stop - start, group_len, documents, gate
-        )
+        yield _Stretch(slice(start, stop), batch, BLOCK_LEN if whole else stop - start, group_len, documents, gate)
 
 
 def _within_documents(rows: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
-    """``rows inside`` for blocks in which documents begin, ``[D, M', C]``: halves of 1, 2, 4, ... tokens, from the left to the right one.
+    """``rows inside`` for blocks in which documents begin, ``[D, M', C]``.
 
-    What crosses from a left half to a right half is of the document that the left one ends with.
+    Halves of 1, 2, 4, ... tokens: what crosses from the left to the right one is of the document that the left ends with.
 
     Args:
         rows: ``[D, M', C]``.

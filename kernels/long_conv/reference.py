@@ -27,8 +27,8 @@ def reference_long_conv(
         kernel: ``[D, K]``.
         skip: ``[D]`` or None.
         causal: whether tokens see only themselves and their past.
-        carry: state ``[B, K - 1, D]``, the tokens before x, and their ids ``[B, K - 1]`` (-1: no token; None: those of the
-            first document of x).
+        carry: state ``[B, K - 1, D]``, the tokens before x, and their ids ``[B, K - 1]`` (-1: no token; None: those
+            of the first document of x).
         segments: ``[B, L]`` document ids, or None.
 
     Returns:
@@ -50,7 +50,7 @@ def reference_long_conv(
     for tap in range(num_taps):
         first_seen = num_taps - 1 + centre - tap
         seen = padded[:, first_seen : first_seen + length]
-        if all_ids is not None:
+        if all_ids is not None and segments is not None:
             seen_ids = F.pad(all_ids, (0, centre), value=NO_TOKENS)[:, first_seen : first_seen + length]
             seen = torch.where((seen_ids == segments).unsqueeze(-1), seen, 0)
         y = y + kernel[:, tap].double() * seen
@@ -70,7 +70,7 @@ def reference_modal_conv(
     carry: Carry | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Carry]:
-    """The recurrence ``s_i = lambda s_{i-1} + x_i``, ``y_i = sum_n Re((re + i im) s_i)``, ``s`` from zero in every document.
+    """The recurrence ``s_i = lambda s_{i-1} + x_i``, ``y_i = sum_n Re((re + i im) s_i)``, from zero in every document.
 
     ``lambda = exp(-exp(log_decay) + i angle)``. Computed in fp64, token by token.
 

@@ -29,8 +29,9 @@ def short_conv(
 ) -> tuple[Tensor, Carry]:
     """Depthwise convolution with W taps per channel.
 
-    ``y_i = activation(bias + sum_j weight[:, j] x_{i + j - left})`` over tokens of i's document, with ``left = W - 1`` if
-    causal (``weight[:, -1]`` multiplies the current token) and ``left = W // 2`` otherwise (``weight[:, W // 2]`` does).
+    ``y_i = activation(bias + sum_j weight[:, j] x_{i + j - left})`` over tokens of i's document. If causal,
+    ``left = W - 1``: ``weight[:, -1]`` multiplies the current token. Otherwise ``left = W // 2``, and
+    ``weight[:, W // 2]`` does.
 
     Args:
         x: ``[B, L, D]``, any floating dtype; computed in fp32 or better. L may be 0.
@@ -38,10 +39,11 @@ def short_conv(
         bias: ``[D]``, or None.
         activation: None or "silu".
         causal: whether tokens see only themselves and their past.
-        carry: the tokens before x: state ``[B, W - 1, D]`` (of more or fewer, the last count), zeros where there were none, and
-            their document ids ``[B, W - 1]`` (-1: no token). Without ids they belong to the first document of x.
-        segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position without a
-            token, as in `Span.halo_segments`: no token sees it, and its own output means nothing (but is finite).
+        carry: the tokens before x: state ``[B, W - 1, D]``, zeros where there were none, and their document ids
+            ``[B, W - 1]`` (-1: no token; None: those of the first document of x). Of more tokens the last ones count,
+            and there may be fewer.
+        segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
+            without a token, as in `Span.halo_segments`: no token sees it, and its own output means nothing (but is finite).
         backend: "auto", "chunked" or "reference".
 
     Returns:

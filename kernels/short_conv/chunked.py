@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..scan import NO_TOKENS, Carry
 from .past import reach, read_carry, window, write_carry
 
-# Elements of a block of tokens: 2 MB in fp32, which the passes over it find in a processor's cache, or enough to keep a GPU busy.
+# Elements of a block of tokens: 2 MB in fp32, which the passes over it find in the cache, or enough to keep a GPU busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
 
 
@@ -145,7 +145,7 @@ class _Piece:
 
 
 def _convolve(tokens: Tensor, taps: Tensor, ids: Tensor | None, left: int) -> Tensor:
-    """``sum_j taps[j] tokens_{i + j - left}``, ``[B, n, D]``, for the n tokens that have ``left`` before and the rest of W - 1 after them.
+    """``sum_j taps[j] tokens_{i + j - left}``, ``[B, n, D]``, for the tokens that have all their neighbours.
 
     Args:
         tokens: ``[B, n + W - 1, D]``.

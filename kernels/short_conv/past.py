@@ -79,9 +79,7 @@ def _last(x: Tensor, past: Tensor, reach: int, fill: int) -> Tensor:
     return torch.cat([none, old, new], dim=1)  # a copy: a view would keep the whole piece alive
 
 
-def window(
-    x: Tensor, past: Tensor, start: int, stop: int, dtype: torch.dtype, fill: int = 0
-) -> Tensor:
+def window(x: Tensor, past: Tensor, start: int, stop: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
     """Tokens ``[start, stop)`` of a piece ``x [B, L, ...]``, ``[B, stop - start, ...]`` in ``dtype``.
 
     Negative positions are those of ``past [B, T, ...]`` (-1 its last token); ``fill`` where there is no token.

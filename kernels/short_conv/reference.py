@@ -29,8 +29,8 @@ def reference_short_conv(
         bias: ``[D]`` or None.
         activation: None or "silu".
         causal: whether tokens see only themselves and their past.
-        carry: state ``[B, W - 1, D]``, the tokens before x, and their ids ``[B, W - 1]`` (-1: no token; None: those of the
-            first document of x).
+        carry: state ``[B, W - 1, D]``, the tokens before x, and their ids ``[B, W - 1]`` (-1: no token; None: those
+            of the first document of x).
         segments: ``[B, L]`` document ids, or None.
 
     Returns:
@@ -52,7 +52,7 @@ def reference_short_conv(
     for tap in range(num_taps):
         first = num_taps - 1 + tap
         seen = padded[:, first : first + length]
-        if all_ids is not None:
+        if all_ids is not None and segments is not None:
             seen_ids = F.pad(all_ids, (left, num_taps - 1 - left), value=NO_TOKENS)[:, first : first + length]
             seen = torch.where((seen_ids == segments).unsqueeze(-1), seen, 0)
         y = y + weight[:, tap].double() * seen

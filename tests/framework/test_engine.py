@@ -63,6 +63,10 @@ def run(rank: int, engine: Engine, steps: int = 3) -> list[tuple[float, dict[str
     rows = []
     before: dict[str, Tensor] = {}
     for number, batch in enumerate(batches(steps, 2, engine.mesh.world.size)):
+        engine.eval()
+        with torch.no_grad():
+            assert not engine(batch[0, rank]).requires_grad
+        engine.train()
         for micro in batch[:, rank]:
             engine.backward(engine(micro).sum() / 100)
         norm = engine.step(RATE * (number + 1))
@@ -110,20 +114,21 @@ def low_precision(rank: int, precision: str) -> None:
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any CPU
     tolerance = 0.03 if precision == "bf16" else 0.005
     for stage in STAGES:
-        keys = {"zero_optimization": {"stage": stage}, "fp16": {"initial_scale_power": 8, "hysteresis": 1}}
-        engine = engine_of(keys, precision=precision)
+        scale = {"initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 2}  # grows in the third step
+        engine = engine_of({"zero_optimization": {"stage": stage}, "fp16": scale}, precision=precision)
         compare(run(rank, engine), reference(2), gradient=tolerance, parameter=0.02)
         if precision == "fp16":
-            assert engine.gradient_scale == 2 * engine.loss_scaler["cur_scale"] == 512.0
+            assert engine.gradient_scale == 2 * engine.loss_scaler["cur_scale"] == 1024.0
             engine.backward(engine(batches(1, 1, 2)[0, 0, rank]).sum() * 1e4)
             assert engine.step(RATE) == math.inf
-            assert engine.gradient_scale == 256.0
+            assert engine.gradient_scale == 512.0
         engine.close()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_near(precision: str) -> None:
-    """Catches a loss that fp16 does not scale, which Adam would hide, and a step of DeepSpeed's own that counts."""
+    """Catches what DeepSpeed does to fp16 and Adam would hide: no scale in stage 0, half a gradient when the scale
+    grows; and a step of its own that counts."""
     run_world(low_precision, 2, precision)
 
 
@@ -213,19 +218,21 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
 ALONE = """
 import torch
 from longreach.framework.engine import Engine, deepspeed_settings
-from longreach.parallel.mesh import init_mesh
+from longreach.parallel.mesh import init_mesh, leave_world
 settings = deepspeed_settings(
     "zero1", precision="bf16", batch_size=1, micro_batch_size=1, accumulation=1, clip=1.0, world_size=1
 )
-model = torch.nn.Linear(4, 4)
-engine = Engine(model, torch.optim.AdamW(model.parameters()), settings, init_mesh())
-engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).sum())
-assert engine.step(0.1) > 0
+for _ in range(2):
+    model = torch.nn.Linear(4, 4)
+    engine = Engine(model, torch.optim.AdamW(model.parameters()), settings, init_mesh())
+    engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).sum())
+    assert engine.step(0.1) > 0
+    leave_world()
 """
 
 
 def test_one_process_needs_no_launcher_builds_nothing_and_is_quiet(tmp_path: Path) -> None:
-    """As a newcomer starts it: with a compiler at hand, which must not be put to work, and nothing set."""
+    """As a newcomer starts it: with a compiler at hand, which must not be put to work, and nothing set. Twice."""
     unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -337,6 +344,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
         {},
         "deepspeed.zero_optimization.stag = 1: Extra inputs are not permitted; did you mean stage?",
     ),
+    ({"zero_optimization": {"round_robin_gradients": True}}, {}, "makes wrong checkpoints; remove it"),
     ({"zero_optimization": {"stage": 7}}, {}, "deepspeed.zero_optimization.stage = 7: "),
     ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, "needs stage 2 or 3; set it to false"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "must be cpu or none"),

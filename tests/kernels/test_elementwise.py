@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from longreach.kernels.elementwise import (
     reference_elementwise_attention,
 )
 from longreach.kernels.errors import InputError
-from longreach.kernels.scan import Carry, StatefulOp
+from longreach.kernels.scan import Carry
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import GatherRelay
 
@@ -167,7 +168,7 @@ def test_pieces_equal_the_whole(documents: str) -> None:
         want = run(inputs, grads, carry=carry, segments=segments, order=order)
         leaves = [x.clone().requires_grad_() for x in (*inputs, carry.state)]
         now, parts = Carry(leaves[3], carry.segment), []
-        for first, last in zip(cuts, cuts[1:]):
+        for first, last in pairwise(cuts):
             ids = None if segments is None else segments[:, first:last]
             y, now = elementwise_attention(
                 *(x[:, first:last] for x in leaves[:3]), order=order, carry=now, segments=ids
@@ -194,13 +195,13 @@ def test_decoding_token_by_token_equals_the_whole() -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
 def test_gradients_are_derivatives(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite differences, independent of the reference; blocks of 2 and slabs of 1, so that states cross their edges."""
+    """Finite differences, independent of the reference; blocks of 2, slabs of 1, so that states cross their edges."""
     monkeypatch.setattr(chunked, "BLOCK_LEN", 2)
     monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", 1)
     for order, documents in ((2, "none"), (4, "many")):
-        segments = make_segments(documents, 5)
+        segments = None if documents == "none" else torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 2]])
         carry = make_carry(order, segments)
-        inputs = [x.requires_grad_() for x in (*make_inputs(5), carry.state)]
+        inputs = [x[..., :1].clone().requires_grad_() for x in (*make_inputs(5), carry.state)]
 
         def outputs(
             q: Tensor,
@@ -219,13 +220,6 @@ def test_gradients_are_derivatives(causal: bool, monkeypatch: pytest.MonkeyPatch
         assert torch.autograd.gradcheck(outputs, inputs)
 
 
-class Derived(ElementwiseAttention):
-    """The same passes, with the adjoints that `StatefulOp` derives from them."""
-
-    summarize_grad = StatefulOp.summarize_grad
-    attend_grad = StatefulOp.attend_grad
-
-
 def test_no_tokens() -> None:
     """A rank with an empty share passes the carry on: A = 1, B = 0."""
     inputs = make_inputs(0)
@@ -242,7 +236,7 @@ def test_no_tokens() -> None:
 def error_bound(reach: float, order: int, v: Tensor) -> float:
     """How far the series may be from the exact attention where ``|2 q k| <= reach`` for all pairs of tokens.
 
-    Taylor's remainder, relative to ``exp(x)``, is at most ``e = reach^(t+1) / (t+1)! * exp(reach)`` on either side of 0.
+    Taylor's remainder relative to ``exp(x)`` is at most ``e = reach^(t+1) / (t+1)! * exp(reach)`` on either side of 0.
     With exact weights p and relative errors d, ``|d| <= e``: ``y_series - y = sum p d (v - y) / sum p (1 + d)``, so its
     magnitude is at most ``e / (1 - e)`` times the range of v.
     """
@@ -264,7 +258,7 @@ def test_series_nears_the_exact_attention(causal: bool) -> None:
         y, _ = elementwise_attention(q, k, v, order=order, causal=causal, segments=segments)
         errors.append((y - exact).abs().max().item())
         assert errors[-1] <= error_bound(reach, order, v), order
-    assert all(later < earlier / 10 for earlier, later in zip(errors, errors[1:])), errors
+    assert all(later < earlier / 10 for earlier, later in pairwise(errors)), errors
 
 
 def test_exact_attention_is_stable() -> None:
@@ -274,16 +268,16 @@ def test_exact_attention_is_stable() -> None:
     assert y.equal(torch.full((1, 2, 1), 2.0))
 
 
-def extreme_inputs(length: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """q, k, v and upstream gradients of magnitudes up to 1e4: mixed, and the corners."""
-    signs = torch.randn(4, BATCH, length, WIDTH, dtype=torch.float64).sign()
-    mixed = signs * 10 ** (torch.rand(4, BATCH, length, WIDTH, dtype=torch.float64) * 9 - 5)
-    cases = [mixed, signs * 1e4]
-    # Keys where exp(-k^2) is tiny or denormal (fp32), queries from nothing to far outside, and the largest v and g.
+def extreme_inputs(length: int) -> Tensor:
+    """q, k, v and upstream gradients of magnitudes up to 1e4, ``[4, cases, length, width]``: mixed, and the corners."""
+    signs = torch.randn(4, 1, length, WIDTH, dtype=torch.float64).sign()
+    cases = [signs * 10 ** (torch.rand(4, 1, length, WIDTH, dtype=torch.float64) * 9 - 5), signs * 1e4]
+    # Keys where exp(-k^2) is tiny, denormal or 0 (fp32, fp64); queries from nothing to far outside; the largest v, g.
     for key in (5.0, 8.0, 8.4, 9.5, 10.1, 10.3, 26.0):
         for query in (0.0, 1e-3, 1.0, 30.0, 1e4):
-            cases.append(torch.stack([signs[0] * query, signs[1] * key, signs[2] * 1e4, signs[3] * 1e4]))
-    return [tuple(case) for case in cases]  # type: ignore[misc]
+            sizes = torch.tensor([query, key, 1e4, 1e4], dtype=torch.float64).view(4, 1, 1, 1)
+            cases += [signs * sizes, sizes.expand_as(signs)]
+    return torch.cat(cases, dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -291,28 +285,39 @@ def extreme_inputs(length: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 def test_finite_inputs_give_finite_results(backend: str, dtype: torch.dtype) -> None:
     """Catches 0/0 where all weights underflow, 0*inf in powers and in gradients, and overflow of fp16."""
     for order in (2, 4, 6, 8):
-        for causal in (True, False):
-            for case in extreme_inputs(70):
-                q, k, v, grad = (x.to(dtype) for x in case)
-                state_grad = torch.randn(BATCH, 2, order + 1, WIDTH)
-                carry = make_carry(order, None, dtype)
-                for before in (None, carry):
-                    got = run((q, k, v), (grad, state_grad), carry=before, order=order, causal=causal, backend=backend)
-                    assert all(x.isfinite().all() for x in got), (order, causal)
+        for length in (1, 70):
+            q, k, v, grad = extreme_inputs(length).to(dtype)
+            state_grad = torch.randn(len(q), 2, order + 1, WIDTH)
+            state = make_carry(order, None, dtype).state[:1].expand(len(q), -1, -1, -1)
+            for causal in (True, False):
+                for carry in (None, Carry(state)):
+                    got = run((q, k, v), (grad, state_grad), carry=carry, order=order, causal=causal, backend=backend)
+                    assert all(x.isfinite().all() for x in got), (order, length, causal)
 
 
-def test_guards_are_those_of_the_definition() -> None:
-    """Floored denominators, clamped queries and underflow, where the results are of ordinary size."""
+@pytest.mark.parametrize("guard", ["floored", "clamped", "underflow", "saturated"])
+def test_guards_are_those_of_the_definition(guard: str) -> None:
+    """Catches a backend whose results differ from the others' where a guard acts."""
     q, k, v = make_inputs(130)
-    k[:, :60] = 8.5 + 0.1 * k[:, :60]  # exp(-k^2) is below the floor of the denominator
-    q[:, 100:] *= 1e4
-    y_grad, state_grad = make_grads(130, 4)
-    y_grad[:, :60] *= 1e-20
+    grads = make_grads(130, 4)
+    if guard == "floored":  # every denominator, also with no gradient through it
+        k = 9.5 + 0.1 * k
+        grads = grads[0] * 1e-8, torch.zeros_like(grads[1])
+    elif guard == "clamped":
+        q[:, 50:] *= 1e4
+        assert (q.abs() > 1000).any()
+    elif guard == "underflow":
+        k[:, :100] *= 1e3
+    else:
+        v = v.abs() + 3
+        grads = grads[0] * 1e25, grads[1]
     for causal in (True, False):
-        got = run((q, k, v), (y_grad, state_grad), order=4, causal=causal, backend="chunked")
-        want = run((q, k, v), (y_grad, state_grad), order=4, causal=causal, backend="reference")
-        assert_close(got, want, 1e-9)
-        assert got[2][q.abs() > 1000].eq(0).all() and (q.abs() > 1000).any()
+        got = run((q, k, v), grads, order=4, causal=causal, backend="chunked")
+        want = run((q, k, v), grads, order=4, causal=causal, backend="reference")
+        sizes = [x.abs().max() for x in want]
+        assert_close([x / size for x, size in zip(got, sizes)], [x / size for x, size in zip(want, sizes)], 1e-9)
+        if guard == "clamped":
+            assert got[2][q.abs() > 1000].eq(0).all()
 
 
 def test_a_million_tokens_keep_their_digits() -> None:
@@ -411,9 +416,9 @@ def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
         assert_close(joined, [want[i] for i in (0, 2, 3, 4)], 1e-10)
         for part in parts:  # the carry and its gradient are the same, and whole, on every rank
             assert_close([part[1], *part[5:]], [want[1], *want[5:]], 1e-10)
-        directions = 1 if causal else 2
-        forward = state_bytes + 8 if segments is None else directions * state_bytes + (8 + 16) * BATCH
-        assert all(answers[rank][case][1] == forward + directions * state_bytes for rank in range(ranks)), share
+        ways = 2 if segments is not None and not causal else 1
+        sent = 2 * ways * state_bytes + (8 if segments is None else (8 + 16) * BATCH)  # independent of the length
+        assert all(answers[rank][case][1] == sent for rank in range(ranks)), share
 
 
 GOOD = {
