@@ -226,7 +226,8 @@ def validate_model(
         bins[0].index_add_(0, place, nll.double().cpu().flatten())
         bins[1].index_add_(0, place, (labels != IGNORED).double().flatten())
     engine.train()
-    totals = torch.tensor(gather_values(bins.flatten().tolist(), mesh.world)).sum(0).view(2, POSITION_BINS)
+    rows = gather_values(bins.flatten().tolist(), mesh.world)
+    totals = torch.tensor(rows, dtype=torch.float64).sum(0).view(2, POSITION_BINS)
     loss = float(totals[0].sum() / totals[1].sum())
     if monitor is not None:
         by_position = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -28,12 +29,20 @@ class Finding:
 
 def doctor() -> int:
     """Print every finding; returns 1 if a job would not run here."""
-    findings = [finding for check in CHECKS for finding in check()]
-    for finding in findings:
-        print(f"{finding.level:<5} {finding.topic:<12} {finding.text}")
-    bad = sum(finding.level == "bad" for finding in findings)
-    print("a job runs here" if not bad else f"{bad} findings keep a job from running here")
+    bad = 0
+    for check in CHECKS:
+        for finding in _findings(check):
+            bad += finding.level == "bad"
+            print(f"{finding.level:<5} {finding.topic:<12} {finding.text}", flush=True)
+    print("a job runs here" if not bad else f"lines marked bad: {bad}; a job would not run here")
     return 1 if bad else 0
+
+
+def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # whatever it is, the user must see it here and not in a job
+        yield Finding("bad", check.__name__.strip("_"), f"{type(error).__name__}: {error}")
 
 
 def _software() -> Iterator[Finding]:
@@ -64,7 +73,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    """Which implementation of each operator "auto" takes, found by running it."""
+    """Which implementation of each operator "auto" takes here, as the operators say when they run."""
     import torch
 
     from ..kernels.elementwise import elementwise_attention
@@ -74,18 +83,25 @@ def _backends() -> Iterator[Finding]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, heads = torch.ones(1, 8, 4, device=device), torch.ones(1, 8, 2, 2, device=device)
-    runs: dict[str, Callable[[], object]] = {
-        "elementwise": lambda: elementwise_attention(x, x, x),
-        "linear attn": lambda: linear_attention(heads, heads, heads),
-        "short conv": lambda: short_conv(x, x[0, :4]),
-        "long conv": lambda: long_conv(x, x[0, :4]),
-    }
-    for name, operator in runs.items():
-        try:
-            operator()
-            yield Finding("ok", name, f"runs on {device}")
-        except Exception as error:  # whatever it is, the user must see it here and not in a job
-            yield Finding("bad", name, f"fails on {device}: {error}")
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: elementwise_attention(x, x, x),
+        lambda: linear_attention(heads, heads, heads),
+        lambda: short_conv(x, x[0, :4]),
+        lambda: long_conv(x, x[0, :4]),
+    )
+    log = logging.getLogger("longreach.kernels")
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    try:
+        for run in runs:
+            run()
+    finally:
+        log.removeHandler(listener)
+    for line in said:
+        yield Finding("ok", "operators", line)
 
 
 def _exchange() -> Iterator[Finding]:

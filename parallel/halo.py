@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .mesh import Axis
+from .mesh import Axis, as_bytes
 from .traffic import Note, unnoted
 
 
@@ -95,8 +95,7 @@ def _exchange(
     note: Note,
 ) -> list[Tensor]:
     """Send tensors to ranks of the axis and receive tensors of known shapes from others, all at once."""
-    # As bytes, so that every dtype travels on every backend.
-    outgoing = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in sends]
+    outgoing = [as_bytes(tensor) for _, tensor in sends]
     arrived = [like.new_empty(shape) for _, shape in receives]
     operations = [
         dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)

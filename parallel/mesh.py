@@ -126,6 +126,13 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return rows
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    """The elements of ``x`` in a row, as bytes: so every dtype travels on every backend."""
+    row = x.contiguous().view(-1)
+    # A single element is contiguous whatever its stride says, but bytes are only seen where the stride is 1.
+    return row.as_strided(row.shape, (1,)).view(torch.uint8)
+
+
 def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
     """Every rank's ``values`` (fp64), in rank order; a collective over an axis."""
     if axis.group is None:

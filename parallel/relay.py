@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .mesh import Axis, all_gather
+from .mesh import Axis, all_gather, as_bytes
 from .traffic import Note, unnoted
 
 
@@ -30,7 +30,7 @@ def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[
     """Every rank's ``tensors``, in rank order, in one exchange of bytes; shapes and dtypes agree between ranks."""
     if axis.size == 1:
         return [tuple(tensors)]
-    payload = torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
+    payload = torch.cat([as_bytes(t) for t in tensors])
     note(payload.numel())
     sizes = [t.numel() * t.element_size() for t in tensors]
     return [

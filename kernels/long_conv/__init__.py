@@ -30,7 +30,7 @@ def long_conv(
     """Depthwise convolution with K taps per channel, by FFT.
 
     ``y_i = skip * x_i + sum_m kernel[:, m] x_{i + centre - m}`` over tokens of i's document. If causal, ``centre = 0``:
-    ``kernel[:, 0]`` multiplies the current token, ``kernel[:, m]`` the one m before it. Otherwise ``centre = K // 2``, and
+    ``kernel[:, 0]`` multiplies the current token, ``kernel[:, m]`` the one m before it. Otherwise ``centre = K // 2``:
     ``kernel[:, K // 2]`` multiplies the current token.
 
     Args:
@@ -42,7 +42,7 @@ def long_conv(
             ``[B, K - 1]`` (-1: no token; None: those of the first document of x). Of more tokens the last ones count,
             and there may be fewer.
         segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
-            without a token: no token sees it, and its own output means nothing (but is finite).
+            without a token: no token sees it, and its own output means nothing.
         backend: "auto", "chunked" or "reference".
 
     Returns:

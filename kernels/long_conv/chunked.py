@@ -7,7 +7,7 @@ that nobody reads. The adjoint is two correlations of the same size. Documents o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -42,15 +42,17 @@ def chunked_long_conv(
     ids = None
     if segments is not None:
         ids = segments if past.ids is None else torch.cat([past.ids, segments], dim=1)
-    # The taps that reach any token at all: i + centre - m lies between the first carried and the last token.
-    centre, new = 0 if causal else num_taps // 2, max(length, 1)
-    first = max(0, centre - new + 1)
-    taps, centre = kernel[:, first : centre + new + past.tokens.shape[1]], centre - first
+    centre = 0 if causal else num_taps // 2
     if length <= DIRECT_LEN:
-        y = _direct(x, taps, skip, past.tokens, ids, centre)
+        y = _direct(x, kernel, skip, past.tokens, ids, centre)
     else:
-        y = _LongConv.apply(x, taps, skip, past.tokens, ids, centre)
+        y = _LongConv.apply(x, kernel, skip, past.tokens, ids, centre)
     return y, write_carry(x, segments, past, num_taps - 1)
+
+
+def _reaching(num_taps: int, centre: int, length: int, num_past: int) -> slice:
+    """The taps through which any of ``length`` tokens sees another one, or one of ``num_past`` before them."""
+    return slice(max(0, centre - length + 1), min(num_taps, centre + length + num_past))
 
 
 def _wide(x: Tensor, kernel: Tensor) -> torch.dtype:
@@ -59,8 +61,10 @@ def _wide(x: Tensor, kernel: Tensor) -> torch.dtype:
 
 def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
     """The sum over the taps, token by token; arguments as of `_LongConv`."""
-    length, num_taps, num_past = x.shape[1], kernel.shape[1], past.shape[1]
-    taps = kernel.to(_wide(x, kernel)).flip(1).t()
+    length, num_past = x.shape[1], past.shape[1]
+    some = _reaching(kernel.shape[1], centre, max(length, 1), num_past)
+    taps = kernel[:, some].to(_wide(x, kernel)).flip(1).t()
+    num_taps, centre = taps.shape[0], centre - some.start
     before = max(0, num_taps - 1 - centre - num_past)
     tokens = F.pad(torch.cat([past.to(taps.dtype), x.to(taps.dtype)], dim=1), (0, 0, before, centre))
     if ids is not None:
@@ -74,7 +78,9 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
             product = product * (ids[:, seen] == ids[:, i : i + 1]).unsqueeze(-1).to(taps.dtype)
         rows.append(product.sum(dim=1, keepdim=True))
     y = torch.cat(rows, dim=1)
-    return (y if skip is None else y + skip * x).to(x.dtype)
+    if skip is not None:
+        y = y + skip.to(taps.dtype) * tokens[:, own : own + length]
+    return y.to(x.dtype)
 
 
 class _LongConv(torch.autograd.Function):
@@ -161,7 +167,7 @@ class _Batch:
         return torch.fft.rfft(kernel[:, self.taps], self.size)
 
     def spectrum(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` places to the right."""
+        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` to the right."""
         if self.index is not None and self.valid is not None:
             tokens = tokens.flatten(0, 1)[self.index].mul_(self.valid.unsqueeze(-1))
         rows = tokens.new_zeros(tokens.shape[0], tokens.shape[2], self.size)
@@ -169,7 +175,7 @@ class _Batch:
         return torch.fft.rfft(rows)
 
     def put(self, spectrum: Tensor, out: Tensor, first: int) -> None:
-        """Write what ``spectrum`` stands for, from place ``first`` on, to the rows' tokens in ``out [B, T + L, D_c]``."""
+        """Write what ``spectrum`` stands for, from ``first`` on, to the rows' tokens in ``out [B, T + L, D_c]``."""
         rows = torch.fft.irfft(spectrum, self.size)
         if self.index is None or self.valid is None:
             out.copy_(rows[:, :, first : first + out.shape[1]].transpose(1, 2))
@@ -180,11 +186,8 @@ class _Batch:
 
 def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[_Batch]:
     """Everything that is to be convolved: the rows of the piece, or its documents by length."""
-    length = x.shape[1]
-    total = past.shape[1] + length
     if ids is None:
-        size = fft_size(max(total + centre, length + num_taps - 1 - centre))
-        yield _Batch(size, slice(0, num_taps), centre)
+        yield _batch(num_taps, centre, x.shape[1], past.shape[1])
         return
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -199,17 +202,23 @@ def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre:
         position = torch.arange(longest, device=x.device)
         valid = position < lengths[alike].unsqueeze(1)
         index = torch.where(valid, starts[alike].unsqueeze(1) + position, 0)
-        taps = slice(max(0, centre - longest + 1), min(num_taps, centre + longest))
-        middle = centre - taps.start
-        size = fft_size(longest + max(middle, taps.stop - taps.start - 1 - middle))
-        yield _Batch(size, taps, middle, index, valid)
+        yield replace(_batch(num_taps, centre, longest, 0), index=index, valid=valid)
+
+
+def _batch(num_taps: int, centre: int, length: int, num_past: int) -> _Batch:
+    """Of rows of ``length`` tokens behind ``num_past`` whose outputs do not matter."""
+    taps = _reaching(num_taps, centre, length, num_past)
+    centre -= taps.start
+    # All outputs fit in, and no product comes round to one that matters.
+    size = fft_size(max(num_past + length + centre, length + taps.stop - taps.start - 1 - centre))
+    return _Batch(size, taps, centre)
 
 
 def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:
     """The channels, as many at a time as the workspace holds."""
     rows = [(x.shape[0] if batch.index is None else batch.index.shape[0]) + 1 for batch in batches]
-    # The rows, their spectrum, the product, its inverse; the tokens and outputs, which are no longer than the rows.
-    points = 5 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
+    # Two spectra, their product and its inverse; tokens and the gradients of tokens and outputs, half as long or shorter.
+    points = 6 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
     width = max(MIN_CHANNELS, WORKSPACE // (points * dtype.itemsize))
     width -= width % 16 if width > 16 else 0  # whole cache lines
     for start in range(0, x.shape[2], width):

@@ -386,7 +386,7 @@ def _stretches(x: Tensor, segments: Tensor | None) -> Iterator[_Stretch]:
 def _within_documents(rows: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
     """``rows inside`` for blocks in which documents begin, ``[D, M', C]``.
 
-    Halves of 1, 2, 4, ... tokens: what crosses from the left to the right one is of the document that the left ends with.
+    Halves of 1, 2, 4, ... tokens: what crosses from a left to a right one is of the document that the left ends with.
 
     Args:
         rows: ``[D, M', C]``.

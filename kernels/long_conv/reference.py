@@ -86,6 +86,8 @@ def reference_modal_conv(
     decay = torch.exp(torch.complex(-log_decay.double().exp(), angle.double()))
     amplitude = torch.complex(re.double(), im.double())
     state, ids = carry if carry is not None else (decay.new_zeros(x.shape[0], *decay.shape), None)
+    if segments is not None and carry is None:
+        ids = segments.new_full(segments.shape[:1], NO_TOKENS)
     rows = []
     for i in range(x.shape[1]):
         if segments is not None:

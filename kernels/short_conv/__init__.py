@@ -43,7 +43,7 @@ def short_conv(
             ``[B, W - 1]`` (-1: no token; None: those of the first document of x). Of more tokens the last ones count,
             and there may be fewer.
         segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
-            without a token, as in `Span.halo_segments`: no token sees it, and its own output means nothing (but is finite).
+            without a token, as in `Span.halo_segments`: no token sees it, and its own output means nothing.
         backend: "auto", "chunked" or "reference".
 
     Returns:

@@ -68,7 +68,7 @@ class _ShortConv(torch.autograd.Function):
         mirrored = piece.taps.flip(0)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
-        # Summed over blocks in fp64: a million tokens lose nothing.
+        # Blocks add up in fp64, so that the sum over a million tokens loses nothing.
         dtaps = torch.zeros_like(piece.taps, dtype=torch.float64)
         dbias = torch.zeros_like(piece.taps[0], dtype=torch.float64)
         for start, stop in [(-num_past, 0), *piece.blocks()] if num_past else piece.blocks():

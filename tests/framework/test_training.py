@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from worlds import run_world
 
-from longreach.framework.config import RunConfig, load
+from longreach.framework.config import load
 from longreach.framework.trainer import train
 
 CONFIG = """
@@ -21,23 +26,29 @@ model:
   chela: {heads: 2, modes: 2}
   feedforward_kernel: {heads: 2, dropout: 0.2}
   softmax: {heads: 2}
-optim: {lr: 1.0e-2, warmup_steps: 4, clip: 0.5}
-train: {steps: 10, threads: 1}
 data: {seq_len: 61, batch_size: 4}
+optim: {lr: 1.0e-2, warmup_steps: 4, clip: 0.5}
+train: {steps: 10, threads: 1, validate_batches: 2}
 monitor: {tensorboard: false, plot: false}
 """
+LAYOUTS = {"1": (1, 1), "2 of a sequence": (2, 2), "4 of a sequence": (4, 4), "2 x 2": (4, 2)}  # ranks, of a sequence
+Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> str:
     """Path of the config that the tests here train, with overrides of their own."""
     path = tmp_path_factory.mktemp("config") / "small.yaml"
-    path.write_text(f"{CONFIG}\n", encoding="utf-8")
+    path.write_text(CONFIG.replace("data: {", f"data: {{source: {corpus}, "), encoding="utf-8")
     return str(path)
 
 
-def train_each(rank: int, config: str, runs: list[list[str]]) -> list[tuple[list[dict[str, Any]], float | None]]:
-    """Train once with each list of overrides; returns each run's rows of ``metrics.jsonl`` and held-out loss."""
+def rows_of(run_dir: str | Path, name: str = "metrics.jsonl") -> Rows:
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
+
+
+def train_each(rank: int, config: str, runs: list[list[str]]) -> list[tuple[Rows, float | None]]:
+    """Train once with each list of overrides; returns each run's rows of ``metrics.jsonl`` and its held-out loss."""
     results = []
     for overrides in runs:
         result = train(load(config, overrides))
@@ -45,18 +56,149 @@ def train_each(rank: int, config: str, runs: list[list[str]]) -> list[tuple[list
     return results
 
 
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def close(rows: Rows, expected: Rows, keys: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+    """Step by step, to a relative 1e-5."""
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        for key in keys:
+            assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=0), f"step {row['step']}: {key}"
 
-def test_x(config, corpus, tmp_path):
-    import time
-    for ranks, seq in ((1,1),(2,2),(4,4),(4,2)):
-        runs=[[f"data.source={corpus}", f"deepspeed=zero{s}", f"parallel.ranks={ranks}", f"parallel.sequence={seq}", f"run.dir={tmp_path}/{ranks}-{seq}-{s}"] for s in range(4)]
-        t=time.time()
-        got = run_world(train_each, ranks, config, runs, timeout=280)
-        print(ranks, seq, time.time()-t)
-        base = got[0] if ranks==1 else base
-        for s in range(4):
-            for k in ("loss","grad_norm","penalty"):
-                print(s, k, max(abs(a[k]-b[k])/abs(b[k]) for a,b in zip(got[0][s][0], base[0][0])), abs(got[0][s][1]-base[0][1])/base[0][1])
-        print([r["loss"] for r in got[0][0][0]], [r["grad_norm"] for r in got[0][0][0]])
+
+@pytest.fixture(scope="module")
+def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Rows, float | None]]]:
+    """What `train_each` gives on each layout: for the four ZeRO stages, then for packed documents in one of them."""
+    results = {}
+    for name, (ranks, sequence) in LAYOUTS.items():
+        directory = tmp_path_factory.mktemp("runs")
+        layout = [f"parallel.ranks={ranks}", f"parallel.sequence={sequence}"]
+        runs = [[*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/{stage}"] for stage in range(4)]
+        runs.append([*layout, "deepspeed=zero2", f"run.dir={directory}/documents", "data.packing=documents"])
+        results[name] = run_world(train_each, ranks, config, runs, timeout=280)[0]
+    return results
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_are_the_same_on_every_layout_and_stage(
+    everywhere: dict[str, list[tuple[Rows, float | None]]], layout: str
+) -> None:
+    """With dropout, clipping, warm-up and accumulation, and 61 tokens, which no number of ranks divides."""
+    (rows, held_out), (document_rows, held_out_documents) = everywhere["1"][0], everywhere["1"][4]
+    assert len(rows) == 10 and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert min(row["grad_norm"] for row in rows) > 0.5, "clipping must have something to do"
+    assert abs(document_rows[0]["loss"] / rows[0]["loss"] - 1) > 1e-4, "documents must make a difference"
+    assert held_out is not None and held_out_documents is not None
+    for found, found_held_out in everywhere[layout][:4]:
+        close(found, rows, ("loss", "grad_norm", "lr", "penalty"))
+        assert found_held_out == pytest.approx(held_out, rel=1e-5)
+    close(everywhere[layout][4][0], document_rows)
+    assert everywhere[layout][4][1] == pytest.approx(held_out_documents, rel=1e-5)
+
+
+def train_in_two_halves(rank: int, config: str, directory: str) -> None:
+    train(load(config, [f"run.dir={directory}/whole"]))
+    for steps in (10, 20):
+        train(load(config, [f"run.dir={directory}/halves", f"train.steps={steps}"]))
+        if rank == 0 and steps == 10:
+            for name in ("alone", "four"):
+                shutil.copytree(f"{directory}/halves", f"{directory}/{name}")
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_is_stopped_and_continued_equals_one_that_is_not(config: str, tmp_path: Path) -> None:
+    """Bit for bit on the same layout; to rounding on another number of ranks and in another ZeRO stage."""
+    text = Path(config).read_text().replace("steps: 10", "steps: 20").replace("batch_size: 4", "batch_size: 2")
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(f"{text.replace('clip: 0.5', 'clip: 0.5, schedule_steps: 20')}\ndeepspeed: zero2\n")
+    run_world(train_in_two_halves, 2, str(longer), str(tmp_path), timeout=280)
+    whole, halves = rows_of(tmp_path / "whole"), rows_of(tmp_path / "halves")
+    for row, wanted in zip(halves, whole, strict=True):
+        for key in ("step", "loss", "grad_norm", "lr", "tokens"):
+            assert row[key] == wanted[key], f"step {wanted['step']}: {key}"
+    last = "checkpoints/step-00000020"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        left, right = (load_file(tmp_path / name / last / file) for name in ("whole", "halves"))
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    for name, ranks, stage in (("alone", 1, 3), ("four", 4, 0)):
+        overrides = [f"run.dir={tmp_path / name}", f"parallel.ranks={ranks}", f"deepspeed=zero{stage}"]
+        ((rows, _),) = run_world(train_each, ranks, str(longer), [overrides], timeout=280)[0]
+        close(rows, whole)
+
+
+def lose_a_checkpoint(rank: int, config: str, run_dir: str) -> tuple[Rows, Rows, Rows, Rows]:
+    """Steps 1 to 6, of which only 4 are in a checkpoint then, and on to 8: both files' rows before and after."""
+    settings = [f"run.dir={run_dir}", "train.validate_every=2", "checkpoint.every=4", "optim.schedule_steps=8"]
+    train(load(config, [*settings, "train.steps=6"]))
+    before = rows_of(run_dir), rows_of(run_dir, "validation.jsonl")
+    shutil.rmtree(f"{run_dir}/checkpoints/step-00000006")
+    with open(f"{run_dir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a killed process leaves it
+    train(load(config, [*settings, "train.steps=8"]))
+    return *before, rows_of(run_dir), rows_of(run_dir, "validation.jsonl")
+
+
+def test_steps_that_are_done_again_are_shown_once(config: str, tmp_path: Path) -> None:
+    rows, held_out, rows_after, held_out_after = run_world(lose_a_checkpoint, 1, config, str(tmp_path / "run"))[0]
+    assert [row["step"] for row in rows_after] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["loss"] for row in rows_after[:6]] == [row["loss"] for row in rows]
+    assert [row["step"] for row in held_out_after] == [2, 4, 6, 8]
+    assert [row["loss"] for row in held_out_after[:3]] == [row["loss"] for row in held_out]
+
+
+def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> None:
+    """A run in bf16 over two ranks, with everything switched on."""
+    overrides = ["parallel.ranks=2", "train.precision=bf16", "train.validate_every=5", "train.steps=12"]
+    overrides += [f"run.dir={tmp_path / 'run'}", "monitor.tensorboard=true", "monitor.plot=true"]
+    ((rows, held_out),) = run_world(train_each, 2, config, [overrides])[0]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    for row in rows:
+        assert row["bits_per_token"] == pytest.approx(row["loss"] / math.log(2))
+        assert row["tokens"] == row["step"] * 4 * 61
+        assert all(math.isfinite(value) for value in row.values())
+
+    run_dir = tmp_path / "run"
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots"}
+    assert load(run_dir / "config.yaml").model.vocab == 256
+    assert (run_dir / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step-00000012"
+    validations = rows_of(run_dir, "validation.jsonl")
+    assert [row["step"] for row in validations] == [5, 10, 12] and validations[-1]["loss"] == held_out
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    promised = {
+        "train/loss": "loss",
+        "train/bits_per_token": "bits_per_token",
+        "train/lr": "lr",
+        "train/grad_norm": "grad_norm",
+        "speed/tokens_per_second": "tokens_per_second",
+        "speed/data_wait_seconds": "data_wait_seconds",
+        "memory/peak_bytes": "peak_memory_bytes",
+        "exchange/scan_bytes": "bytes_scan",
+        "exchange/halo_bytes": "bytes_halo",
+        "exchange/by_channel_bytes": "bytes_by_channel",
+    }
+    for tag, key in promised.items():
+        found = {event.step: event.value for event in events.Scalars(tag)}
+        assert found == pytest.approx({row["step"]: row[key] for row in rows}, rel=1e-6), tag
+    assert {event.step for event in events.Scalars("validation/loss")} == {5, 10, 12}
+    assert [event.step for event in events.Images("validation/by_position")] == [5, 10, 12]
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert yaml.safe_load(text.strip("`\n").removeprefix("yaml"))["model"]["width"] == 16
+    assert set(tags["scalars"]) >= promised.keys()
+
+
+def test_a_pattern_is_learned(config: str, tmp_path: Path) -> None:
+    """40 steps on one line that repeats: what is left of the loss is a tenth."""
+    source = tmp_path / "pattern"
+    source.mkdir()
+    for name in "ab":
+        (source / name).write_text("to be or not to be. " * 200)
+    overrides = [f"data.source={source}", f"data.cache={tmp_path / 'packed'}", f"run.dir={tmp_path / 'run'}"]
+    overrides += ["data.seq_len=80", "train.steps=40", "optim.lr=2e-2", "data.valid_fraction=0.5"]
+    ((rows, held_out),) = run_world(train_each, 1, config, [overrides])[0]
+    assert rows[0]["loss"] > 5 and held_out is not None
+    assert held_out < 0.1 * rows[0]["loss"]

@@ -310,7 +310,7 @@ def test_guards_are_those_of_the_definition(guard: str) -> None:
         k[:, :100] *= 1e3
     else:
         v = v.abs() + 3
-        grads = grads[0] * 1e25, grads[1]
+        grads = grads[0] * 1e27, grads[1]
     for causal in (True, False):
         got = run((q, k, v), grads, order=4, causal=causal, backend="chunked")
         want = run((q, k, v), grads, order=4, causal=causal, backend="reference")
@@ -394,9 +394,9 @@ def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
     """Catches a state folded in the wrong order or direction, a lost summand, a share of no or one token."""
     length = 150
     shares = {
-        2: [[75, 75], [1, 149], [0, 150], [150, 0]],
-        3: [[50, 50, 50], [70, 0, 80], [1, 2, 147]],
-        4: [[38, 38, 37, 37], [0, 65, 0, 85], [129, 1, 1, 19]],
+        2: [[75, 75], [150, 0]],
+        3: [[70, 0, 80], [1, 2, 147]],
+        4: [[0, 65, 0, 85], [129, 1, 1, 19]],
     }[ranks]
     cases = []
     for share in shares:

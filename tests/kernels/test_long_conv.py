@@ -1,0 +1,418 @@
+"""Long convolutions: the definitions against the fast paths, outputs and all gradients, however the sequence is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_distributed
+from torch import Tensor
+
+from longreach.kernels.errors import InputError
+from longreach.kernels.long_conv import (
+    ModalConv,
+    chunked,
+    long_conv,
+    modal,
+    modal_kernel,
+    reference_long_conv,
+    reference_modal_conv,
+)
+from longreach.kernels.scan import Carry, scan
+from longreach.parallel.mesh import Axis
+from longreach.parallel.relay import GatherRelay
+
+BATCH, WIDTH, MODES = 2, 6, 4
+LENGTHS = [0, 1, 2, 3, 63, 64, 65, 500]
+NAMES = ("y", "carry", "ids", "dx", "dkernel", "dskip", "dcarry")
+MODAL_NAMES = ("y", "carry", "ids", "dx", "dlog_decay", "dangle", "dre", "dim", "dcarry")
+# The largest error as a share of the largest value (or of 1), and the relative RMS error. A gradient in bf16 may be
+# rounded twice: x reaches the output and the outgoing carry.
+TOLERANCES = {torch.float64: (3e-15, 3e-15), torch.float32: (2e-6, 1e-6), torch.bfloat16: (8e-3, 3e-3)}
+MODAL_TOLERANCES = {torch.float64: (1e-13, 1e-13), torch.float32: (2e-6, 1e-6), torch.bfloat16: (8e-3, 3e-3)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors this small, a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_shows() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several slices of the channels, and several stretches of blocks, the last of them incomplete."""
+    monkeypatch.setattr(chunked, "WORKSPACE", 1)
+    monkeypatch.setattr(modal, "CPU_STRETCH", 3 * modal.BLOCK_LEN * BATCH * WIDTH)
+
+
+def documents(length: int, before: int) -> Tensor:
+    """Ids ``[BATCH, before + length]``: row 0 short documents and single tokens, row 1 some that cross blocks."""
+    ids = torch.stack([(torch.rand(before + length) < 0.2).cumsum(0), torch.zeros(before + length, dtype=torch.long)])
+    for start in (before + 2, before + 64, before + 65, before + 300):
+        ids[1, start:] += 1
+    return ids
+
+
+def make(length: int, num_taps: int, *, with_carry: bool = True, with_segments: bool = False) -> dict[str, Any]:
+    """Random inputs of `long_conv` in fp64, rounded to bf16."""
+    x, state = torch.randn(BATCH, length, WIDTH), torch.randn(BATCH, num_taps - 1, WIDTH)
+    kernel, skip = torch.randn(WIDTH, num_taps) / num_taps**0.5, torch.randn(WIDTH)
+    x, kernel, skip, state = (t.bfloat16().double() for t in (x, kernel, skip, state))
+    segments = ids = None
+    if with_segments:
+        all_ids = documents(length, num_taps - 1)
+        all_ids[1, : num_taps // 2] = -1  # nothing was there
+        ids, segments = all_ids[:, : num_taps - 1], all_ids[:, num_taps - 1 :]
+        state = state * (ids >= 0).unsqueeze(-1)
+    carry = Carry(state, ids) if with_carry else None
+    return {"inputs": [x, kernel, skip], "carry": carry, "segments": segments}
+
+
+def make_modal(length: int, *, with_carry: bool = True, with_segments: bool = False) -> dict[str, Any]:
+    """Random inputs of `ModalConv` in fp64, rounded to bf16; the modes forget within 2 to 2000 tokens."""
+    x, re, im = torch.randn(BATCH, length, WIDTH), torch.randn(WIDTH, MODES), torch.randn(WIDTH, MODES)
+    log_decay, angle = -7.5 * torch.rand(WIDTH, MODES), 3 * torch.randn(WIDTH, MODES)
+    inputs = [t.bfloat16().double() for t in (x, log_decay, angle, re, im)]
+    state = torch.randn(BATCH, WIDTH, MODES, dtype=torch.complex64).to(torch.complex128)
+    segments = ids = None
+    if with_segments:
+        all_ids = documents(length, 1)
+        ids, segments = all_ids[:, 0], all_ids[:, 1:]
+    return {"inputs": inputs, "carry": Carry(state, ids) if with_carry else None, "segments": segments}
+
+
+def run_modal(*inputs: Tensor, **how: Any) -> tuple[Tensor, Carry]:
+    return scan(ModalConv(), *inputs, **how)
+
+
+def all_of(
+    fn: Any, data: dict[str, Any], dtype: torch.dtype = torch.float64, **settings: Any
+) -> tuple[Tensor | None, ...]:
+    """Outputs and all gradients of ``fn``, for fixed upstream gradients of the output and of the outgoing carry."""
+    leaves = [t.to(dtype).requires_grad_() for t in data["inputs"]]
+    carry = data["carry"]
+    if carry is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        wide = wide.to_complex() if carry.state.is_complex() else wide
+        leaves.append(carry.state.to(wide).requires_grad_())
+        carry = Carry(leaves[-1], carry.segment)
+        settings = {**settings, "carry": carry}
+    num_inputs = len(data["inputs"])
+    y, after = fn(*leaves[:num_inputs], segments=data["segments"], **settings)
+    outputs = [(t, upstream_of(t, seed)) for seed, t in enumerate((y, after.state)) if t.requires_grad]
+    used, upstream = zip(*outputs, strict=True)
+    grads = torch.autograd.grad(used, leaves, upstream, materialize_grads=True)
+    return y.detach(), after.state.detach(), after.segment, *grads, *([] if carry is not None else [None])
+
+
+def upstream_of(t: Tensor, seed: int) -> Tensor:
+    dtype = torch.complex64 if t.is_complex() else torch.float32
+    values = torch.randn(t.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return values.to(t.dtype) if t.is_complex() else values.bfloat16().to(t.dtype)
+
+
+def assert_close(
+    actual: tuple[Tensor | None, ...],
+    expected: tuple[Tensor | None, ...],
+    tolerance: tuple[float, float],
+    names: tuple[str, ...] = NAMES,
+) -> None:
+    """Compares what `all_of` returns: largest error, and relative RMS error."""
+    for name, got, want in zip(names, actual, expected, strict=True):
+        if got is None or want is None:
+            assert got is want, name
+            continue
+        assert got.shape == want.shape, name
+        got, want = got.to(torch.complex128), want.to(torch.complex128)
+        assert got.isfinite().all(), name
+        if want.numel():
+            error = (got - want).abs()
+            assert error.max() <= tolerance[0] * max(1, want.abs().max()), name
+            assert error.square().mean().sqrt() <= tolerance[1] * want.abs().square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_fast_path_is_the_definition(
+    length: int, causal: bool, small_workspace: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for num_taps in {1, 5, max(length, 1), 2 * length + 2}:
+        for with_carry, with_segments in ((False, False), (True, False), (False, True), (True, True)):
+            data = make(length, num_taps, with_carry=with_carry, with_segments=with_segments)
+            expected = all_of(reference_long_conv, data, causal=causal)
+            for direct_len in (0, chunked.DIRECT_LEN) if length <= chunked.DIRECT_LEN else (0,):
+                monkeypatch.setattr(chunked, "DIRECT_LEN", direct_len)
+                actual = all_of(long_conv, data, causal=causal)
+                assert_close(actual, expected, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("length", [10, 500])
+def test_precision(length: int, dtype: torch.dtype, with_segments: bool) -> None:
+    data = make(length, 700, with_segments=with_segments)
+    actual = all_of(long_conv, data, dtype)
+    assert actual[0] is not None and actual[0].dtype == dtype
+    assert_close(actual, all_of(reference_long_conv, data), TOLERANCES[dtype])
+
+
+def test_the_current_token_is_the_first_tap_or_the_middle_one() -> None:
+    kernel = torch.arange(1.0, 5.0, dtype=torch.float64).view(1, 4)
+    impulse = torch.zeros(1, 20, 1, dtype=torch.float64)
+    impulse[:, 5] = 1
+    for causal, first in ((True, 5), (False, 3)):
+        y, _ = long_conv(impulse, kernel, causal=causal)
+        assert y.flatten()[first : first + 4].tolist() == pytest.approx([1, 2, 3, 4], abs=1e-14)
+        assert y.abs().sum().item() == pytest.approx(10, abs=1e-13)
+
+
+def test_without_skip() -> None:
+    data = make(65, 30)
+    x, kernel, _ = data["inputs"]
+    how = {"carry": data["carry"]}
+    assert_close((long_conv(x, kernel, **how)[0],), (reference_long_conv(x, kernel, **how)[0],), (1e-14, 1e-14), ("y",))
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("lengths", [[40, 60], [1, 2, 97], [30, 0, 70], [98, 1, 1], [64, 36]])
+@pytest.mark.parametrize("num_taps", [1, 20, 100, 150, None])
+def test_pieces_equal_the_whole(lengths: list[int], num_taps: int | None, with_segments: bool) -> None:
+    length = sum(lengths)
+    data = (
+        make_modal(length, with_segments=with_segments)
+        if num_taps is None
+        else make(length, num_taps, with_segments=with_segments)
+    )
+    if with_segments:
+        data["segments"][1, lengths[0] :] += 1  # a document begins where the sequence is cut
+    whole = run_modal if num_taps is None else long_conv
+
+    def in_pieces(x: Tensor, *inputs: Tensor, carry: Carry, segments: Tensor | None) -> tuple[Tensor, Carry]:
+        outs = []
+        for length, stop in zip(lengths, accumulate(lengths), strict=True):
+            ids = None if segments is None else segments[:, stop - length : stop]
+            y, carry = whole(x[:, stop - length : stop], *inputs, carry=carry, segments=ids)
+            outs.append(y)
+        return torch.cat(outs, dim=1), carry
+
+    names = MODAL_NAMES if num_taps is None else NAMES
+    assert_close(all_of(in_pieces, data), all_of(whole, data), (1e-13, 1e-13), names)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_do_not_mix(causal: bool) -> None:
+    """Each document alone gives what it gives among the others, single tokens too; nothing leaks through an FFT."""
+    lengths = [1, 1, 7, 1, 64, 3, 33]
+    x, kernel, skip = make(sum(lengths), 40)["inputs"]
+    x = x * torch.repeat_interleave(10.0 ** torch.arange(-3, 4), torch.tensor(lengths)).flip(0).view(1, -1, 1)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)) * 2, torch.tensor(lengths)).expand(BATCH, -1)
+    y, _ = long_conv(x, kernel, skip, causal=causal, segments=ids)
+    for length, stop in zip(lengths, accumulate(lengths), strict=True):
+        alone, _ = reference_long_conv(x[:, stop - length : stop], kernel, skip, causal=causal)
+        scale = alone.abs().max()
+        assert_close((y[:, stop - length : stop] / scale,), (alone / scale,), (1e-14, 1e-14), ("y",))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_token_sees_a_place_without_a_token(causal: bool) -> None:
+    data = make(70, 30, with_carry=False, with_segments=True)
+    x, *kernel_and_skip = data["inputs"]
+    padded = torch.nn.functional.pad(x, (0, 0, 3, 3), value=100.0)
+    ids = torch.nn.functional.pad(data["segments"], (3, 3), value=-1)
+    actual, _ = long_conv(padded, *kernel_and_skip, causal=causal, segments=ids)
+    expected, _ = long_conv(x, *kernel_and_skip, causal=causal, segments=data["segments"])
+    assert_close((actual[:, 3:-3],), (expected,), TOLERANCES[torch.float64], ("y",))
+
+
+@pytest.mark.parametrize("length", [10, 65])
+def test_a_carry_may_be_of_any_length_and_without_ids(length: int) -> None:
+    data = make(length, 20, with_segments=True)
+    data["carry"] = Carry(data["carry"].state)
+    expected = all_of(reference_long_conv, data)
+    assert_close(all_of(long_conv, data), expected, TOLERANCES[torch.float64])
+    state = data["carry"].state
+    longer = {**data, "carry": Carry(torch.cat([torch.ones_like(state), state], dim=1))}
+    assert_close(all_of(long_conv, longer)[:3], expected[:3], TOLERANCES[torch.float64], NAMES[:3])
+    shorter = {**data, "carry": Carry(state[:, 15:])}
+    cleared = {**data, "carry": Carry(torch.cat([torch.zeros_like(state[:, :15]), state[:, 15:]], dim=1))}
+    y, dx = all_of(long_conv, shorter)[0:4:3]
+    assert_close((y, dx), all_of(reference_long_conv, cleared)[0:4:3], TOLERANCES[torch.float64], ("y", "dx"))
+
+
+def test_more_ranks_than_channels_leave_some_without() -> None:
+    """`Span.by_channel` then calls with no channel at all."""
+    inputs = [torch.zeros(2, 70, 0), torch.zeros(0, 9), torch.zeros(0)]
+    actual = all_of(long_conv, {"inputs": inputs, "carry": None, "segments": None})
+    assert [None if t is None else t.shape for t in actual[3:6]] == [t.shape for t in inputs]
+
+
+@pytest.mark.parametrize("length", [3, 20])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_are_those_of_finite_differences(causal: bool, length: int) -> None:
+    data = make(length, 4, with_segments=True)
+    leaves = [t[..., :2].clone() if t.dim() == 3 else t[:2].clone() for t in data["inputs"]]
+    state = data["carry"].state[..., :2].clone()
+
+    def run(x: Tensor, kernel: Tensor, skip: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        carry = Carry(state, data["carry"].segment)
+        y, after = long_conv(x, kernel, skip, causal=causal, carry=carry, segments=data["segments"])
+        return y, after.state
+
+    assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (*leaves, state)))
+
+
+@pytest.mark.parametrize("length", [*LENGTHS, 192, 1000])
+def test_the_modal_convolution_is_its_recurrence(length: int, small_workspace: None) -> None:
+    for with_carry, with_segments in ((False, False), (True, False), (False, True), (True, True)):
+        data = make_modal(length, with_carry=with_carry, with_segments=with_segments)
+        expected = all_of(reference_modal_conv, data)
+        assert_close(all_of(run_modal, data), expected, MODAL_TOLERANCES[torch.float64], MODAL_NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("length", [1, 500])
+def test_precision_of_the_modal_convolution(length: int, dtype: torch.dtype, with_segments: bool) -> None:
+    data = make_modal(length, with_segments=with_segments)
+    actual = all_of(run_modal, data, dtype)
+    assert actual[0] is not None and actual[0].dtype == dtype
+    assert actual[1] is not None and actual[1].dtype == torch.complex64
+    assert_close(actual, all_of(reference_modal_conv, data), MODAL_TOLERANCES[dtype], MODAL_NAMES)
+
+
+def test_slow_modes_stay_exact_over_long_sequences(small_workspace: None) -> None:
+    """Angles times 10000 tokens, and modes that forget in 1000000: fp32 against the same in fp64."""
+    data = make_modal(10_000)
+    data["inputs"][1] = data["inputs"][1] - 6
+    expected = all_of(run_modal, data)
+    assert_close(all_of(run_modal, data, torch.float32), expected, (2e-5, 5e-6), MODAL_NAMES)
+
+
+@pytest.mark.parametrize("length", [1, 64, 100, 500])
+def test_the_modal_convolution_is_a_long_one_with_its_kernel(length: int) -> None:
+    data = make_modal(length, with_carry=False, with_segments=True)
+
+    def free_form(x: Tensor, *parameters: Tensor, segments: Tensor) -> tuple[Tensor, Carry]:
+        y, _ = long_conv(x, modal_kernel(*parameters, length=x.shape[1]), segments=segments)
+        return y, Carry(y[:, :0])
+
+    def modal_form(*inputs: Tensor, segments: Tensor) -> tuple[Tensor, Carry]:
+        y, _ = run_modal(*inputs, segments=segments)
+        return y, Carry(y[:, :0])
+
+    expected = all_of(free_form, data)
+    assert_close(all_of(modal_form, data), expected, MODAL_TOLERANCES[torch.float64], MODAL_NAMES)
+
+
+def test_the_modal_kernel_is_a_sum_of_powers() -> None:
+    _, log_decay, angle, re, im = make_modal(0)["inputs"]
+    exponents = torch.arange(1001).view(-1, 1, 1)
+    decay = torch.complex(-log_decay.exp(), angle)
+    expected = (torch.complex(re, im) * torch.exp(decay * exponents)).real.sum(-1).t()
+    for length in (0, 1, 2, 15, 16, 17, 1001):
+        actual = modal_kernel(log_decay, angle, re, im, length)
+        assert_close((actual,), (expected[:, :length],), (1e-12, 1e-12), ("kernel",))
+
+
+def test_every_boundary_of_a_block() -> None:
+    """A document of every length up to two blocks, from every place."""
+    edges = [(first, second) for first in range(1, 65) for second in range(first + 1, first + 130, 7)]
+    first, second = torch.tensor(edges).t().unsqueeze(-1)
+    position = torch.arange(200)
+    ids = (position >= first).long() + (position >= second)
+    x, *parameters = make_modal(200)["inputs"]
+    x, parameters = x[:1, :, :1].expand(len(edges), -1, -1), [p[:1] for p in parameters]
+    (y, _), (expected, _) = (fn(x, *parameters, segments=ids) for fn in (run_modal, reference_modal_conv))
+    assert_close((y,), (expected,), MODAL_TOLERANCES[torch.float64], ("y",))
+
+
+def test_modal_gradients_are_those_of_finite_differences() -> None:
+    data = make_modal(6, with_segments=True)
+    x, *parameters = data["inputs"]
+    leaves = (x[..., :1], *(p[:1, :2] for p in parameters), data["carry"].state[:, :1, :2])
+    leaves = tuple(t.clone().requires_grad_() for t in leaves)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        carry = Carry(inputs[-1], data["carry"].segment)
+        y, after = run_modal(*inputs[:-1], carry=carry, segments=data["segments"])
+        return y, after.state
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def modal_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> tuple[Tensor | None, ...]:
+    """`all_of` for this rank's tokens."""
+    stop = list(accumulate(lengths))[axis.rank]
+    start = stop - lengths[axis.rank]
+    x, *parameters = data["inputs"]
+    segments = data["segments"]
+    share = {
+        "inputs": [x[:, start:stop], *parameters],
+        "carry": data["carry"],
+        "segments": None if segments is None else segments[:, start:stop],
+    }
+
+    def run(x: Tensor, *parameters: Tensor, **how: Any) -> tuple[Tensor, Carry]:
+        # Upstream gradients are those of the whole sequence.
+        y, after = scan(ModalConv(), x, *parameters, relay=GatherRelay(axis), **how)
+        whole = torch.zeros(BATCH, sum(lengths), WIDTH, dtype=y.dtype)
+        return torch.cat([whole[:, :start], y, whole[:, stop:]], dim=1), after
+
+    y, state, ids, dx, *others = all_of(run, share)
+    assert y is not None
+    return y[:, start:stop], state, ids, dx, *others
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("with_carry", [False, True])
+@pytest.mark.parametrize("lengths", [[50, 51], [1, 100], [70, 0, 31], [0, 64, 37], [33, 0, 1, 67], [26, 26, 26, 23]])
+def test_the_modal_convolution_across_ranks(lengths: list[int], with_carry: bool, with_segments: bool) -> None:
+    """Catches a decay without its conjugate on the way back, a state in another document, a carry counted P times."""
+    data = make_modal(sum(lengths), with_carry=with_carry, with_segments=with_segments)
+    if with_segments:
+        data["segments"][1, lengths[0] :] += 1  # a document begins where the ranks meet
+    expected = all_of(run_modal, data)
+    ranks = run_distributed(modal_share, len(lengths), data, lengths)
+    y, dx = (torch.cat([rank[i] for rank in ranks], dim=1) for i in (0, 3))
+    sums = [sum(rank[i] for rank in ranks) for i in range(4, 8)]
+    for _, state, ids, *_, dcarry in ranks:
+        assert_close((y, state, ids, dx, *sums, dcarry), expected, (1e-12, 1e-12), MODAL_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"x": torch.zeros(2, 5)}, "long_conv: x"),
+        ({"kernel": torch.zeros(4, 4)}, "long_conv: kernel"),
+        ({"kernel": torch.zeros(WIDTH, 0)}, "long_conv: kernel"),
+        ({"skip": torch.zeros(4)}, "long_conv: skip"),
+        ({"segments": torch.zeros(2, 9, dtype=torch.long)}, "long_conv: segments"),
+        ({"carry": Carry(torch.zeros(2, 3, 4))}, "long_conv: carry.state"),
+        ({"carry": Carry(torch.zeros(2, 3, WIDTH), torch.zeros(2, 3, dtype=torch.long))}, "long_conv: segments"),
+        ({"backend": "cuda"}, "long_conv: backend"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], field: str) -> None:
+    x, kernel, skip = make(10, 4)["inputs"]
+    with pytest.raises(InputError, match=field):
+        long_conv(**{"x": x, "kernel": kernel, "skip": skip, **change})
+
+
+def test_mistakes_with_modes_are_named() -> None:
+    with pytest.raises(InputError, match=r"ModalConv: causal = False.*second ModalConv"):
+        ModalConv(causal=False)
+    with pytest.raises(InputError, match="ModalConv: inputs"):
+        run_modal(torch.zeros(2, 5, 3), *(torch.zeros(4, 2),) * 4)
