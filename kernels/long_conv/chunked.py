@@ -217,7 +217,7 @@ def _batch(num_taps: int, centre: int, length: int, num_past: int) -> _Batch:
 def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:
     """The channels, as many at a time as the workspace holds."""
     rows = [(x.shape[0] if batch.index is None else batch.index.shape[0]) + 1 for batch in batches]
-    # Two spectra, their product and its inverse; tokens and the gradients of tokens and outputs, half as long or shorter.
+    # Two spectra, their product and its inverse; tokens, their gradients and the outputs', at most half as long each.
     points = 6 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
     width = max(MIN_CHANNELS, WORKSPACE // (points * dtype.itemsize))
     width -= width % 16 if width > 16 else 0  # whole cache lines

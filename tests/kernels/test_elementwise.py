@@ -325,6 +325,7 @@ def test_a_million_tokens_keep_their_digits() -> None:
     length = 2**20
     q, k, v = torch.randn(3, 1, length, 1).mul_(0.5)
     v = v + 1  # sums that grow
+    k = k + 0.2 * v  # keys that tell of values: else dq is 0 but for noise
     leaves = [x.requires_grad_() for x in (q, k, v)]
     y, end = elementwise_attention(*leaves)
     grad = torch.randn_like(y) + 1
@@ -338,6 +339,7 @@ def test_a_million_tokens_keep_their_digits() -> None:
         den = sum(c * q**n * z_n for n, (c, z_n) in enumerate(zip(coefficients, z)))
         truth = sum(c * q**n * s_n for n, (c, s_n) in enumerate(zip(coefficients, s))) / den
         a = g / den
+        dq = a * sum(2 * c * q**n * (s[n + 1] - truth * z[n + 1]) for n, c in enumerate(coefficients[:-1]))
         dv = 0
         dk = 0
         for n, c in enumerate(coefficients):
@@ -347,7 +349,7 @@ def test_a_million_tokens_keep_their_digits() -> None:
             lower = n * k ** (n - 1) if n else torch.zeros_like(k)
             dk = dk + weight * (lower - 2 * k ** (n + 1)) * (v * r + u)
         state = torch.stack([torch.stack([x[:, -1] for x in sums], dim=1) for sums in (s, z)], dim=1)
-    for got, want in ((y, truth), (end.state, state), (grads[1], dk), (grads[2], dv)):
+    for got, want in ((y, truth), (end.state, state), (grads[0], dq), (grads[1], dk), (grads[2], dv)):
         error = (got.detach().double() - want).square().mean().sqrt() / want.square().mean().sqrt()
         assert error <= 1e-5, f"{error:.1e}"
     assert (y.detach().double() - truth).abs().max() / truth.abs().max() <= 1e-5
