@@ -3,9 +3,8 @@
     python benchmarks/longest.py --memory-gib 4
 
 Each trial is a real ``longreach train`` of one step in processes of its own. The length is doubled until a trial
-needs more
-memory or time than allowed, then the last interval is halved. Prints a table and writes it, with machine and
-commit, as JSON.
+needs more memory or time than allowed, then the last interval is halved. Prints a table and writes it, with machine
+and commit, as JSON.
 """
 
 from __future__ import annotations

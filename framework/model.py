@@ -1,8 +1,7 @@
 """The model: embedding, pre-norm residual blocks, tied head. Plain single-device code that takes a `Span`.
 
 Whether the tokens it sees are a whole sequence, one rank's piece, the next streamed block or the next generated
-token is
-the span's business alone.
+token is the span's business alone.
 """
 
 from __future__ import annotations
@@ -143,8 +142,7 @@ class Model(nn.Module):
 
         Returns:
             Logits ``[B, L, vocab]``; with labels, the negative log-likelihoods ``[B, L]`` in nats (0 where ignored)
-            and the
-            penalty on the weights, a scalar to be added to the loss once.
+            and the penalty on the weights, a scalar to be added to the loss once.
         """
         x, penalty = self.features(tokens, span if span is not None else Span())
         if labels is None:

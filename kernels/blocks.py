@@ -32,9 +32,8 @@ class Documents:
 
     Attributes:
         ids: ``[B, N, C]`` document ids by block.
-        continues: ``[B, N]`` whether a block's first token continues the document of the token before it. Block 0
-            always
-            does: whether it continues the piece's past, the relay has decided already.
+        continues: ``[B, N]`` whether a block's first token continues the document of the token before it.
+            Block 0 always does: whether it continues the piece's past, the relay has decided already.
         whole: ``[B, N]`` whether a block is of one document (what enters may leave).
         head: ``[B, N, C]`` tokens in the document that the block begins with (a state from the left reaches them).
         tail: ``[B, N, C]`` tokens in the document that the block ends with (they make up the state that leaves).

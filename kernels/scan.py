@@ -42,9 +42,8 @@ class StatefulOp:
     """A mixer that reaches its past through a state: two passes and their adjoints.
 
     ``inputs`` is a tuple of tensors (activations ``[B, L, ...]`` and, where the operator has them, parameters);
-    ``segments`` is ``[B, L]`` or None. ``past`` and ``future`` have the shape of the state ``B``: ``[B, ...]`` for
-    a causal
-    operator and ``[2, B, ...]`` for a non-causal one (from the left, from the right).
+    ``segments`` is ``[B, L]`` or None. ``past`` and ``future`` have the shape of the state ``B``:
+    ``[B, ...]`` for a causal operator and ``[2, B, ...]`` for a non-causal one (from the left, from the right).
 
     A new operator defines `summarize` and `attend` in differentiable PyTorch; the adjoints then follow by
     automatic differentiation of this piece alone. Fast operators override them.

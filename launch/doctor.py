@@ -31,18 +31,18 @@ def doctor() -> int:
     """Print every finding; returns 1 if a job would not run here."""
     bad = 0
     for check in CHECKS:
-        for finding in _findings(check):
+        for finding in _findings(check, check.__name__.strip("_")):
             bad += finding.level == "bad"
             print(f"{finding.level:<5} {finding.topic:<12} {finding.text}", flush=True)
     print("a job runs here" if not bad else f"lines marked bad: {bad}; a job would not run here")
     return 1 if bad else 0
 
 
-def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _findings(check: Callable[[], Iterator[Finding]], topic: str) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:  # whatever it is, the user must see it here and not in a job
-        yield Finding("bad", check.__name__.strip("_"), f"{type(error).__name__}: {error}")
+        yield Finding("bad", topic, f"{type(error).__name__}: {error}")
 
 
 def _software() -> Iterator[Finding]:
@@ -89,19 +89,30 @@ def _backends() -> Iterator[Finding]:
         lambda: short_conv(x, x[0, :4]),
         lambda: long_conv(x, x[0, :4]),
     )
+    listener = _Listener()
     log = logging.getLogger("longreach.kernels")
-    said: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(listener)
     log.setLevel(logging.INFO)
-    try:
-        for run in runs:
-            run()
-    finally:
-        log.removeHandler(listener)
-    for line in said:
-        yield Finding("ok", "operators", line)
+    for run in runs:
+        yield from _findings(lambda run=run: listener.findings_of(run), "operators")  # type: ignore[misc]
+    log.removeHandler(listener)
+
+
+class _Listener(logging.Handler):
+    """Makes findings of what operators say about themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def findings_of(self, run: Callable[[], object]) -> Iterator[Finding]:
+        self.said.clear()
+        run()
+        for line in self.said:
+            yield Finding("ok", "operators", line)
 
 
 def _exchange() -> Iterator[Finding]:

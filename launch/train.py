@@ -34,9 +34,7 @@ class Parser(argparse.ArgumentParser):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``train``."""
     parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or a name in configs/")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="replaces a value of CONFIG, such as train.steps=10"
-    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="replaces a value of CONFIG")
     parser.add_argument("--deepspeed_config", metavar="F", help="a DeepSpeed JSON; the same as deepspeed=F")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -94,7 +92,7 @@ def _start_ranks(config: RunConfig, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks tell what went wrong
+    logging.disable(logging.ERROR)  # torchrun's remarks: the ranks tell what went wrong
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

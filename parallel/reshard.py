@@ -1,8 +1,7 @@
 """All tokens of some channels <-> some tokens of all channels: one all-to-all, and its own adjoint the other way.
 
 "Channel" is any unit along dimension 2: a channel of ``[B, L, D]``, a head of ``[B, L, H, K]``. Units are dealt out
-as evenly
-as they go, so neither they nor the tokens have to divide by the number of ranks.
+as evenly as they go, so neither they nor the tokens have to divide by the number of ranks.
 """
 
 from __future__ import annotations

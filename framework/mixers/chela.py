@@ -33,8 +33,8 @@ class ChelaConfig:
         value_width: e, width of values over all heads; 0 for twice the model's width.
         short_len: W, taps of the short convolution.
         long_kernel: "modal" (damped oscillations: a state crosses ranks, decoding costs O(modes)), "free" (learned
-            taps) or
-            "decaying" (taps interpolated at several scales, shrinking with distance, as in SGConv, arXiv 2210.09298).
+            taps) or "decaying" (taps interpolated at several scales, shrinking with distance, as in SGConv, arXiv
+            2210.09298).
         long_len: K, taps of a free or decaying kernel.
         modes: N, oscillations per channel of a modal kernel.
         arrangement: "sequential": ``long(silu(short(x)))``; "parallel": ``long(x) + short(x)``, mergeable by

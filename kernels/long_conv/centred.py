@@ -17,8 +17,7 @@ class CentredModalConv(StatefulOp):
     """The operator for `span.scan`: inputs ``x [B, L, D]``, ``log_decay, angle [D, N]`` and ``re, im [2, D, N]``.
 
     ``y_i = sum_{m>=0} h_0[m] x_{i-m} + h_1[m] x_{i+m}``, with the kernels of `ModalConv` for ``re[0], im[0]`` and
-    ``re[1], im[1]``.
-    States ``[2, B, D, N]`` complex: from the left, from the right.
+    ``re[1], im[1]``. States ``[2, B, D, N]`` complex: from the left, from the right.
     """
 
     causal = False

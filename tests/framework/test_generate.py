@@ -1,4 +1,6 @@
-"""Decoding and scoring: one token at a time, block by block and in one pass, all the same; and a carry that stays small."""
+"""Decoding and scoring: one token at a time, block by block and in one pass, all the same; and a carry that stays
+small.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import run_distributed
+
 from longreach.framework.model import ModelConfig, build_model
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span, shares
