@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from ..parallel.span import Span
 from .data import Index, packed_dir, validation_batches
+from .data.progress import progress
 from .generate import PROMPT_BLOCK, load_run
 from .model import IGNORED, Model
 from .monitor import BITS
@@ -56,11 +57,14 @@ def evaluate(run_dir: str | Path, source: str | Path | None = None, max_batches:
         if len(data) < 2:
             raise InputError("source", str(source), "at least two bytes")
         tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return score(model, [(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), None)])
+        with progress(f"reading {source}", len(data) - 1) as advance:
+            return score(model, [(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), None)], progress=advance)
     index = Index.load(packed_dir(config.data), verify=config.data.verify)
     batches = validation_batches(index, config.data, micro_batch_size=1)
     sequences = batches.iterate(num_steps=max_batches or None)
-    return score(model, ((batch.tokens, batch.labels, batch.segments) for batch in sequences))
+    num_sequences = min(len(batches.dataset), max_batches * config.data.batch_size or len(batches.dataset))
+    with progress(f"reading {index.name}", num_sequences * config.data.seq_len) as advance:
+        return score(model, ((batch.tokens, batch.labels, batch.segments) for batch in sequences), progress=advance)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal(0, 1/sqrt(fan in)); what writes to the residual stream is divided by sqrt(2 depth)."""
-        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=0.3 * self.config.width**-0.5)  # tied: the first logits are small
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5

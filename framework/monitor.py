@@ -161,10 +161,10 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def say_plainly() -> None:
-    """Send this package's log lines to standard error, one plain line each."""
+def say_plainly(level: int = logging.INFO) -> None:
+    """Send this package's log lines of a level and above to standard error, one plain line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("longreach")
     root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO)
+    root.setLevel(level)

@@ -77,8 +77,7 @@ def _train(config: RunConfig) -> int:
     from ..parallel.mesh import leave_world
 
     first = os.environ.get("RANK", "0") == "0"
-    if first:
-        say_plainly()
+    say_plainly(logging.INFO if first else logging.ERROR)  # what all ranks find out is said once
     result = train(config)
     if first:
         report(config, result)
@@ -127,7 +126,8 @@ def tell(why: object, code: int = MISTAKE) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(PATIENCE_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
-    print(f"longreach: {f'rank {rank}: ' if rank != '0' else ''}{why}", file=sys.stderr, flush=True)
+    line = " ".join(str(why).splitlines())
+    print(f"longreach: {f'rank {rank}: ' if rank != '0' else ''}{line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -143,7 +143,7 @@ def guarded(command: Callable[[], int]) -> int:
         if not isinstance(error, PeerFailed) and not any(words in str(error) for words in _LOST):
             raise
         time.sleep(PATIENCE_SECONDS)  # the one that failed says why
-        return tell(str(error).partition("\n")[0], FAILED)
+        return tell(error, FAILED)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -1,0 +1,304 @@
+"""The command line: real programs, what they print, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from programs import Job, finish, longreach, python, start
+
+from longreach.launch.cli import main
+
+PROGRESS = re.compile(r"[\d,]+ parameters \(|\w+ on cpu runs \w+$|step \d+/\d+  loss |step \d+: held-out |continuing ")
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    """Undo what a command does to its process for good."""
+    log, threads = logging.getLogger("longreach"), torch.get_num_threads()
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+    torch.set_num_threads(threads)
+
+
+def assert_only_progress(text: str) -> None:
+    """Standard error holds plain lines of ours: nothing of torch or DeepSpeed, no bars, no escape sequences."""
+    for line in text.splitlines():
+        assert PROGRESS.match(line) and "\x1b" not in line, repr(line)
+
+
+def assert_one_line(text: str, *words: str) -> None:
+    lines = text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("longreach: "), text
+    for word in words:
+        assert word in lines[0], f"{word!r} is missing in {lines[0]!r}"
+
+
+def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
+    """Without torch, which takes seconds to import."""
+    script = "import sys; from longreach.launch import cli\n"
+    script += "try: cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("False\n")
+    for command in ("train", "evaluate", "generate", "pack", "doctor"):
+        assert re.search(rf"^  +{command} ", done.stdout, re.MULTILINE), command
+
+
+def test_train_help_shows_what_a_user_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for word in ("CONFIG", "key=value", "--deepspeed_config", "torchrun", "parallel.ranks"):
+        assert word in text
+    assert "local_rank" not in text
+
+
+def test_pack_says_what_it_made(job: Job) -> None:
+    assert job.packed.returncode == 0 and job.packed.stderr == ""
+    assert re.search(r"^train: 1\d documents, [\d,]+ tokens, 1 shards$", job.packed.stdout, re.MULTILINE)
+    assert re.search(r"^valid, gzip -9: \d\.\d+ bits per byte$", job.packed.stdout, re.MULTILINE)
+    assert sorted(path.name for path in (job.directory / "packed").iterdir()) == [
+        "index.json",
+        "train-00000.tar",
+        "valid-00000.tar",
+    ]
+
+
+def test_train_starts_its_ranks(job: Job) -> None:
+    """In plain lines where standard error is no terminal, and with the result beside that of simple compressors."""
+    assert job.trained.returncode == 0, job.trained.stderr
+    assert_only_progress(job.trained.stderr)
+    assert "step 2/2  loss " in job.trained.stderr and "129 tokens on 2 ranks, 1 at once" in job.trained.stderr
+    for word in (
+        "order-0 entropy",
+        "gzip -9",
+        "xz -9",
+        "this model",
+        "runs/tiny/plots/loss.png",
+        "tensorboard --logdir",
+    ):
+        assert word in job.trained.stdout
+    assert [row["step"] for row in job.rows()] == [1, 2]
+
+
+def test_one_rank_needs_no_launcher(job: Job) -> None:
+    done = longreach("train", "tiny.yaml", "parallel.ranks=1", "run.dir=runs/one", cwd=job.directory)
+    assert done.returncode == 0, done.stderr
+    assert_only_progress(done.stderr)
+    for row, wanted in zip(job.rows("one"), job.rows(), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+
+
+def test_evaluate_gives_the_held_out_loss(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the batch that training held out, in a process of its own; and of a file as one sequence."""
+    done = longreach("evaluate", "runs/tiny", "--batches", "1", cwd=job.directory)
+    assert done.returncode == 0 and done.stderr == ""
+    found = re.match(r"([\d,]+) tokens: ([\d.]+) nats, ([\d.]+) bits per token", done.stdout)
+    validated = json.loads((job.directory / "runs/tiny/validation.jsonl").read_text().splitlines()[-1])
+    assert found and found[1] == str(2 * 129)
+    assert float(found[2]) == pytest.approx(validated["loss"], abs=1e-4)
+    assert float(found[3]) == pytest.approx(validated["bits_per_token"], abs=1e-4)
+
+    file = job.directory / "source" / "00.txt"
+    assert main(["evaluate", str(job.directory / "runs/tiny"), "--source", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{file.stat().st_size - 1:,} tokens: ") and err == ""
+    assert "from position   bits per token" in out
+
+
+def test_generate_continues_a_prompt(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same bytes from a file in a process of its own, and from the command line."""
+    (job.directory / "prompt.txt").write_text("span carry é")
+    words = ["--tokens", "24", "--seed", "5", "--top-k", "40"]
+    done = longreach("generate", "runs/tiny", "--prompt", "@prompt.txt", *words, cwd=job.directory)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("span carry é") and len(done.stdout) > len("span carry é")
+    assert main(["generate", str(job.directory / "runs/tiny"), "--prompt", "span carry é", *words]) == 0
+    assert capsys.readouterr().out == done.stdout
+
+
+def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
+    done = longreach("doctor", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("a job runs here\n")
+    for operator in ("elementwise_attention", "linear_attention", "short_conv", "long_conv"):
+        assert re.search(rf"^ok +operators +{operator} on cpu runs \w+$", done.stdout, re.MULTILINE)
+
+
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "no command": ([], ["COMMAND", "longreach --help"]),
+    "unknown command": (["trian"], ["trian"]),
+    "no config": (["train"], ["CONFIG", "longreach train --help"]),
+    "unknown option": (["train", "tiny.yaml", "--stpes=3"], ["--stpes=3"]),
+    "unknown config": (["train", "quickstrat"], ["config = 'quickstrat'", "did you mean quickstart?"]),
+    "missing config": (["train", "no/such.yaml"], ["no/such.yaml"]),
+    "typo in a key": (["train", "tiny.yaml", "train.stpes=3"], ["train.stpes", "steps"]),
+    "sequence does not divide": (
+        ["train", "tiny.yaml", "parallel.ranks=4", "parallel.sequence=3"],
+        ["parallel.sequence = 3", "4"],
+    ),
+    "batch does not divide": (["train", "tiny.yaml", "train.micro_batch_size=3"], ["data.batch_size = 2", "multiple"]),
+    "missing source": (["train", "tiny.yaml", "data.source=nothing"], ["data.source = 'nothing'"]),
+    "empty source": (["train", "tiny.yaml", "data.source=empty"], ["data.source = 'empty'", "no"]),
+    "unknown deepspeed name": (["train", "tiny.yaml", "deepspeed=zero4"], ["deepspeed = 'zero4'", "did you mean zero"]),
+    "missing deepspeed file": (["train", "tiny.yaml", "--deepspeed_config", "no.json"], ["deepspeed = 'no.json'"]),
+    "vocabulary too small": (["train", "tiny.yaml", "model.vocab=100"], ["model.vocab = 100", "256"]),
+    "heads do not divide": (["train", "tiny.yaml", "model.chela.heads=3"], ["model.chela", "heads = 3"]),
+    "unknown mixer": (["train", "tiny.yaml", "model.mixers=[chella]"], ["chella"]),
+    "pack: missing source": (["pack", "nothing", "out"], ["nothing"]),
+    "pack: empty source": (["pack", "empty", "out"], ["empty"]),
+    "pack: one document cannot be split": (["pack", "source/00.txt", "out"], ["valid_fraction"]),
+    "pack: out dir is a file": (["pack", "source", "tiny.yaml"], ["tiny.yaml"]),
+    "pack: out dir inside source": (["pack", "source", "source/out"], ["source/out"]),
+    "pack: packed already": (["pack", "packed", "out"], ["SOURCE = 'packed'", "data.source=packed"]),
+    "pack: bad fraction": (["pack", "source", "out", "--valid-fraction", "1.5"], ["--valid-fraction = 1.5"]),
+    "evaluate: no run": (["evaluate", "source"], ["RUN_DIR = 'source'"]),
+    "evaluate: no such run": (["evaluate", "runs/none"], ["RUN_DIR = 'runs/none'"]),
+    "evaluate: nothing saved": (["evaluate", "unsaved"], ["RUN_DIR = 'unsaved'", "no checkpoint"]),
+    "evaluate: missing source": (["evaluate", "runs/tiny", "--source", "nothing"], ["source = 'nothing'"]),
+    "evaluate: one byte": (["evaluate", "runs/tiny", "--source", "byte"], ["source = 'byte'", "two"]),
+    "evaluate: a folder": (["evaluate", "runs/tiny", "--source", "source"], ["source = 'source'"]),
+    "evaluate: bad number": (["evaluate", "runs/tiny", "--batches", "-1"], ["--batches = -1"]),
+    "evaluate: another shape": (
+        ["evaluate", "reshaped"],
+        ["does not fit the model", "blocks.0.ffn.down.weight is [16, 48], not [24, 64]", "and 22 more"],
+    ),
+    "generate: no run": (["generate", "runs/none", "--prompt", "a"], ["RUN_DIR = 'runs/none'"]),
+    "generate: no prompt": (["generate", "runs/tiny"], ["--prompt", "longreach generate --help"]),
+    "generate: empty prompt": (["generate", "runs/tiny", "--prompt", ""], ["--prompt = ''"]),
+    "generate: missing file": (["generate", "runs/tiny", "--prompt", "@nothing"], ["--prompt = '@nothing'"]),
+    "generate: empty file": (["generate", "runs/tiny", "--prompt", "@empty/file"], ["--prompt = '@empty/file'"]),
+    "generate: cold": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "-1"], ["--temperature = -1.0"]),
+    "generate: nan": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "nan"], ["--temperature = nan"]),
+    "generate: warm": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "warm"], ["--temperature", "warm"]),
+    "generate: no tokens": (["generate", "runs/tiny", "--prompt", "a", "--tokens", "0"], ["--tokens = 0"]),
+    "generate: bad seed": (["generate", "runs/tiny", "--prompt", "a", "--seed", "-1"], ["--seed = -1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def shelf(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the mistakes are made with."""
+    place = tmp_path_factory.mktemp("mistakes")
+    for name in ("source", "packed", "runs"):
+        shutil.copytree(job.directory / name, place / name)
+    # One rank: the same mistakes as on several, told without the seconds that starting them takes.
+    text = (job.directory / "tiny.yaml").read_text().replace("ranks: 2", "ranks: 1")
+    (place / "tiny.yaml").write_text(text)
+    (place / "byte").write_text("b")
+    (place / "empty").mkdir()
+    (place / "empty" / "file").touch()
+    (place / "unsaved").mkdir()
+    shutil.copy(place / "runs/tiny/config.yaml", place / "unsaved")
+    shutil.copytree(place / "runs/tiny", place / "reshaped")
+    config = place / "reshaped/config.yaml"
+    config.write_text(config.read_text().replace("width: 16", "width: 24"))
+    return place
+
+
+def files_below(place: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_line(
+    name: str, shelf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, and no file or directory is made or changed."""
+    words, expected = MISTAKES[name]
+    monkeypatch.chdir(shelf)
+    before, folders = files_below(shelf), sorted(shelf.rglob("*"))
+    try:
+        code = main(words)
+    except SystemExit as ended:  # as argparse ends
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert_one_line(err, *expected)
+    assert sorted(shelf.rglob("*")) == folders and files_below(shelf) == before
+
+
+def test_a_mistake_in_a_real_process(shelf: Path) -> None:
+    done = longreach("train", "tiny.yaml", "train.stpes=3", cwd=shelf)
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done.stderr, "train.stpes", "steps")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["data.source=nothing", "run.dir=runs/new"], ["data.source = 'nothing'"]),  # found by the first rank alone
+        (["model.width=24"], ["checkpoint = ", "blocks.0.ffn.down.weight is [16, 48], not [24, 64]"]),  # by all ranks
+    ],
+    ids=["one rank", "all ranks"],
+)
+def test_two_ranks_tell_a_mistake_once(shelf: Path, words: list[str], expected: list[str]) -> None:
+    before, folders = files_below(shelf), sorted(shelf.rglob("*"))
+    done = longreach("train", "tiny.yaml", "parallel.ranks=2", *words, cwd=shelf)
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done.stderr, *expected)
+    assert sorted(shelf.rglob("*")) == folders and files_below(shelf) == before
+
+
+def train_for_ever(job: Job, name: str) -> subprocess.Popen[str]:
+    """A training of two ranks that has made a few steps."""
+    words = ["train", "tiny.yaml", "train.steps=1000000", f"run.dir=runs/{name}"]
+    process = start("-m", "longreach", *words, cwd=job.directory)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+        metrics = job.directory / "runs" / name / "metrics.jsonl"
+        if metrics.exists() and metrics.read_text().count("\n") >= 2:
+            return process
+    process.terminate()
+    raise AssertionError(finish(process))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, from /proc."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+def assert_ended(numbers: list[int]) -> None:
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+
+def test_ctrl_c_ends_all_ranks_quietly(job: Job) -> None:
+    process = train_for_ever(job, "interrupted")
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process, 60)
+    assert done.returncode == 130
+    *progress, last = done.stderr.splitlines()
+    assert last == "longreach: interrupted"
+    assert_only_progress("\n".join(progress))
+    assert_ended(ranks)
+
+
+def test_a_killed_rank_ends_the_others(job: Job) -> None:
+    process = train_for_ever(job, "killed")
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    done: CompletedProcess[str] = finish(process, 60)
+    assert done.returncode == 1
+    assert re.search(r"^longreach: rank [01] was ended by SIGKILL$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert_ended(ranks)
