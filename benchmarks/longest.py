@@ -55,7 +55,7 @@ def trial(mixer: str, ranks: int, seq_len: int, corpus: Path, seconds: float) ->
         ]
         command = [sys.executable, "-m", "longreach", "train", *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
         except subprocess.TimeoutExpired:
             return None
         if done.returncode:
