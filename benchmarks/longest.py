@@ -65,10 +65,12 @@ def trial(mixer: str, ranks: int, seq_len: int, corpus: Path, seconds: float) ->
         return Trial(mixer, ranks, seq_len, row["peak_memory_bytes"], row["step_seconds"])
 
 
-def longest(mixer: str, ranks: int, corpus: Path, memory: float, seconds: float) -> tuple[Trial | None, str]:
+def longest(
+    mixer: str, ranks: int, corpus: Path, memory: float, seconds: float, start: int
+) -> tuple[Trial | None, str]:
     """The longest good trial, and what the next longer one ran out of."""
     best, low, high, reason = None, 0, 0, ""
-    length = 2 * GRAIN
+    length = start
     while True:
         result = trial(mixer, ranks, length, corpus, seconds)
         print(f"  {mixer}, {ranks} ranks, {length:,} tokens: {result and result.memory_bytes / 2**30}", file=sys.stderr)
@@ -77,7 +79,7 @@ def longest(mixer: str, ranks: int, corpus: Path, memory: float, seconds: float)
         else:
             high = length
             reason = "memory" if result is not None and result.memory_bytes > memory else "time"
-        if high and (high - low <= GRAIN or high - low <= low // 8):
+        if high and (high - low <= GRAIN or high - low <= low // 4):
             return best, reason
         length = (low + high) // 2 // GRAIN * GRAIN if high else 2 * length
 
@@ -86,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory-gib", type=float, default=4.0, help="resident memory that a rank may use")
     parser.add_argument("--seconds", type=float, default=300.0, help="time that the step may take")
+    parser.add_argument("--start", type=int, default=32768, help="tokens of the first trial")
     parser.add_argument("--mixers", nargs="+", default=["softmax", "elementwise"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/longest.json"))
@@ -97,7 +100,9 @@ def main() -> None:
         corpus.write_bytes(bytes(torch.randint(0, 256, (2**23,), generator=generator, dtype=torch.uint8).tolist()))
         for mixer in arguments.mixers:
             for ranks in arguments.ranks:
-                found, reason = longest(mixer, ranks, corpus, arguments.memory_gib * 2**30, arguments.seconds)
+                found, reason = longest(
+                    mixer, ranks, corpus, arguments.memory_gib * 2**30, arguments.seconds, arguments.start
+                )
                 rows.append({**(asdict(found) if found else {"mixer": mixer, "ranks": ranks}), "limit": reason})
     print("| mixer | ranks | longest sequence | peak memory of a rank | seconds of the step | limit |")
     print("|---|---|---|---|---|---|")

@@ -158,6 +158,11 @@ def main(words: Sequence[str] | None = None) -> None:
         code = record(lambda: guarded(lambda: run(arguments)))()
     except KeyboardInterrupt:
         code = INTERRUPTED  # whoever started the ranks says so
+    if code and "RANK" in os.environ:
+        # Threads of an exchange that nobody will finish are still waiting: an orderly end would abort on them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
