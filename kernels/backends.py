@@ -1,11 +1,10 @@
-"""Which implementation of an operator runs: chosen once per operator and device, and said once."""
+"""Which implementation of an operator runs: chosen once per operator and kind of input, and said once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from functools import cache
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -15,26 +14,56 @@ T = TypeVar("T")
 log = logging.getLogger("longreach.kernels")
 
 
-def choose(operator: str, backends: Mapping[str, T], backend: str, device: torch.device) -> T:
-    """The implementation named ``backend``, or for "auto" the preferred one for the device.
+class Option(NamedTuple, Generic[T]):
+    """One implementation.
+
+    Attributes:
+        load: imports and returns it; called when it is first chosen.
+        lacks: what it lacks to run, given the device's type and the operator's case; "" if it runs.
+    """
+
+    load: Callable[[], T]
+    lacks: Callable[..., str] = lambda *case: ""
+
+
+class Backends(Generic[T]):
+    """The implementations of one operator by name, the preferred first.
 
     Args:
-        operator: the operator's name, for messages.
-        backends: implementations that can run here, by name, the preferred first.
-        backend: "auto" or a name.
-        device: where the tensors are.
-
-    Raises:
-        InputError: there is no such backend, or it cannot run here. Never falls back silently.
+        operator: its name, for messages.
+        options: implementations by name.
     """
-    if backend == "auto":
-        backend = _preferred(operator, tuple(backends), device.type)
-    if backend not in backends:
-        raise InputError(f"{operator}: backend", backend, f"one of auto, {', '.join(backends)} on {device.type}")
-    return backends[backend]
 
+    def __init__(self, operator: str, options: Mapping[str, Option[T]]) -> None:
+        self.operator, self.options = operator, dict(options)
+        self._chosen: dict[Hashable, T] = {}
+        self._said: set[tuple[str, str]] = set()
 
-@cache
-def _preferred(operator: str, names: tuple[str, ...], device: str) -> str:
-    log.info("%s on %s runs %s", operator, device, names[0])
-    return names[0]
+    def choose(self, backend: str, device: torch.device, *case: Hashable) -> T:
+        """The implementation named ``backend``, or for "auto" the first that runs.
+
+        Args:
+            backend: "auto" or a name.
+            device: where the tensors are.
+            case: what else decides, such as the dtype; the same for every call of an operator.
+
+        Raises:
+            InputError: there is no such backend, or it cannot run here. Never falls back silently.
+        """
+        key = (backend, device.type, case)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(backend, device.type, case)
+        return self._chosen[key]
+
+    def _choose(self, backend: str, device: str, case: tuple[Hashable, ...]) -> T:
+        field = f"{self.operator}: backend"
+        if backend == "auto":
+            backend = next(name for name, option in self.options.items() if not option.lacks(device, *case))
+            if (device, backend) not in self._said:
+                self._said.add((device, backend))
+                log.info("%s on %s runs %s", self.operator, device, backend)
+        elif backend not in self.options:
+            raise InputError(field, backend, f"one of auto, {', '.join(self.options)}")
+        elif lack := self.options[backend].lacks(device, *case):
+            raise InputError(field, backend, lack, "pass backend='auto'")
+        return self.options[backend].load()

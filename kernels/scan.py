@@ -38,6 +38,23 @@ class Carry(NamedTuple):
     segment: Tensor | None = None
 
 
+class Advance(NamedTuple):
+    """A causal piece's whole passage, see `StatefulOp.advance`.
+
+    Attributes:
+        past: the state that entered, in the dtype of states.
+        y, saved: as of `StatefulOp.attend`.
+        decay: ``A``, 0 where a document begins in the piece.
+        end: the state that leaves, ``A past + B``.
+    """
+
+    past: Tensor
+    y: Tensor
+    saved: tuple[Tensor, ...]
+    decay: Tensor
+    end: Tensor
+
+
 class StatefulOp:
     """A mixer that reaches its past through a state: two passes and their adjoints.
 
@@ -52,6 +69,10 @@ class StatefulOp:
     causal: bool = True
     plain_sum: bool = True  # non-causal: without documents, what flows left is what flows right
 
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        """The implementation of this operator that serves such inputs; `scan` asks once."""
+        return self
+
     def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         """This piece's ``(A, B)``, without knowing the past.
 
@@ -65,6 +86,16 @@ class StatefulOp:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output ``[B, L, ...]`` and what `attend_grad` wants saved. ``past`` reaches the first document only."""
         raise TypeError(f"{type(self).__name__} defines no attend")
+
+    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+        """A causal piece that is the whole sequence: `attend`, and what leaves it; ``start`` is None for zeros.
+
+        Nobody waits for this piece's summary, so a fast operator gets all in one walk over the tokens.
+        """
+        decay, state = transition(self, inputs, segments)
+        past = torch.zeros_like(state) if start is None else start.to(state.dtype)
+        y, saved = self.attend(inputs, segments, past)
+        return Advance(past, y, saved, decay, decay * past + state)
 
     def summarize_grad(
         self,
@@ -209,25 +240,32 @@ def fold(relay: Relay, summary: Summary, carry: Carry | None, op: StatefulOp) ->
     state = summary.state[0] if shared else summary.state
     ids = [] if summary.first is None or summary.last is None else [summary.first, summary.last]
     gathered = relay.gather([summary.decay, state, *ids])
-
-    last = None if carry is None else carry.segment
-    gates: list[Tensor | None] = [None] * len(gathered)
-    if documents:
-        for piece, (_, _, first_id, last_id) in enumerate(gathered):
-            empty = first_id == NO_TOKENS
-            gates[piece] = None if last is None else (first_id == last) | empty
-            last = last_id if last is None else torch.where(empty, last, last_id)
-    pieces = Pieces([row[0] for row in gathered], gates, op.causal, shared)
+    gates, last = _gates([(row[2], row[3]) for row in gathered] if documents else [], carry)
+    pieces = Pieces([row[0] for row in gathered], gates or [None] * len(gathered), op.causal, shared)
 
     states = [row[1] for row in gathered]
     to_right = states if op.causal or shared else [pair[0] for pair in states]
-    start = torch.zeros_like(to_right[0]) if carry is None else carry.state.to(state.dtype)
-    entering, end = pieces.from_left(to_right, start)
+    entering, end = pieces.from_left(to_right, _start(carry, to_right[0]))
     past = entering[relay.rank]
     if not op.causal:
         to_left = states if shared else [pair[1] for pair in states]
         past = torch.stack([past, pieces.from_right(to_left)[relay.rank]])
     return past, Carry(end, last), pieces
+
+
+def _gates(edges: list[tuple[Tensor, Tensor]], carry: Carry | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """Which pieces continue what lies before them, given their first and last documents; and the last document."""
+    last = None if carry is None else carry.segment
+    gates: list[Tensor | None] = []
+    for first_id, last_id in edges:
+        empty = first_id == NO_TOKENS
+        gates.append(None if last is None else (first_id == last) | empty)
+        last = last_id if last is None else torch.where(empty, last, last_id)
+    return gates, last
+
+
+def _start(carry: Carry | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if carry is None else carry.state.to(like.dtype)
 
 
 def fold_grad(relay: Relay, pieces: Pieces, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -254,14 +292,22 @@ class _Scan(torch.autograd.Function):
         carry_state: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        decay, state = transition(op, inputs, segments)
         first = last = None
         if segments is not None:
             empty = segments.new_full(segments.shape[:1], NO_TOKENS)
             first, last = (segments[:, 0], segments[:, -1].clone()) if segments.shape[1] else (empty, empty)
         carry = None if carry_state is None else Carry(carry_state, carry_segment)
-        past, carry_out, pieces = fold(relay, Summary(decay, state, first, last), carry, op)
-        y, saved = op.attend(inputs, segments, past)
+        if op.causal and relay.size == 1:
+            gates, last_id = _gates([] if first is None or last is None else [(first, last)], carry)
+            gate, start = gates[0] if gates else None, carry_state
+            if gate is not None and start is not None:
+                start = per_row(gate, start) * start
+            past, y, saved, decay, end = op.advance(inputs, segments, start)
+            carry_out, pieces = Carry(end, last_id), Pieces([decay], [gate], True, False)
+        else:
+            summary = Summary(*transition(op, inputs, segments), first, last)
+            past, carry_out, pieces = fold(relay, summary, carry, op)
+            y, saved = op.attend(inputs, segments, past)
         ctx.save_for_backward(segments, past, *inputs, *saved)
         ctx.op, ctx.relay, ctx.pieces, ctx.num_inputs = op, relay, pieces, len(inputs)
         ctx.carry_dtype = None if carry_state is None else carry_state.dtype
@@ -315,7 +361,7 @@ def scan(
     """
     state, segment = carry if carry is not None else (None, None)
     with _full_precision(inputs[0]):
-        y, end, last = _Scan.apply(op, relay or Alone(), segments, segment, state, *inputs)
+        y, end, last = _Scan.apply(op.on(inputs), relay or Alone(), segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)
 
 

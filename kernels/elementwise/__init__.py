@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import Backends, Option
 from ..errors import InputError
-from ..scan import Carry, Relay, scan
-from .chunked import ElementwiseAttention
+from ..scan import Carry, Relay, StatefulOp, scan
+from .chunked import Chunked
 from .reference import exact_elementwise_attention, reference_elementwise_attention, state_dtype
 
 __all__ = [
@@ -68,49 +68,35 @@ def elementwise_attention(
     Source: "Element-wise Attention Is All You Need", arXiv 2501.05730.
     """
     _check(q, k, v, order, carry, segments)
-    run = choose(NAME, _BACKENDS, backend, q.device)
-    return run(q, k, v, order, causal, carry, segments, relay)
+    if backend == "reference":
+        if relay is not None and relay.size > 1:
+            allowed = "a sequence split over ranks needs another"
+            raise InputError(f"{NAME}: backend", backend, allowed, "pass backend='auto'")
+        return reference_elementwise_attention(q, k, v, order=order, causal=causal, carry=carry, segments=segments)
+    op = ElementwiseAttention(order, causal, backend)
+    return scan(op, q, k, v, segments=segments, carry=carry, relay=relay)
 
 
-Backend = Callable[
-    [Tensor, Tensor, Tensor, int, bool, "Carry | None", "Tensor | None", "Relay | None"], tuple[Tensor, Carry]
-]
+@dataclass(frozen=True)
+class ElementwiseAttention(StatefulOp):
+    """The EA-series as `scan` runs it: ``y = scan(ElementwiseAttention(...), q, k, v)``. See `elementwise_attention`.
+
+    Attributes:
+        order: the highest power t, even.
+        causal: whether a token sees only the tokens up to itself, or all.
+        backend: "auto", or the name of an implementation.
+    """
+
+    order: int = 6
+    causal: bool = True
+    backend: str = "auto"
+
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        implementation = BACKENDS.choose(self.backend, inputs[0].device, inputs[0].dtype, self.order)
+        return implementation(self.order, self.causal)
 
 
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: int,
-    causal: bool,
-    carry: Carry | None,
-    segments: Tensor | None,
-    relay: Relay | None,
-) -> tuple[Tensor, Carry]:
-    return scan(ElementwiseAttention(order, causal), q, k, v, segments=segments, carry=carry, relay=relay)
-
-
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: int,
-    causal: bool,
-    carry: Carry | None,
-    segments: Tensor | None,
-    relay: Relay | None,
-) -> tuple[Tensor, Carry]:
-    if relay is not None and relay.size > 1:
-        raise InputError(
-            f"{NAME}: backend",
-            "reference",
-            "a sequence split over ranks needs another",
-            "pass backend='auto'",
-        )
-    return reference_elementwise_attention(q, k, v, order=order, causal=causal, carry=carry, segments=segments)
-
-
-_BACKENDS: dict[str, Backend] = {"chunked": _chunked, "reference": _reference}
+BACKENDS: Backends[type[Chunked]] = Backends(NAME, {"chunked": Option(lambda: Chunked)})
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, order: int, carry: Carry | None, segments: Tensor | None) -> None:

@@ -28,7 +28,7 @@ SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 @dataclass(frozen=True)
-class ElementwiseAttention(StatefulOp):
+class Chunked(StatefulOp):
     """The EA-series as two passes and their adjoints; inputs ``(q, k, v)``, each ``[B, L, D]`` of one dtype.
 
     The state is ``(S, Z)``, ``[B, 2, t+1, D]`` with ``A = 1``. It and all sums are fp32 (fp64 for fp64 inputs);

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
 from .chunked import Chunked
@@ -18,9 +18,9 @@ from .settings import Settings
 __all__ = ["LinearAttention", "linear_attention", "reference_linear_attention"]
 
 
-def backends(device: torch.device) -> Mapping[str, type[Chunked] | type[Reference]]:
-    """The implementations that run on a device, the preferred first."""
-    return {"chunked": Chunked, "reference": Reference}
+BACKENDS: Backends[type[Chunked] | type[Reference]] = Backends(
+    "linear_attention", {"chunked": Option(lambda: Chunked), "reference": Option(lambda: Reference)}
+)
 
 
 @dataclass(frozen=True)
@@ -33,38 +33,9 @@ class LinearAttention(Settings, StatefulOp):
 
     backend: str = "auto"
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._chosen(inputs).summarize(inputs, segments)
-
-    def attend(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self._chosen(inputs).attend(inputs, segments, past)
-
-    def summarize_grad(
-        self,
-        inputs: tuple[Tensor, ...],
-        segments: Tensor | None,
-        past: Tensor,
-        saved: tuple[Tensor, ...],
-        grad: Tensor,
-    ) -> Tensor:
-        return self._chosen(inputs).summarize_grad(inputs, segments, past, saved, grad)
-
-    def attend_grad(
-        self,
-        inputs: tuple[Tensor, ...],
-        segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
-        saved: tuple[Tensor, ...],
-        grad: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        return self._chosen(inputs).attend_grad(inputs, segments, past, future, saved, grad)
-
-    def _chosen(self, inputs: tuple[Tensor, ...]) -> Chunked | Reference:
-        device = inputs[0].device
-        implementation = choose("linear_attention", backends(device), self.backend, device)
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        q, _, v = inputs
+        implementation = BACKENDS.choose(self.backend, q.device, q.dtype, v.dtype, q.shape[-1], v.shape[-1])
         return implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
 from ..short_conv.past import check_tokens
@@ -14,7 +14,9 @@ from .reference import reference_long_conv, reference_modal_conv
 
 __all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
 
-BACKENDS = {"chunked": chunked_long_conv, "reference": reference_long_conv}
+BACKENDS = Backends(
+    "long_conv", {"chunked": Option(lambda: chunked_long_conv), "reference": Option(lambda: reference_long_conv)}
+)
 
 
 def long_conv(
@@ -56,5 +58,5 @@ def long_conv(
         raise InputError("long_conv: kernel", list(kernel.shape), f"[D, K] with D = {x.shape[2]} and K >= 1")
     if skip is not None and skip.shape != kernel.shape[:1]:
         raise InputError("long_conv: skip", list(skip.shape), f"[D] with D = {x.shape[2]}")
-    run = choose("long_conv", BACKENDS, backend, x.device)
+    run = BACKENDS.choose(backend, x.device)
     return run(x, kernel, skip, causal=causal, carry=carry, segments=segments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
 from .chunked import chunked_short_conv
@@ -13,7 +13,9 @@ from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
 
-BACKENDS = {"chunked": chunked_short_conv, "reference": reference_short_conv}
+BACKENDS = Backends(
+    "short_conv", {"chunked": Option(lambda: chunked_short_conv), "reference": Option(lambda: reference_short_conv)}
+)
 
 
 def short_conv(
@@ -59,5 +61,5 @@ def short_conv(
         raise InputError("short_conv: bias", list(bias.shape), f"[D] with D = {x.shape[2]}")
     if activation not in (None, "silu"):
         raise InputError("short_conv: activation", activation, "None or 'silu'")
-    run = choose("short_conv", BACKENDS, backend, x.device)
+    run = BACKENDS.choose(backend, x.device, x.dtype, weight.dtype, weight.shape[1])
     return run(x, weight, bias, activation=activation, causal=causal, carry=carry, segments=segments)

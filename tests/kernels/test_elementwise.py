@@ -225,7 +225,7 @@ def test_no_tokens() -> None:
     inputs = make_inputs(0)
     carry = make_carry(6, None)
     for causal in (True, False):
-        decay, state = ElementwiseAttention(6, causal).summarize(inputs, None)
+        decay, state = ElementwiseAttention(6, causal).on(inputs).summarize(inputs, None)
         assert decay.eq(1).all() and state.eq(0).all()
         grads = make_grads(0, 6)
         y, end, *input_grads, carry_grad = run(inputs, grads, carry=carry, causal=causal)
