@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
+from . import cpu
 from .chunked import Chunked
 from .reference import exact_elementwise_attention, reference_elementwise_attention, state_dtype
 
@@ -96,7 +97,9 @@ class ElementwiseAttention(StatefulOp):
         return implementation(self.order, self.causal)
 
 
-BACKENDS: Backends[type[Chunked]] = Backends(NAME, {"chunked": Option(lambda: Chunked)})
+BACKENDS: Backends[type[Chunked]] = Backends(
+    NAME, {"cpu": Option(lambda: cpu.Native, cpu.lacks), "chunked": Option(lambda: Chunked)}
+)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, order: int, carry: Carry | None, segments: Tensor | None) -> None:

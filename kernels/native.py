@@ -1,0 +1,118 @@
+"""C++ kernels for CPUs: compiled once on this machine by the compiler it has, kept, and loaded.
+
+The sources include nothing but the standard library and are called through a C interface, so a build takes seconds, needs
+no headers of torch, and serves every version of Python and torch. They find torch's own pool of OpenMP threads in the
+process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `lacks` says so and the portable
+implementation runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("longreach.kernels")
+
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-tree-loop-distribute-patterns",
+)
+LINK = ("-shared", "-fPIC", "-fopenmp")
+
+
+def lacks(device: str, dtype: torch.dtype) -> str:
+    """Why C++ kernels do not run on tensors of such a device and dtype; "" if they do."""
+    if device != "cpu":
+        return f"tensors on the cpu, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"fp32 or bf16, not {dtype}"
+    return _missing_compiler()
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked."""
+    text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
+    compiler = _compiler()
+    assert compiler is not None
+    key = hashlib.sha256(b"\0".join([text, " ".join((*FLAGS, *LINK)).encode(), _machine(compiler)])).hexdigest()[:20]
+    library = _cache_dir() / f"{source.parent.name}-{key}.so"
+    if not library.exists():
+        _compile(compiler, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    log.info("compiling the CPU kernels of %s, once, a few seconds", source.parent.name)
+    handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        words = [compiler, *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile with {compiler}: {done.stderr.strip()[-2000:]}")
+        os.replace(made, library)  # several ranks may do this at once; each replaces the same by the same
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+@cache
+def _missing_compiler() -> str:
+    """One line where no compiler works, said once; "" where one does."""
+    reason = ""
+    if platform.system() != "Linux":
+        reason = "Linux"
+    elif (compiler := _compiler()) is None:
+        reason = "a C++ compiler (g++ or clang++ in PATH, or named by CXX)"
+    else:
+        try:
+            load(Path(__file__).parent / "probe.cpp")
+        except (RuntimeError, OSError) as error:
+            reason = f"a C++ compiler that works; {compiler}: {str(error).splitlines()[0]}"
+    if reason:
+        log.warning("CPU kernels need %s; the portable ones, which are slower, run instead", reason)
+    return reason and f"it needs {reason}"
+
+
+def _compiler() -> str | None:
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
+
+
+def _machine(compiler: str) -> bytes:
+    """What ``-march=native`` depends on: the compiler and this processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_bytes().splitlines() if line.startswith(b"flags"))
+    except (OSError, StopIteration):
+        flags = platform.machine().encode()
+    return version + flags
+
+
+@cache
+def _cache_dir() -> Path:
+    """A directory of this user's that lasts; a temporary one where none can be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "longreach"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=directory):
+            return directory
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="longreach-"))
