@@ -1,8 +1,8 @@
 """C++ kernels for CPUs: compiled once on this machine by the compiler it has, kept, and loaded.
 
-The sources include nothing but the standard library and are called through a C interface, so a build takes seconds, needs
-no headers of torch, and serves every version of Python and torch. They find torch's own pool of OpenMP threads in the
-process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `lacks` says so and the portable
+The sources include nothing but the standard library and are called through a C interface, so a build takes seconds,
+needs no headers of torch, and serves every version of Python and torch. They find torch's own pool of OpenMP threads in
+the process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `lacks` says so and the portable
 implementation runs.
 """
 

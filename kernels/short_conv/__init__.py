@@ -7,14 +7,20 @@ from torch import Tensor
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
-from .chunked import chunked_short_conv
+from . import chunked, cpu
+from .function import Local
 from .past import check_tokens, reach
 from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
 
 BACKENDS = Backends(
-    "short_conv", {"chunked": Option(lambda: chunked_short_conv), "reference": Option(lambda: reference_short_conv)}
+    "short_conv",
+    {
+        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.lacks),
+        "chunked": Option(lambda: Local(chunked.forward, chunked.backward)),
+        "reference": Option(lambda: reference_short_conv),
+    },
 )
 
 

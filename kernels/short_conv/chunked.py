@@ -4,92 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..scan import NO_TOKENS, Carry
-from .past import reach, read_carry, window, write_carry
+from ..scan import NO_TOKENS
+from .past import window
 
 # Elements of a block of tokens: 2 MB in fp32, which the passes over it find in the cache, or enough to keep a GPU busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
 
 
-def chunked_short_conv(
+def forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    causal: bool = True,
-    carry: Carry | None = None,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, Carry]:
-    """The arguments and results of `reference_short_conv`, in fp32 or better; saves nothing but its inputs."""
-    num_taps = weight.shape[1]
-    past = read_carry(x, carry, segments, num_taps - 1)
-    left, _ = reach(num_taps, causal)
-    y = _ShortConv.apply(x, weight, bias, past.tokens, past.ids, segments, left, activation == "silu")
-    return y, write_carry(x, segments, past, num_taps - 1)
+    bias: Tensor | None,
+    past: Tensor,
+    past_ids: Tensor | None,
+    segments: Tensor | None,
+    left: int,
+    silu: bool,
+) -> Tensor:
+    """``y [B, L, D]``; the arguments are those of `function.Local.forward`."""
+    piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start, stop in piece.blocks():
+        z = piece.linear(start, stop)
+        y[:, start:stop] = F.silu(z, inplace=True) if silu else z
+    return y
 
 
-class _ShortConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        past: Tensor,
-        past_ids: Tensor | None,
-        segments: Tensor | None,
-        left: int,
-        silu: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, past, past_ids, segments)
-        ctx.left, ctx.silu = left, silu
-        piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for start, stop in piece.blocks():
-            z = piece.linear(start, stop)
-            y[:, start:stop] = F.silu(z, inplace=True) if silu else z
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, past, past_ids, segments = ctx.saved_tensors
-        piece = _Piece.of(x, weight, bias, past, past_ids, segments, ctx.left)
-        left, num_past = ctx.left, past.shape[1]
-        right = weight.shape[1] - 1 - left
-        mirrored = piece.taps.flip(0)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
-        # Blocks add up in fp64, so that the sum over a million tokens loses nothing.
-        dtaps = torch.zeros_like(piece.taps, dtype=torch.float64)
-        dbias = torch.zeros_like(piece.taps[0], dtype=torch.float64)
-        for start, stop in [(-num_past, 0), *piece.blocks()] if num_past else piece.blocks():
-            # Token j is seen by the tokens [j - right, j + left].
-            first, last = start - right, stop + left
-            g = window(grad, grad[:, :0], first, last, piece.taps.dtype)
-            if ctx.silu:
-                g = torch.ops.aten.silu_backward(g, piece.linear(first, last))
-            ids = piece.ids(first, last)
-            to_tokens = _convolve(g, mirrored, ids, right)
-            if stop <= 0:
-                dpast[:] = to_tokens
-                continue
-            dx[:, start:stop] = to_tokens
-            g = g[:, right : right + stop - start]
-            tokens, ids = piece.tokens(start - left, stop + right), piece.ids(start - left, stop + right)
-            for tap in range(weight.shape[1]):
-                dtaps[tap] += (g * _seen(tokens, ids, tap, left, stop - start)).sum((0, 1))
-            dbias += g.sum((0, 1))
-        dweight = dtaps.t().to(weight.dtype)
-        return dx, dweight, None if bias is None else dbias.to(bias.dtype), dpast, None, None, None, None
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor,
+    past_ids: Tensor | None,
+    segments: Tensor | None,
+    left: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of x, weight, bias and past."""
+    piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
+    num_past, right = past.shape[1], weight.shape[1] - 1 - left
+    mirrored = piece.taps.flip(0)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
+    # Blocks add up in fp64, so that the sum over a million tokens loses nothing.
+    dtaps = torch.zeros_like(piece.taps, dtype=torch.float64)
+    dbias = torch.zeros_like(piece.taps[0], dtype=torch.float64)
+    for start, stop in [(-num_past, 0), *piece.blocks()] if num_past else piece.blocks():
+        # Token j is seen by the tokens [j - right, j + left].
+        first, last = start - right, stop + left
+        g = window(grad, grad[:, :0], first, last, piece.taps.dtype)
+        if silu:
+            g = torch.ops.aten.silu_backward(g, piece.linear(first, last))
+        ids = piece.ids(first, last)
+        to_tokens = _convolve(g, mirrored, ids, right)
+        if stop <= 0:
+            dpast[:] = to_tokens
+            continue
+        dx[:, start:stop] = to_tokens
+        g = g[:, right : right + stop - start]
+        tokens, ids = piece.tokens(start - left, stop + right), piece.ids(start - left, stop + right)
+        for tap in range(weight.shape[1]):
+            dtaps[tap] += (g * _seen(tokens, ids, tap, left, stop - start)).sum((0, 1))
+        dbias += g.sum((0, 1))
+    return dx, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dpast
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longreach.kernels.errors import InputError
 from longreach.kernels.scan import Carry
-from longreach.kernels.short_conv import chunked, reach, reference_short_conv, short_conv
+from longreach.kernels.short_conv import BACKENDS, chunked, reach, reference_short_conv, short_conv
 
 BATCH, WIDTH = 2, 5
 LENGTHS = [0, 1, 2, 3, 63, 64, 65, 500]
@@ -111,6 +111,23 @@ def test_the_fast_path_is_the_definition(length: int, causal: bool) -> None:
             settings = {"causal": causal, "activation": activation}
             expected = all_of(reference_short_conv, data, **settings)
             assert_close(all_of(short_conv, data, **settings), expected)
+            if not BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32, num_taps):
+                actual = all_of(short_conv, data, torch.float32, backend="cpu", **settings)
+                assert_close(actual, expected, (1e-6, 1e-6))
+
+
+def test_threads_and_strides_change_nothing() -> None:
+    """Catches chunks that two threads share or none takes, and tokens that are taken for neighbours in memory."""
+    wide = torch.randn(2, 2100, 3 * 24)
+    x, weight, grad = wide[..., 24:48], torch.randn(24, 4), torch.randn(2, 24, 2100).transpose(1, 2)
+    results = []
+    for threads, strided in ((1, False), (2, True), (5, True)):
+        torch.set_num_threads(threads)
+        leaves = [x.detach().requires_grad_(), weight.clone().requires_grad_()]
+        y, _ = short_conv(leaves[0] if strided else leaves[0].contiguous(), leaves[1], activation="silu")
+        results.append((y, *torch.autograd.grad(y, leaves, grad if strided else grad.contiguous())))
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
