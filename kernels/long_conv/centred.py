@@ -23,8 +23,11 @@ class CentredModalConv(StatefulOp):
     causal = False
     plain_sum = False
 
-    def __init__(self) -> None:
-        self._one_way = ModalConv()
+    def __init__(self, one_way: StatefulOp | None = None) -> None:
+        self._one_way = one_way or ModalConv()
+
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        return CentredModalConv(self._one_way.on(inputs))
 
     def _sides(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None

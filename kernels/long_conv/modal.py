@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import Backends, Option
 from ..blocks import Documents
 from ..errors import InputError
 from ..scan import StatefulOp, entering_states
@@ -39,20 +40,26 @@ class ModalConv(StatefulOp):
 
     Args:
         causal: must be True.
+        backend: "auto", or the name of an implementation.
 
     Raises:
         InputError: ``causal`` is False, or (when it is run) shapes do not fit together.
     """
 
-    def __init__(self, causal: bool = True) -> None:
+    def __init__(self, causal: bool = True, backend: str = "auto") -> None:
         if not causal:
-            fix = "for both directions run a second ModalConv on the tokens in reverse order"
+            fix = "for both directions run CentredModalConv"
             raise InputError("ModalConv: causal", causal, "True", fix)
+        self.backend = backend
+
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        x, log_decay = inputs[:2]
+        return BACKENDS.choose(self.backend, x.device, x.dtype, log_decay.dtype)(backend=self.backend)
 
     def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         x, *parameters = inputs
-        _check(x, parameters)
-        modes = _Modes.of(x, parameters)
+        check(x, parameters)
+        modes = Modes.of(x, parameters)
         state = modes.state(x.shape[0])
         if x.shape[1] == 1:  # decoding: what the blocks come down to, without their tables
             return modes.power(1).to(state.dtype).unsqueeze(0), state + x[:, 0].unsqueeze(-1)
@@ -65,7 +72,7 @@ class ModalConv(StatefulOp):
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, *parameters = inputs
-        modes = _Modes.of(x, parameters)
+        modes = Modes.of(x, parameters)
         if x.shape[1] == 1:
             state = modes.power(1) * past + x[:, 0].unsqueeze(-1)
             y = (modes.amplitude * state).real.sum(-1).to(x.dtype).unsqueeze(1)
@@ -87,7 +94,7 @@ class ModalConv(StatefulOp):
         grad: Tensor,
     ) -> Tensor:
         x, *parameters = inputs
-        modes = _Modes.of(x, parameters)
+        modes = Modes.of(x, parameters)
         future = torch.zeros_like(past)
         for stretch in reversed(list(_stretches(x, segments))):
             with torch.enable_grad():
@@ -112,7 +119,7 @@ class ModalConv(StatefulOp):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in parameters]
-            modes = _Modes.of(x, leaves)
+            modes = Modes.of(x, leaves)
         stretches = list(_stretches(x, segments))
         tables: dict[int, _Tables] = {}
         to_tables: dict[int, list[Tensor]] = {}
@@ -143,6 +150,23 @@ class ModalConv(StatefulOp):
         return dx, *torch.autograd.grad(made, leaves, upstreams)
 
 
+def _native() -> type[ModalConv]:
+    from .cpu import Native
+
+    return Native
+
+
+def _native_lacks(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
+    from .cpu import lacks
+
+    return lacks(device, dtype, parameter_dtype)
+
+
+BACKENDS: Backends[type[ModalConv]] = Backends(
+    "modal_conv", {"cpu": Option(_native, _native_lacks), "chunked": Option(lambda: ModalConv)}
+)
+
+
 def modal_kernel(log_decay: Tensor, angle: Tensor, re: Tensor, im: Tensor, length: int) -> Tensor:
     """The taps ``h[d, m] = sum_n Re((re + i im)_dn lambda_dn^m)`` of `ModalConv`, for `long_conv`; differentiable.
 
@@ -154,7 +178,7 @@ def modal_kernel(log_decay: Tensor, angle: Tensor, re: Tensor, im: Tensor, lengt
         ``[D, length]`` in fp32, or fp64 where a parameter is; computed in fp64.
     """
     parameters = [log_decay, angle, re, im]
-    modes = _Modes.of(log_decay, parameters)
+    modes = Modes.of(log_decay, parameters)
     # lambda^(m + step k) = lambda^m lambda^(step k): two short tables and a matrix product.
     step = max(1, math.isqrt(length))
     fine = modes.to_step(step, 1) * modes.amplitude.unsqueeze(1)
@@ -180,7 +204,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Modes:
+class Modes:
     """The parameters as complex numbers in fp64.
 
     Attributes:
@@ -196,7 +220,7 @@ class _Modes:
     _found: dict[tuple[str | int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, x: Tensor, parameters: list[Tensor]) -> _Modes:
+    def of(cls, x: Tensor, parameters: list[Tensor]) -> Modes:
         log_decay, angle, re, im = (p.double() for p in parameters)
         dtype = torch.float32
         for tensor in (x, *parameters):
@@ -419,7 +443,7 @@ def _as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def _check(x: Tensor, parameters: list[Tensor]) -> None:
+def check(x: Tensor, parameters: list[Tensor]) -> None:
     shape = parameters[0].shape
     if x.dim() != 3 or len(shape) != 2 or shape[0] != x.shape[2] or any(p.shape != shape for p in parameters):
         given = [list(t.shape) for t in (x, *parameters)]

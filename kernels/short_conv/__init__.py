@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..backends import Backends, Option
@@ -14,7 +16,7 @@ from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
 
-BACKENDS = Backends(
+BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "short_conv",
     {
         "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.lacks),

@@ -21,6 +21,7 @@ from longreach.kernels.long_conv import (
     reference_long_conv,
     reference_modal_conv,
 )
+from longreach.kernels.long_conv.modal import BACKENDS as MODAL_BACKENDS
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import GatherRelay
@@ -94,8 +95,8 @@ def make_modal(length: int, *, with_carry: bool = True, with_segments: bool = Fa
     return {"inputs": inputs, "carry": Carry(state, ids) if with_carry else None, "segments": segments}
 
 
-def run_modal(*inputs: Tensor, **how: Any) -> tuple[Tensor, Carry]:
-    return scan(ModalConv(), *inputs, **how)
+def run_modal(*inputs: Tensor, backend: str = "auto", **how: Any) -> tuple[Tensor, Carry]:
+    return scan(ModalConv(backend=backend), *inputs, **how)
 
 
 def all_of(
@@ -280,14 +281,18 @@ def test_the_modal_convolution_is_its_recurrence(length: int, small_workspace: N
         data = make_modal(length, with_carry=with_carry, with_segments=with_segments)
         expected = all_of(reference_modal_conv, data)
         assert_close(all_of(run_modal, data), expected, MODAL_TOLERANCES[torch.float64], MODAL_NAMES)
+        if not MODAL_BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32):
+            actual = all_of(run_modal, data, torch.float32, backend="cpu")
+            assert_close(actual, expected, MODAL_TOLERANCES[torch.float32], MODAL_NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_segments", [False, True])
 @pytest.mark.parametrize("length", [1, 500])
-def test_precision_of_the_modal_convolution(length: int, dtype: torch.dtype, with_segments: bool) -> None:
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_precision_of_the_modal_convolution(backend: str, length: int, dtype: torch.dtype, with_segments: bool) -> None:
     data = make_modal(length, with_segments=with_segments)
-    actual = all_of(run_modal, data, dtype)
+    actual = all_of(run_modal, data, dtype, backend=backend)
     assert actual[0] is not None and actual[0].dtype == dtype
     assert actual[1] is not None and actual[1].dtype == torch.complex64
     assert_close(actual, all_of(reference_modal_conv, data), MODAL_TOLERANCES[dtype], MODAL_NAMES)
@@ -412,7 +417,7 @@ def test_mistakes_are_named(change: dict[str, Any], field: str) -> None:
 
 
 def test_mistakes_with_modes_are_named() -> None:
-    with pytest.raises(InputError, match=r"ModalConv: causal = False.*second ModalConv"):
+    with pytest.raises(InputError, match=r"ModalConv: causal = False.*CentredModalConv"):
         ModalConv(causal=False)
     with pytest.raises(InputError, match="ModalConv: inputs"):
         run_modal(torch.zeros(2, 5, 3), *(torch.zeros(4, 2),) * 4)

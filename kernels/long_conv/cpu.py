@@ -1,0 +1,169 @@
+"""Modal long convolution in C++ for CPUs (`cpu.cpp`): the recurrence itself, in fp64."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from ..scan import Advance, StatefulOp
+from .modal import ModalConv, Modes, check
+
+LANES, GROUP = 8, 4  # channels and modes are filled up to multiples of these
+SAVED = 256  # tokens between the states that are saved for backward, as in cpu.cpp
+
+
+def lacks(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
+    """Why the C++ kernels do not serve such inputs; "" if they do."""
+    return native.lacks(device, dtype) or native.lacks(device, parameter_dtype)
+
+
+class Native(ModalConv):
+    """The passes of `ModalConv` for ``x [B, L, D]`` and parameters in fp32 or bf16; states travel as complex64.
+
+    Saved for backward is the state at every 256th token.
+    """
+
+    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        return self
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        if inputs[0].shape[1] <= 1:
+            return super().summarize(inputs, segments)
+        modes, end = _modes(inputs), _states(inputs)
+        _call(inputs, segments, modes, end=end)
+        return modes.power(inputs[0].shape[1]).to(torch.complex64).unsqueeze(0), _narrow(end, inputs)
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if inputs[0].shape[1] <= 1:
+            return super().attend(inputs, segments, past)
+        y, saved = _tokens(inputs[0]), _saved(inputs)
+        _call(inputs, segments, _modes(inputs), past=_wide(past), y=y, saved=saved)
+        return y[..., : inputs[0].shape[2]], (saved,)
+
+    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+        if inputs[0].shape[1] <= 1:
+            return super().advance(inputs, segments, start)
+        modes, end, y, saved = _modes(inputs), _states(inputs), _tokens(inputs[0]), _saved(inputs)
+        past = modes.state(inputs[0].shape[0]) if start is None else start.to(torch.complex64)
+        _call(inputs, segments, modes, past=_wide(past), y=y, end=end, saved=saved)
+        decay = modes.power(inputs[0].shape[1]).to(torch.complex64).unsqueeze(0)
+        if segments is not None:
+            decay = decay * (segments[:, 0] == segments[:, -1]).float().view(-1, 1, 1)
+        return Advance(past, y[..., : inputs[0].shape[2]], (saved,), decay, _narrow(end, inputs))
+
+    def summarize_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        if inputs[0].shape[1] <= 1:
+            return super().summarize_grad(inputs, segments, past, saved, grad)
+        end = _states(inputs)
+        _call(inputs, segments, _modes(inputs), grad=grad, end=end)
+        return _narrow(end, inputs)
+
+    def attend_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        future: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        if inputs[0].shape[1] <= 1:
+            return super().attend_grad(inputs, segments, past, future, saved, grad)
+        x, *parameters = inputs
+        dx, to_power, to_amplitude = _tokens(x), _states(inputs), _states(inputs)
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            modes = Modes.of(x, leaves)
+            power = torch.exp(modes.rate)
+        _call(
+            inputs,
+            segments,
+            _modes(inputs),
+            grad=grad,
+            future=_wide(future),
+            dx=dx,
+            saved=saved[0],
+            dlambda=to_power,
+            dc=to_amplitude,
+        )
+        sums = [_complex(total, inputs).sum(0) for total in (to_power, to_amplitude)]
+        return dx[..., : x.shape[2]], *torch.autograd.grad([power, modes.amplitude], leaves, sums)
+
+
+def _modes(inputs: tuple[Tensor, ...]) -> Modes:
+    x, *parameters = inputs
+    check(x, parameters)
+    return Modes.of(x, [p.detach() for p in parameters])
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """An output like ``x [B, L, D]``, filled up to whole vectors of channels."""
+    return x.new_empty(*x.shape[:2], _up(x.shape[2], LANES))
+
+
+def _states(inputs: tuple[Tensor, ...]) -> Tensor:
+    """Room for a state as cpu.cpp has it: fp64 ``[B, 2, N, D]``, filled up, real parts first."""
+    x, modes = inputs[0], inputs[1].shape[1]
+    return x.new_empty(x.shape[0], 2, _up(modes, GROUP), _up(x.shape[2], LANES), dtype=torch.float64)
+
+
+def _saved(inputs: tuple[Tensor, ...]) -> Tensor:
+    state = _states(inputs)
+    return state.new_empty(state.shape[0], -(-inputs[0].shape[1] // SAVED), *state.shape[1:])
+
+
+def _wide(state: Tensor) -> Tensor:
+    """``[.., D, N]`` complex -> fp64 ``[.., 2, N, D]``, filled up with zeros."""
+    x = torch.view_as_real(state.resolve_conj()).double().movedim(-1, -3).transpose(-1, -2)
+    return F.pad(x, (0, -x.shape[-1] % LANES, 0, -x.shape[-2] % GROUP)).contiguous()
+
+
+def _complex(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The reverse, in complex128."""
+    width, modes = inputs[1].shape
+    real, imaginary = state[..., :modes, :width].transpose(-1, -2).unbind(-3)
+    return torch.complex(real, imaginary)
+
+
+def _narrow(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    return _complex(state, inputs).to(torch.complex64)
+
+
+def _call(
+    inputs: tuple[Tensor, ...], segments: Tensor | None, modes: Modes, *, grad: Tensor | None = None, **places: Tensor
+) -> None:
+    """Run `cpu.cpp` forward, or backward given ``grad [B, L, D]``; ``places`` are its other arguments by name."""
+    x, begins = inputs[0], None
+    batch, length, width = x.shape
+    if segments is not None:
+        begins = torch.zeros(batch, length, dtype=torch.uint8)
+        torch.ne(segments[:, 1:], segments[:, :-1], out=begins[:, 1:])
+    tokens = [None if t is None else F.pad(t, (0, -width % LANES)) if width % LANES else t for t in (x, grad)]
+    tokens = [t if t is None or t.stride(2) == 1 else t.contiguous() for t in tokens]
+    powers = _wide(modes.power(1)), _wide(modes.amplitude)
+    names = "past", "future", "end", "saved", "dlambda", "dc"
+    pointers = [*tokens, places.get("y"), places.get("dx"), *powers, begins, *(places.get(name) for name in names)]
+    strides = [step for t in tokens for step in ((0, 0) if t is None else t.stride()[:2])]
+    native.load(Path(__file__).parent / "cpu.cpp").modal_conv(
+        x.dtype == torch.bfloat16,
+        (ctypes.c_int64 * 8)(batch, length, *powers[0].shape[:-3:-1], *strides),
+        (ctypes.c_void_p * 13)(*(None if t is None else t.data_ptr() for t in pointers)),
+    )
