@@ -19,8 +19,8 @@ __all__ = ["reach", "reference_short_conv", "short_conv"]
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "short_conv",
     {
-        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.lacks),
-        "chunked": Option(lambda: Local(chunked.forward, chunked.backward)),
+        "cpu": Option(lambda: Local(cpu.forward, cpu.backward).run, cpu.lacks),
+        "chunked": Option(lambda: Local(chunked.forward, chunked.backward).run),
         "reference": Option(lambda: reference_short_conv),
     },
 )

@@ -70,13 +70,13 @@ def _call(
 ) -> None:
     """Run `cpu.cpp`; see there for the arguments."""
     batch, length, width = x.shape
-    x, grad = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (x, grad))
+    tokens = [t if t is None or t.stride(2) == 1 else t.contiguous() for t in (x, grad)]
     taps = weight.t().to(torch.float32).contiguous()
     shift = None if bias is None else bias.to(torch.float32).contiguous()
     ids = [t if t is None else t.contiguous() for t in (segments, past_ids)]
-    strides = [step for t in (x, grad) for step in ((0, 0) if t is None else t.stride()[:2])]
+    strides = [step for t in tokens for step in ((0, 0) if t is None else t.stride()[:2])]
     sizes = [batch, length, width, past.shape[1], weight.shape[1], left, silu, *strides, CHUNK, -(-length // CHUNK)]
-    tensors = [x, past.to(x.dtype).contiguous(), grad, taps, shift, *ids, *outputs]
+    tensors = [tokens[0], past.to(x.dtype).contiguous(), tokens[1], taps, shift, *ids, *outputs]
     native.load(Path(__file__).parent / "cpu.cpp").short_conv(
         x.dtype == torch.bfloat16,
         (ctypes.c_int64 * len(sizes))(*sizes),

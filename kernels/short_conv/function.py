@@ -26,7 +26,7 @@ class Local(NamedTuple):
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
 
-    def __call__(
+    def run(
         self,
         x: Tensor,
         weight: Tensor,
