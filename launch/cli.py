@@ -1,4 +1,4 @@
-"""The command line: ``longreach train | evaluate | generate | pack | doctor``."""
+"""The command line: ``longreach train | evaluate | generate | pack | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--name", default="", help="what the corpus is called (default: the source's name)")
     pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
     pack.set_defaults(command=_pack)
+
+    bench = commands.add_parser("bench", help="check the operators and time them on this machine")
+    bench.add_argument("name", metavar="NAME", nargs="?", default="kernels", choices=["kernels"], help="kernels")
+    bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the results go")
+    bench.add_argument("--threads", type=int, default=0, help="processor threads; 0 takes all")
+    bench.add_argument("--longest", type=int, default=2**20, help="tokens up to which time is measured by length")
+    bench.set_defaults(command=_bench)
 
     doctor = commands.add_parser("doctor", help="check this machine before a job")
     doctor.set_defaults(command=_doctor)
@@ -147,6 +154,15 @@ def _pack(arguments: argparse.Namespace) -> int:
             print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")
     print(f"packed into {index.directory}")
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import kernels
+
+    for name, value, low in (("--threads", arguments.threads, 0), ("--longest", arguments.longest, 16_384)):
+        if value < low:
+            raise InputError(name, value, f"at least {low}")
+    return kernels(arguments.out, arguments.threads, arguments.longest)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

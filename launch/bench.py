@@ -1,0 +1,462 @@
+"""`longreach bench kernels`: checks the operators, then times them against what bounds them and what they replace.
+
+Every figure is a median and a ratio to something that was timed in the same run: a copy of the bytes that must be
+touched, the matrix products or FFTs inside, or what a user would run instead. benchmarks/README.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.elementwise import elementwise_attention
+from ..kernels.errors import InputError
+from ..kernels.linear_attention import linear_attention
+from ..kernels.long_conv import long_conv
+from ..kernels.long_conv.chunked import fft_size
+from ..kernels.short_conv import short_conv
+
+BUDGET = 2.0  # seconds that a measurement may repeat for
+LENGTHS = [2**n for n in range(10, 21)]
+GRADIENT = "forward + backward"
+
+
+@dataclass
+class Sizes:
+    """What is timed on a kind of device: tokens, channels, heads and their width, and the dtype."""
+
+    length: int
+    width: int
+    heads: int
+    head: int
+    dtype: torch.dtype
+
+
+SIZES = {"cpu": Sizes(16_384, 512, 8, 64, torch.float32), "cuda": Sizes(131_072, 2_048, 16, 128, torch.bfloat16)}
+
+
+@dataclass
+class Row:
+    """One comparison: ``ratio = seconds / other_seconds``; ``wanted`` is what it should be, if something is."""
+
+    operator: str
+    what: str
+    seconds: float
+    against: str
+    other_seconds: float
+    ratio: float
+    wanted: str = ""
+
+
+class Bench:
+    """Times on one device.
+
+    Args:
+        device: "cpu" or "cuda".
+        sizes: what to time.
+    """
+
+    def __init__(self, device: str, sizes: Sizes) -> None:
+        self.device, self.sizes, self.rows = device, sizes, list[Row]()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Median time of ``run`` after a first, untimed call."""
+        self._once(run)
+        times: list[float] = []
+        while len(times) < 3 or (sum(times) < BUDGET and len(times) < 200):
+            times.append(self._once(run))
+            if times[-1] > 2 * BUDGET:
+                break
+        return sorted(times)[len(times) // 2]
+
+    def _once(self, run: Callable[[], object]) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def random(self, *shape: int, scale: float = 0.5) -> Tensor:
+        return (torch.randn(shape, device=self.device) * scale).to(self.sizes.dtype)
+
+    def copy(self, num_tensors: float) -> float:
+        """Seconds to copy what reading and writing ``num_tensors`` tensors ``[L, D]`` moves."""
+        elements = int(num_tensors * self.sizes.length * self.sizes.width / 2)
+        source = self.random(elements)
+        target = torch.empty_like(source)
+        return self.seconds(lambda: target.copy_(source))
+
+    def add(self, operator: str, what: str, seconds: float, against: str, other: float, wanted: str = "") -> None:
+        row = Row(operator, what, seconds, against, other, seconds / other, wanted)
+        self.rows.append(row)
+        print(as_line(row), flush=True)
+
+    def both(self, run: Callable[..., Tensor], *inputs: Tensor) -> tuple[float, float]:
+        """Seconds of ``run(*inputs)`` without gradients, and with those of all inputs."""
+        with torch.no_grad():
+            forward = self.seconds(lambda: run(*inputs))
+        return forward, self.gradient(run, *inputs)
+
+    def gradient(self, run: Callable[..., Tensor], *inputs: Tensor) -> float:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        upstream = torch.randn_like(run(*leaves))
+        return self.seconds(lambda: torch.autograd.grad(run(*leaves), leaves, upstream))
+
+    # What is compared, operator by operator.
+
+    def elementwise(self) -> None:
+        s = self.sizes
+        q, k, v = (self.random(1, s.length, s.width) for _ in range(3))
+        forward, gradient = self.both(lambda *x: elementwise_attention(*x)[0], q, k, v)
+        limits = ("<= 8", "<= 8") if self.device == "cpu" else ("<= 2", "<= 2")
+        self.add("elementwise", "forward", forward, "copy of q, k, v -> y", self.copy(4), limits[0])
+        # Forward q, k, v -> y; backward q, k, v, y's gradient and y -> the gradients of q, k, v.
+        self.add("elementwise", GRADIENT, gradient, "copy of the 12 tensors", self.copy(12), limits[1])
+        paper = self._paper_fits(s)
+        with torch.no_grad():
+            if paper:
+                other = self.seconds(lambda: paper_formulation(q, k, v))
+                self.add("elementwise", "forward", forward, "the paper's cumsum", other, "<= 1/60")
+            heads = [x.view(1, s.length, s.heads, -1) for x in (q, k, v)]
+            other = self.seconds(lambda: softmax_attention(*heads))
+        self.add(
+            "elementwise", "forward", forward, "softmax attention", other, "<= 1/40" if self.device == "cpu" else ""
+        )
+        other = self.gradient(softmax_attention, *heads)
+        self.add("elementwise", GRADIENT, gradient, "softmax attention", other)
+
+    def _on_cpu(self, wanted: str) -> str:
+        return wanted if self.device == "cpu" else ""
+
+    @staticmethod
+    def _paper_fits(s: Sizes) -> bool:
+        return 40 * s.length * s.width * 4 < 20e9
+
+    def linear(self) -> None:
+        s = self.sizes
+        q, k, v = (self.random(1, s.length, s.heads, s.head) for _ in range(3))
+        forward, gradient = self.both(lambda *x: linear_attention(*x)[0], q, k, v)
+        block, blocks = 64, s.length // 64 * s.heads
+        a = self.random(blocks, block, s.head)
+        # Four products a block forward (q k', (qk') v, q S, k' v), each 2 * block * block * head at these widths.
+        product = self.seconds(lambda: torch.bmm(a, a.mT)) * s.head / block
+        wanted = self._on_cpu("<= 2")
+        self.add("linear_attention", "forward", forward, "its 4 matrix products a block", 4 * product, wanted)
+        self.add("linear_attention", GRADIENT, gradient, "its 14 matrix products a block", 14 * product, wanted)
+        other = self.gradient(softmax_attention, q, k, v)
+        self.add("linear_attention", GRADIENT, gradient, "softmax attention", other, self._on_cpu("<= 1/10"))
+        if self.device == "cuda" and (fla := _optional("fla.ops.linear_attn")):
+
+            def theirs(*x: Tensor) -> Tensor:
+                return fla.chunk_linear_attn(*x, scale=1.0, normalize=False)[0]
+
+            self.add(
+                "linear_attention", GRADIENT, gradient, "flash-linear-attention", self.gradient(theirs, q, k, v), "<= 1"
+            )
+
+    def short(self) -> None:
+        s = self.sizes
+        x, weight, bias = self.random(1, s.length, s.width), self.random(s.width, 4), self.random(s.width)
+        forward, gradient = self.both(lambda *a: short_conv(*a, activation="silu")[0], x, weight, bias)
+        self.add(
+            "short_conv",
+            "forward, SiLU",
+            forward,
+            "copy of x -> y",
+            self.copy(2),
+            "<= 4" if self.device == "cpu" else "",
+        )
+        self.add("short_conv", GRADIENT, gradient, "copy of the 5 tensors", self.copy(5))
+        plain, _ = self.both(lambda *a: short_conv(*a)[0], x, weight, bias)
+        self.add("short_conv", "forward", plain, "copy of x -> y", self.copy(2), self._on_cpu("<= 4"))
+        if self.device == "cuda" and (fla := _optional("fla.modules.causal_conv1d")):
+
+            def theirs(*a: Tensor) -> Tensor:
+                return fla.causal_conv1d(*a, activation="silu", backend="triton")[0]
+
+            other_forward, other_gradient = self.both(theirs, x, weight, bias)
+            self.add("short_conv", "forward, SiLU", forward, "flash-linear-attention", other_forward, "<= 1")
+            self.add("short_conv", GRADIENT, gradient, "flash-linear-attention", other_gradient, "<= 1")
+
+    def long(self) -> None:
+        s = self.sizes
+        width = min(s.width, 512)
+        x, kernel = self.random(1, s.length, width), self.random(width, s.length, scale=0.01)
+        forward, gradient = self.both(lambda *a: long_conv(*a)[0], x, kernel)
+        size = fft_size(2 * s.length - 1)
+        rows = torch.randn(min(width, 64), s.length, device=self.device)
+        part = width / len(rows)
+        to = self.seconds(lambda: torch.fft.rfft(rows, size)) * part
+        spectrum = torch.fft.rfft(rows, size)
+        back = self.seconds(lambda: torch.fft.irfft(spectrum, size)) * part
+        self.add("long_conv", "forward", forward, "its 3 FFTs", 2 * to + back, "<= 1.2")
+        self.add("long_conv", GRADIENT, gradient, "its 8 FFTs", 5 * to + 3 * back, "<= 1.2")
+
+    def by_length(self, longest: int) -> dict[str, list[tuple[int, float]]]:
+        """Seconds of a forward pass at each length, softmax attention only as long as it takes seconds."""
+        s = self.sizes
+        found: dict[str, list[tuple[int, float]]] = {"elementwise": [], "linear_attention": [], "softmax attention": []}
+        for length in [n for n in LENGTHS if n <= longest]:
+            q, k, v = (self.random(1, length, s.width) for _ in range(3))
+            heads = [x.view(1, length, -1, s.head) for x in (q, k, v)]
+            runs: dict[str, Callable[[], object]] = {
+                "elementwise": partial(elementwise_attention, q, k, v),
+                "linear_attention": partial(linear_attention, *heads),
+            }
+            known = found["softmax attention"]
+            if not known or known[-1][1] < BUDGET:
+                runs["softmax attention"] = partial(softmax_attention, *heads)
+            with torch.no_grad():
+                for name, run in runs.items():
+                    found[name].append((length, self.seconds(run)))
+            print(f"  {length:>9,} tokens: " + ", ".join(f"{n} {found[n][-1][1]:.4f} s" for n in runs), flush=True)
+        return found
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax attention of ``[B, L, H, K]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def paper_formulation(q: Tensor, k: Tensor, v: Tensor, order: int = 6) -> Tensor:
+    """The EA-series as its paper writes it: powers ``[B, t+1, L, D]`` and cumulative sums over the whole length."""
+    n = torch.arange(order + 1, device=q.device, dtype=q.dtype).view(1, -1, 1, 1)
+    keys = k.unsqueeze(1) ** n * torch.exp(-k * k).unsqueeze(1)
+    sums = (keys * v.unsqueeze(1)).cumsum(2), keys.cumsum(2)
+    coefficients = torch.exp(n * math.log(2) - torch.lgamma(n + 1))
+    queries = q.unsqueeze(1) ** n * coefficients
+    num, den = ((queries * x).sum(1) for x in sums)
+    return num / den
+
+
+def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    """Each operator's preferred implementation against its definition in fp64: relative RMS error, gradients too."""
+    from ..kernels.linear_attention import reference_linear_attention
+    from ..kernels.long_conv import reference_long_conv
+    from ..kernels.short_conv import reference_short_conv
+
+    def r(*shape: int) -> Tensor:
+        return (torch.randn(shape) * 0.5).to(dtype)
+
+    runs: dict[str, tuple[Callable[..., tuple[Tensor, object]], Callable[..., tuple[Tensor, object]], list[Tensor]]] = {
+        "elementwise": (
+            elementwise_attention,
+            lambda *x: elementwise_attention(*x, backend="reference"),
+            [r(2, 300, 48) for _ in range(3)],
+        ),
+        "linear_attention": (linear_attention, reference_linear_attention, [r(2, 300, 3, 32) for _ in range(3)]),
+        "short_conv": (short_conv, reference_short_conv, [r(2, 300, 48), r(48, 4), r(48)]),
+        "long_conv": (long_conv, reference_long_conv, [r(2, 300, 48), r(48, 200)]),
+    }
+    for name, (run, reference, inputs) in runs.items():
+        upstream = r(*inputs[0].shape)
+        results = []
+        for fn, place, wide in ((run, device, dtype), (reference, "cpu", torch.float64)):
+            leaves = [x.to(place, wide).requires_grad_() for x in inputs]
+            y, _ = fn(*leaves)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(place, wide))])
+        yield name, max(_error(x, truth) for x, truth in zip(*results, strict=True))
+
+
+def accuracy(device: str, dtype: torch.dtype, length: int = 2**20) -> dict[str, float]:
+    """Relative RMS errors over a long sequence, against fp64 on the same device."""
+    q, k, v, g = (torch.randn(1, length, 16, device=device).mul_(0.5).to(dtype) for _ in range(4))
+    v, g = v + 1, g + 1  # sums that grow
+    k = k + 0.2 * v  # keys that tell of values: else dq is 0 but for noise
+    errors = {}
+    for name in ("elementwise", "linear_attention"):
+        results = []
+        for wide in (dtype, torch.float64):
+            leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
+            if name == "elementwise":
+                y = elementwise_attention(*leaves)[0]
+            else:
+                y = linear_attention(*(x.unsqueeze(2) for x in leaves), normalize=False)[0].squeeze(2)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, g.to(wide))])
+        errors[f"{name}, forward"] = _error(results[0][0], results[1][0])
+        errors[f"{name}, backward"] = max(_error(x, t) for x, t in zip(results[0][1:], results[1][1:], strict=True))
+    return errors
+
+
+def _error(x: Tensor, truth: Tensor) -> float:
+    x, truth = x.double().cpu(), truth.double().cpu()
+    return float((x - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def memory(device: str) -> float:
+    """Peak memory of `elementwise`, forward and backward, beyond its inputs: in tensors ``[B, L, D]``."""
+    length, width, dtype = (65_536, 512, torch.float32) if device == "cpu" else (131_072, 2_048, torch.bfloat16)
+    tensor = length * width * dtype.itemsize
+    if device == "cuda":
+        leaves, upstream = _memory_inputs(length, width, dtype, device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
+        return (torch.cuda.max_memory_allocated() - before) / tensor
+    # A process of its own: the peak of this one is long past.
+    code = f"from longreach.launch.bench import _resident; print(_resident({length}, {width}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout) / tensor
+
+
+def _memory_inputs(length: int, width: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    q, k, v, g = (torch.randn(1, length, width, device=device).mul_(0.5).to(dtype) for _ in range(4))
+    return [x.requires_grad_() for x in (q, k, v)], g
+
+
+def _resident(length: int, width: int) -> int:
+    """Bytes by which the resident memory of this process grows in forward and backward."""
+    small, grad = _memory_inputs(128, width, torch.float32, "cpu")
+    torch.autograd.grad(elementwise_attention(*small)[0], small, grad)  # what the first call loads
+    leaves, upstream = _memory_inputs(length, width, torch.float32, "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def slope(points: list[tuple[int, float]], start: int = 8192) -> float:
+    """The exponent p of ``seconds ~ tokens^p``, by least squares over the lengths from ``start`` on."""
+    x, y = (torch.tensor(t, dtype=torch.float64).log() for t in zip(*[p for p in points if p[0] >= start], strict=True))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def plot(lengths: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
+    """Seconds against length, on logarithmic axes, with the fitted slopes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    for name, points in lengths.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: tokens^{slope(points):.2f}")
+    axes.set(xlabel="tokens", ylabel="seconds of a forward pass", title=title)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def as_line(row: Row) -> str:
+    """A row of the Markdown table."""
+    ratio = f"{row.ratio:.2f}" if row.ratio >= 0.5 else f"1/{1 / row.ratio:.1f}"
+    cells = [
+        row.operator,
+        row.what,
+        f"{row.seconds * 1e3:.2f} ms",
+        row.against,
+        f"{row.other_seconds * 1e3:.2f} ms",
+        ratio,
+    ]
+    return f"| {' | '.join([*cells, row.wanted])} |"
+
+
+HEADER = "| operator | pass | time | against | its time | ratio | wanted |\n|---|---|---|---|---|---|---|"
+
+
+def environment(device: str) -> dict[str, str]:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    versions = {p: metadata.version(p) for p in ("torch", "triton", "flash-linear-attention") if _installed(p)}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit or "unknown",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _optional(module: str):  # type: ignore[no-untyped-def]
+    """The module, or None where it is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
+    """Check and time every operator; writes ``kernels-DEVICE.json`` and ``.png`` into ``out``; the exit code."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--out", str(out), f"a writable directory ({error.strerror})") from None
+    bench, where = Bench(device, SIZES[device]), environment(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    checked = dict(check(device, bench.sizes.dtype))
+    limit = 1e-5 if bench.sizes.dtype == torch.float32 else 1e-2
+    for name, found in checked.items():
+        print(f"  {name}: relative error {found:.1e} against the definition")
+    if bad := [name for name, found in checked.items() if not found <= limit]:
+        raise InputError("kernels", ", ".join(bad), f"a relative error up to {limit:g} against the definition")
+    print(HEADER)
+    for measure in (bench.elementwise, bench.linear, bench.short, bench.long):
+        measure()
+    with torch.no_grad():
+        lengths = bench.by_length(longest)
+    for name, points in lengths.items():
+        print(f"  {name}: seconds ~ tokens^{slope(points):.2f}")
+    errors = {str(dtype).removeprefix("torch."): accuracy(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for name, by_pass in errors.items():
+        print(f"  {name} over 1,048,576 tokens: " + ", ".join(f"{key} {size:.1e}" for key, size in by_pass.items()))
+    extra = memory(device)
+    print(f"  elementwise, {GRADIENT}: {extra:.2f} tensors [B, L, D] of memory beside its inputs")
+    path = out / f"kernels-{'gpu' if device == 'cuda' else 'cpu'}.json"
+    report = {
+        "command": "longreach bench kernels",
+        "environment": where,
+        "sizes": {**asdict(bench.sizes), "dtype": str(bench.sizes.dtype)},
+        "checks": checked,
+        "rows": [asdict(row) for row in bench.rows],
+        "seconds_by_length": lengths,
+        "slopes": {name: slope(points) for name, points in lengths.items()},
+        "errors_over_2^20_tokens": errors,
+        "elementwise_extra_tensors": extra,
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    plot(lengths, path.with_suffix(".png"), where["device"])
+    print(f"written: {path}, {path.with_suffix('.png')}")
+    return 0
