@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..kernels.short_conv import short_conv
 from ..parallel.span import Span
 
 
-class GroupRMSNorm(nn.Module):
-    """RMS normalization within groups of channels, with a learnable scale per channel.
+class RMSNorm(nn.Module):
+    """RMS normalization, of all channels or within groups of them, with a learnable scale per channel.
 
     Args:
         width: D, channels.
-        group: channels per group (the last group may be smaller).
+        group: channels per group (the last group may be smaller); 0 for all.
         scale: initial scale.
+        eps: added to the mean square.
+
+    Source: "Root Mean Square Layer Normalization", arXiv 1910.07467.
     """
 
-    def __init__(self, width: int, group: int, scale: float = 1.0, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, group: int = 0, scale: float = 1.0, eps: float = 1e-6) -> None:
         super().__init__()
-        self.group, self.eps = min(group, width), eps
-        self.initial = scale
+        self.group, self.eps = min(group or width, width), eps
         self.weight = nn.Parameter(torch.full((width,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, D]`` -> the same, every group with root mean square ``scale``."""
-        missing = -x.shape[-1] % self.group
-        groups = F.pad(x, (0, missing)).unflatten(-1, (-1, self.group)).float()
-        if x.dtype == torch.float64:
-            groups = groups.double()
-        size = groups.new_full((groups.shape[-2], 1), self.group)
-        size[-1] -= missing
-        power = groups.square().sum(-1, keepdim=True) / size
-        normed = (groups * torch.rsqrt(power + self.eps)).flatten(-2)[..., : x.shape[-1]]
-        return normed.to(x.dtype) * self.weight
+        whole = x.shape[-1] - x.shape[-1] % self.group
+        parts = [self._normed(x[..., :whole].unflatten(-1, (-1, self.group))).flatten(-2)]
+        if whole < x.shape[-1]:
+            parts.append(self._normed(x[..., whole:]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * self.weight
+
+    def _normed(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return _Normed.apply(x, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)  # one kernel there
+
+
+class _Normed(torch.autograd.Function):
+    """``x / rms(x)`` over the last dimension; torch's own takes three times as long on a CPU, in a dozen passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rate)
+        return (wide * rate).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, rate = ctx.saved_tensors
+        normed, wide = x * rate, grad.to(rate.dtype)
+        along = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(x.shape[-1])
+        return wide.addcmul(normed, along, value=-1).mul_(rate).to(x.dtype), None
 
 
 class SwiGLU(nn.Module):

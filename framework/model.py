@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.errors import InputError
 from ..parallel.span import Span
-from .layers import SwiGLU
+from .layers import RMSNorm, SwiGLU
 from .mixers import (
     ChelaConfig,
     ElementwiseConfig,
@@ -59,9 +59,9 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, width: int, hidden: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixer_norm = RMSNorm(width)
         self.mixer = mixer
-        self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.ffn_norm = RMSNorm(width)
         self.ffn = SwiGLU(width, hidden)
 
     def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.weight = embedding.weight  # tied
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from ...kernels.linear_attention import LinearAttention
 from ...kernels.long_conv import ModalConv, long_conv
 from ...kernels.long_conv.centred import CentredModalConv
 from ...parallel.span import Span, Whole
-from ..layers import GroupRMSNorm, ShortConv
+from ..layers import RMSNorm, ShortConv
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Chela(nn.Module):
         self.gate = nn.Linear(width, value, bias=False)
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(shared)), nn.Parameter(torch.ones(shared))
         self.q_shift, self.k_shift = nn.Parameter(torch.zeros(shared)), nn.Parameter(torch.zeros(shared))
-        self.norm = GroupRMSNorm(value, value // config.heads)
+        self.norm = RMSNorm(value, value // config.heads)
         self.out = nn.Linear(value, width, bias=False)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

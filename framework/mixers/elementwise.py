@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...kernels.elementwise import ElementwiseAttention
 from ...parallel.span import Span
-from ..layers import GroupRMSNorm, ShortConv
+from ..layers import RMSNorm, ShortConv
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Elementwise(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.conv = ShortConv(3 * width, config.conv_len, causal=causal) if config.conv_len else None
         group = config.norm_group
-        self.q_norm = GroupRMSNorm(width, group, config.norm_scale) if group else nn.Identity()
-        self.k_norm = GroupRMSNorm(width, group, config.norm_scale) if group else nn.Identity()
+        self.q_norm = RMSNorm(width, group, config.norm_scale) if group else nn.Identity()
+        self.k_norm = RMSNorm(width, group, config.norm_scale) if group else nn.Identity()
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

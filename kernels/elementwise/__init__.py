@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
@@ -58,7 +59,8 @@ def elementwise_attention(
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document. Tokens see only their
             own document.
         relay: reaches the other pieces of the sequence; None if there are none.
-        backend: "auto", "chunked" (portable PyTorch), or "reference" (the definition, quadratic, for tests).
+        backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch), or "reference" (the definition,
+            quadratic, for tests).
 
     Returns:
         ``y [B, L, D]`` in the dtype of the inputs, and the carry behind the whole sequence.
@@ -97,8 +99,23 @@ class ElementwiseAttention(StatefulOp):
         return implementation(self.order, self.causal)
 
 
+def _triton() -> type[Chunked]:
+    from .triton import Triton
+
+    return Triton
+
+
+def _triton_lacks(device: str, dtype: torch.dtype, order: int) -> str:
+    return gpu.lacks(device, dtype) or ("" if order <= 8 else f"orders up to 8, not {order}")
+
+
 BACKENDS: Backends[type[Chunked]] = Backends(
-    NAME, {"cpu": Option(lambda: cpu.Native, cpu.lacks), "chunked": Option(lambda: Chunked)}
+    NAME,
+    {
+        "cpu": Option(lambda: cpu.Native, cpu.lacks),
+        "triton": Option(_triton, _triton_lacks),
+        "chunked": Option(lambda: Chunked),
+    },
 )
 
 

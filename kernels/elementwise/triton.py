@@ -1,0 +1,864 @@
+"""Element-wise attention on GPUs: every channel walks along its tokens, its sums in registers.
+
+Axes: B batch, L tokens, D channels, t order, N chunks of `CHUNK` tokens, and 2 for the pair of sums, ``(S, Z)``
+forward and their gradients ``(R, U)`` backward. README.md beside this file has the formulas.
+
+Why a walk: the sums of a channel are 2 (t+1) numbers, which fit registers, and one more token costs about 3 (t+1)
+multiply-adds. A scan over a tile of tokens would cost that several times over, and a product with a mask would not keep
+fp32. A program is one warp that owns `COLS` channels of one chunk; it asks for `ROWS` tokens at once, so that many
+loads are on their way, and takes them one by one. Chunks run in parallel; what enters each comes from the totals of
+the chunks before it, which a small kernel adds up in fp64. A sum in fp32 thus grows by at most `CHUNK` tokens: its
+relative error, for terms of one sign, stays below ``2 CHUNK 2^-24`` = 1.5e-5, and near 3e-7 for terms that vary.
+
+Forward: totals of keys, states that enter the chunks, output. Backward: query gradient (which makes y and the
+denominator again from the saved states, and the totals of queries on the way), states from the right, key and value
+gradient. With documents and not causal, a token's sums come from both sides: one walk leaves its part, the other one
+adds its own.
+
+Traffic in units of one ``[B, L, D]`` tensor of 16 bits, where s = (t+1) 4 / `CHUNK` is a set of states (order 6: 0.22):
+
+| pass | reads | writes |
+|---|---|---|
+| totals | k, v: 2 | s |
+| entering | s | s |
+| output | q, k, v: 3, s | y: 1 |
+| query gradient | q, k, v, g: 4, s | dq: 1, g / den and y in fp32: 4, s |
+| entering | s | s |
+| key and value gradient | q, k, v: 3, g / den and y: 4, s | dk, dv: 2 |
+
+Forward 6 + 4 s, backward 18 + 5 s; kept for the backward pass: s. ``g / den`` and y stay fp32, for ``v R + U`` cancels.
+Arithmetic weighs as much: at order 6, compiled for sm_90, a token of a channel takes 33 + 67 instructions forward and
+145 + 116 backward.
+"""
+
+# Kernels have Triton's types, which mypy does not know.
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import to_blocks
+from ..gpu import OPTIONS, TYPES, Variant
+from ..scan import Advance, per_row
+from .chunked import Chunked
+from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
+
+CHUNK = 128  # tokens whose sum is fp32
+FAR = tl.constexpr(1e4)  # a key that weighs nothing: what a token that is not there has
+
+_Q_LIMIT = tl.constexpr(Q_LIMIT)
+_DEN_FLOOR = tl.constexpr(DEN_FLOOR)
+_GRAD_LIMIT = tl.constexpr(GRAD_LIMIT)
+
+
+@triton.jit
+def _place(num_chunks, length, width, CHUNK: tl.constexpr, COLS: tl.constexpr):
+    """This program's row of the batch, chunk, first token, number of tokens, and channels."""
+    num_blocks = tl.cdiv(width, COLS)
+    program = tl.program_id(0)
+    chunk = program // num_blocks % num_chunks
+    first = chunk * CHUNK
+    cols = program % num_blocks * COLS + tl.arange(0, COLS)
+    row = (program // num_blocks // num_chunks).to(tl.int64)
+    return row, chunk.to(tl.int64), first.to(tl.int64), tl.minimum(length - first, CHUNK), cols
+
+
+@triton.jit
+def _token(step, first, num, width, REVERSE: tl.constexpr):
+    """The token at a step of the walk, and the width of its row: 0 if there is no such token."""
+    if REVERSE:
+        return first + (num - 1 - step), tl.where(step < num, width, 0)
+    else:
+        return first + step, tl.where(step < num, width, 0)
+
+
+@triton.jit
+def _row(x, token, stride, cols, mask, FILL: tl.constexpr):
+    """A token's row, `FILL` where the mask is not set."""
+    return tl.load(x + token * stride + cols, mask=mask, other=FILL)
+
+
+@triton.jit
+def _continues(begins, token, end, REVERSE: tl.constexpr):
+    """Whether a token is of the document of the token that the walk took before it."""
+    return tl.load(begins + token + REVERSE, mask=end > 0, other=0) == 0
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, COLS: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.full((COLS,), 0.0, tl.float32),)
+    return sums
+
+
+@triton.jit
+def _load_sums(states, width, cols, COUNT: tl.constexpr):
+    sums = ()
+    for n in tl.static_range(COUNT):
+        sums += (tl.load(states + n * width + cols, mask=cols < width, other=0.0),)
+    return sums
+
+
+@triton.jit
+def _store_sums(states, sums, width, cols, COUNT: tl.constexpr):
+    for n in tl.static_range(COUNT):
+        tl.store(states + n * width + cols, sums[n], mask=cols < width)
+
+
+@triton.jit
+def _reset(sums, keep, COUNT: tl.constexpr):
+    """The sums, or zeros where a document begins."""
+    kept = ()
+    for n in tl.static_range(COUNT):
+        kept += (tl.where(keep, sums[n], 0.0),)
+    return kept
+
+
+@triton.jit
+def _add_key(sums, k, v, ORDER: tl.constexpr):
+    """``S_n + k^n w v`` for n = 0..t, then ``Z_n + k^n w``."""
+    power = tl.exp(-k * k)
+    s, z = (), ()
+    for n in tl.static_range(ORDER + 1):
+        s += (sums[n] + power * v,)
+        z += (sums[ORDER + 1 + n] + power,)
+        power = power * k
+    return s + z
+
+
+@triton.jit
+def _add_query(sums, q, a, y, ORDER: tl.constexpr):
+    """``R_n + c_n q^n a`` for n = 0..t, then ``U_n - c_n q^n a y``."""
+    power = a
+    r, u = (), ()
+    for n in tl.static_range(ORDER + 1):
+        term = tl.clamp(power, -_GRAD_LIMIT, _GRAD_LIMIT)
+        r += (sums[n] + term,)
+        u += (sums[ORDER + 1 + n] - tl.clamp(term * y, -_GRAD_LIMIT, _GRAD_LIMIT),)
+        power = power * (q * (2.0 / (n + 1)))
+    return r + u
+
+
+@triton.jit
+def _at_query(sums, q, ORDER: tl.constexpr):
+    """``sum_n c_n q^n (S_n, Z_n)``, by Horner's rule."""
+    num, den = sums[ORDER], sums[2 * ORDER + 1]
+    for m in tl.static_range(ORDER):
+        factor = q * (2.0 / (ORDER - m))
+        num = num * factor + sums[ORDER - 1 - m]
+        den = den * factor + sums[2 * ORDER - m]
+    return num, den
+
+
+@triton.jit
+def _slope_at_query(sums, q, ORDER: tl.constexpr):
+    """``sum_(n>0) c_(n-1) q^(n-1) (S_n, Z_n)``: half the derivative of `_at_query`."""
+    num, den = sums[ORDER], sums[2 * ORDER + 1]
+    for m in tl.static_range(ORDER - 1):
+        factor = q * (2.0 / (ORDER - 1 - m))
+        num = num * factor + sums[ORDER - 1 - m]
+        den = den * factor + sums[2 * ORDER - m]
+    return num, den
+
+
+@triton.jit
+def _at_key(sums, k, v, ORDER: tl.constexpr):
+    """``sum_n (n k^(n-1) - 2 k^(n+1)) w (v R_n + U_n)`` and ``sum_n k^n w R_n``.
+
+    Powers are built upwards from w: where w is 0, so are they.
+    """
+    power = tl.exp(-k * k)
+    dv = power * sums[0]
+    rising = power * (v * sums[0] + sums[ORDER + 1])
+    falling = tl.full(k.shape, 0.0, tl.float32)
+    for n in tl.static_range(1, ORDER + 1):
+        both = v * sums[n] + sums[ORDER + 1 + n]
+        falling += (n * power) * both
+        power = power * k
+        rising += power * both
+        dv += power * sums[n]
+    return falling - 2.0 * k * rising, dv
+
+
+@triton.jit
+def _elementwise_totals_kernel(
+    x,  # [B, L, D], k or q
+    v,  # [B, L, D], v or a
+    y,  # [B, L, D], unused with KEYS
+    begins,  # [B, L + 1] int8, whether a document begins; unused without DOCUMENTS
+    totals,  # [B, N, 2, t+1, D] fp32
+    num_chunks,
+    length,
+    width,
+    x_batch,
+    x_token,
+    v_batch,
+    v_token,
+    KEYS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Each chunk's sum over its last document (the first if REVERSE): of the terms of keys, or of queries."""
+    COUNT: tl.constexpr = 2 * ORDER + 2
+    row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
+    x += row * x_batch
+    v += row * v_batch
+    y += row * length * width
+    begins += row * (length + 1)
+    sums = _zeros(COUNT, COLS)
+    for start in range(0, num, ROWS):
+        xs, vs, ys = (), (), ()
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            xs += (_row(x, token, x_token, cols, mask, FAR if KEYS else 0.0),)
+            vs += (_row(v, token, v_token, cols, mask, 0.0),)
+            if not KEYS:
+                ys += (_row(y, token, width, cols, mask, 0.0),)
+        for i in tl.static_range(ROWS):
+            if DOCUMENTS:
+                token, end = _token(start + i, first, num, width, REVERSE)
+                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+            if KEYS:
+                sums = _add_key(sums, xs[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+            else:
+                q = tl.clamp(xs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
+                sums = _add_query(sums, q, vs[i], ys[i], ORDER)
+    _store_sums(totals + (row * num_chunks + chunk) * COUNT * width, sums, width, cols, COUNT)
+
+
+@triton.jit
+def _elementwise_entering_kernel(
+    states,  # [B, N, C] fp32, C = 2 (t+1) D: chunks' totals, replaced by what enters each chunk if WRITE
+    start,  # [B, C] fp32, what enters the first chunk
+    decays,  # [B, N] fp32, 0 where what enters a chunk does not leave it; unused without DOCUMENTS
+    end,  # [B, C] fp32, what leaves the last chunk
+    num_chunks,
+    size,
+    WRITE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The state law from chunk to chunk, in fp64."""
+    num_blocks = tl.cdiv(size, COLS)
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    cols = tl.program_id(0) % num_blocks * COLS + tl.arange(0, COLS)
+    inside = cols < size
+    first = tl.full((), 0, tl.int64)
+    states += row * num_chunks * size
+    decays += row * num_chunks
+    state = tl.load(start + row * size + cols, mask=inside, other=0.0).to(tl.float64)
+    for begin in range(0, num_chunks, ROWS):
+        totals = ()
+        for i in tl.static_range(ROWS):
+            chunk, stop = _token(begin + i, first, num_chunks, size, REVERSE)
+            totals += (_row(states, chunk, size, cols, cols < stop, 0.0),)
+        for i in tl.static_range(ROWS):
+            chunk, stop = _token(begin + i, first, num_chunks, size, REVERSE)
+            if WRITE:
+                tl.store(states + chunk * size + cols, state.to(tl.float32), mask=cols < stop)
+            if DOCUMENTS:
+                state = state * tl.load(decays + chunk, mask=stop > 0, other=1.0).to(tl.float64)
+            state += totals[i].to(tl.float64)
+    tl.store(end + row * size + cols, state.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _elementwise_output_kernel(
+    q,  # [B, L, D], as k and v
+    k,
+    v,
+    begins,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    part,  # [2, B, L, D] fp32: numerator and denominator of the other side; written if REVERSE, else read, with PARTS
+    out,  # [B, L, D]
+    num_chunks,
+    length,
+    width,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    state_batch,
+    state_chunk,
+    part_size,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The output, from the sums up to and with each token; from the left if not REVERSE, else without the token."""
+    COUNT: tl.constexpr = 2 * ORDER + 2
+    row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
+    q += row * q_batch
+    k += row * k_batch
+    v += row * v_batch
+    begins += row * (length + 1)
+    part += row * length * width
+    out += row * length * width
+    sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
+    for start in range(0, num, ROWS):
+        qs, ks, vs = (), (), ()
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            qs += (_row(q, token, q_token, cols, mask, 0.0),)
+            if RUNNING:
+                ks += (_row(k, token, k_token, cols, mask, FAR),)
+                vs += (_row(v, token, v_token, cols, mask, 0.0),)
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            here = token * width + cols
+            if DOCUMENTS:
+                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+            if RUNNING and not REVERSE:
+                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+            num_i, den = _at_query(sums, tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT), ORDER)
+            if PARTS and REVERSE:
+                tl.store(part + here, num_i, mask=mask)
+                tl.store(part + part_size + here, den, mask=mask)
+            else:
+                if PARTS:
+                    num_i += tl.load(part + here, mask=mask, other=0.0)
+                    den += tl.load(part + part_size + here, mask=mask, other=0.0)
+                y = tl.clamp(num_i / tl.maximum(den, _DEN_FLOOR), -LIMIT, LIMIT)
+                tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
+            if RUNNING and REVERSE:
+                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+
+
+@triton.jit
+def _elementwise_query_grad_kernel(
+    q,  # [B, L, D], as k, v and grad
+    k,
+    v,
+    grad,
+    begins,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    part,  # [4, B, L, D] fp32: `_at_query` and `_slope_at_query` of the other side, see `_elementwise_output_kernel`
+    dq,  # [B, L, D]
+    a,  # [B, L, D] fp32: grad over the denominator
+    y,  # [B, L, D] fp32: the output, 0 where the denominator is floored
+    totals,  # [B, N, 2, t+1, D] fp32: each chunk's sum of the terms of queries, in its first document
+    num_chunks,
+    length,
+    width,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    grad_batch,
+    grad_token,
+    state_batch,
+    state_chunk,
+    part_size,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The gradient of q, by the walk of `_elementwise_output_kernel`, and what the walk over queries needs.
+
+    Totals are not made with PARTS: their documents differ from side to side.
+    """
+    COUNT: tl.constexpr = 2 * ORDER + 2
+    FLOAT_MAX: tl.constexpr = 3.4028234663852886e38
+    row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
+    q += row * q_batch
+    k += row * k_batch
+    v += row * v_batch
+    grad += row * grad_batch
+    begins += row * (length + 1)
+    part += row * length * width
+    dq += row * length * width
+    a += row * length * width
+    y += row * length * width
+    sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
+    seeing = _zeros(COUNT, COLS)
+    leading = num > 0  # whether the token is in the chunk's first document
+    for start in range(0, num, ROWS):
+        qs, ks, vs, gs = (), (), (), ()
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            qs += (_row(q, token, q_token, cols, mask, 0.0),)
+            if not REVERSE:
+                gs += (_row(grad, token, grad_token, cols, mask, 0.0),)
+            if RUNNING:
+                ks += (_row(k, token, k_token, cols, mask, FAR),)
+                vs += (_row(v, token, v_token, cols, mask, 0.0),)
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            here = token * width + cols
+            if DOCUMENTS:
+                keep = _continues(begins, token, end, REVERSE)
+                leading = leading & (keep | (start + i == 0))
+                sums = _reset(sums, keep, COUNT)
+            if RUNNING and not REVERSE:
+                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+            raw = qs[i].to(tl.float32)
+            bounded = tl.clamp(raw, -_Q_LIMIT, _Q_LIMIT)
+            num_i, den = _at_query(sums, bounded, ORDER)
+            top, bottom = _slope_at_query(sums, bounded, ORDER)
+            if PARTS and REVERSE:
+                tl.store(part + here, num_i, mask=mask)
+                tl.store(part + part_size + here, den, mask=mask)
+                tl.store(part + 2 * part_size + here, top, mask=mask)
+                tl.store(part + 3 * part_size + here, bottom, mask=mask)
+            else:
+                if PARTS:
+                    num_i += tl.load(part + here, mask=mask, other=0.0)
+                    den += tl.load(part + part_size + here, mask=mask, other=0.0)
+                    top += tl.load(part + 2 * part_size + here, mask=mask, other=0.0)
+                    bottom += tl.load(part + 3 * part_size + here, mask=mask, other=0.0)
+                scale = 1.0 / tl.maximum(den, _DEN_FLOOR)
+                y_i = tl.where(den < _DEN_FLOOR, 0.0, tl.clamp(num_i * scale, -FLOAT_MAX, FLOAT_MAX))
+                a_i = gs[i].to(tl.float32) * scale
+                slope = tl.clamp(2.0 * a_i * (top - y_i * bottom), -_GRAD_LIMIT, _GRAD_LIMIT)
+                slope = tl.where(tl.abs(raw) > _Q_LIMIT, 0.0, tl.clamp(slope, -LIMIT, LIMIT))
+                tl.store(dq + here, slope.to(dq.dtype.element_ty), mask=mask)
+                tl.store(a + here, a_i, mask=mask)
+                tl.store(y + here, y_i, mask=mask)
+                if not PARTS:
+                    seen = tl.where(leading, a_i, 0.0) if DOCUMENTS else a_i
+                    seeing = _add_query(seeing, bounded, seen, y_i, ORDER)
+            if RUNNING and REVERSE:
+                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+    if not PARTS:
+        _store_sums(totals + (row * num_chunks + chunk) * COUNT * width, seeing, width, cols, COUNT)
+
+
+@triton.jit
+def _elementwise_key_grad_kernel(
+    q,  # [B, L, D], as k and v
+    k,
+    v,
+    a,  # [B, L, D] fp32, as y: of `_elementwise_query_grad_kernel`
+    y,
+    begins,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    part,  # [2, B, L, D] fp32: dk and dv of the other side; written if not REVERSE, else read, with PARTS
+    dk,  # [B, L, D], as dv
+    dv,
+    num_chunks,
+    length,
+    width,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    state_batch,
+    state_chunk,
+    part_size,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The gradients of k and v, from the sums over the queries that see each token; from the left without itself."""
+    COUNT: tl.constexpr = 2 * ORDER + 2
+    row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
+    q += row * q_batch
+    k += row * k_batch
+    v += row * v_batch
+    a += row * length * width
+    y += row * length * width
+    begins += row * (length + 1)
+    part += row * length * width
+    dk += row * length * width
+    dv += row * length * width
+    sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
+    for start in range(0, num, ROWS):
+        qs, ks, vs, a_s, ys = (), (), (), (), ()
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            ks += (_row(k, token, k_token, cols, mask, 0.0),)
+            vs += (_row(v, token, v_token, cols, mask, 0.0),)
+            if RUNNING:
+                qs += (_row(q, token, q_token, cols, mask, 0.0),)
+                a_s += (_row(a, token, width, cols, mask, 0.0),)
+                ys += (_row(y, token, width, cols, mask, 0.0),)
+        for i in tl.static_range(ROWS):
+            token, end = _token(start + i, first, num, width, REVERSE)
+            mask = cols < end
+            here = token * width + cols
+            if DOCUMENTS:
+                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+            if RUNNING and REVERSE:
+                bounded = tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
+                sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
+            dk_i, dv_i = _at_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+            if PARTS and not REVERSE:
+                tl.store(part + here, dk_i, mask=mask)
+                tl.store(part + part_size + here, dv_i, mask=mask)
+            else:
+                if PARTS:
+                    dk_i += tl.load(part + here, mask=mask, other=0.0)
+                    dv_i += tl.load(part + part_size + here, mask=mask, other=0.0)
+                tl.store(dk + here, tl.clamp(dk_i, -LIMIT, LIMIT).to(dk.dtype.element_ty), mask=mask)
+                tl.store(dv + here, tl.clamp(dv_i, -LIMIT, LIMIT).to(dv.dtype.element_ty), mask=mask)
+            if RUNNING and not REVERSE:
+                bounded = tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
+                sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
+
+
+# Tokens asked for at once, and channels per program of one warp: four channels per thread share the arithmetic of
+# addresses, where the registers hold them at every order.
+SHAPES = {
+    "_elementwise_totals_kernel": {"ROWS": 4, "COLS": 128},
+    "_elementwise_output_kernel": {"ROWS": 2, "COLS": 128},
+    "_elementwise_query_grad_kernel": {"ROWS": 2, "COLS": 64},
+    "_elementwise_key_grad_kernel": {"ROWS": 2, "COLS": 128},
+}
+ENTERING = {"ROWS": 16, "COLS": 32}
+ONE_WARP = {"num_warps": 1, "num_stages": 1, **OPTIONS}
+
+
+@dataclass(frozen=True)
+class Triton(Chunked):
+    """`Chunked` by Triton's kernels, for fp16, bf16 and fp32; same states, same guards.
+
+    Saved for the backward pass: what enters each chunk, ``[B, N, 2, t+1, D]`` fp32. One token alone runs in PyTorch.
+    """
+
+    # What a summary computed and the pass after it needs again, with what it was computed from.
+    _kept: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        if _is_small(inputs):
+            return super().summarize(inputs, segments)
+        walk = _Walk.of(self, inputs, segments)
+        totals = walk.key_totals()
+        state = walk.end(totals)
+        self._keep(inputs, totals)
+        if not self.causal:
+            to_left = state if segments is None else walk.end(walk.key_totals(reverse=True), reverse=True)
+            state = torch.stack([state, to_left])
+        return state.new_ones(1, 1, 1, 1), state
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if _is_small(inputs):
+            return super().attend(inputs, segments, past)
+        walk = _Walk.of(self, inputs, segments)
+        totals = self._take(inputs)
+        totals = walk.key_totals() if totals is None else totals
+        if self.causal:
+            walk.enter(totals, past)
+            saved: tuple[Tensor, ...] = (totals,)
+        elif segments is None:
+            saved = (walk.for_all(walk.end(totals, past[0] + past[1])),)
+        else:
+            from_right = walk.key_totals(reverse=True)
+            walk.enter(totals, past[0])
+            walk.enter(from_right, past[1], reverse=True)
+            saved = (totals, from_right)
+        return walk.output(saved), saved
+
+    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+        if _is_small(inputs):
+            return super().advance(inputs, segments, start)
+        walk = _Walk.of(self, inputs, segments)
+        totals = walk.key_totals()
+        past = torch.zeros_like(totals[:, 0]) if start is None else start.float()
+        end = walk.enter(totals, past)
+        decay = past.new_ones(1, 1, 1, 1)
+        if segments is not None:
+            decay = decay * per_row(segments[:, 0] == segments[:, -1], past)
+        return Advance(past, walk.output((totals,)), (totals,), decay, end)
+
+    def summarize_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        if _is_small(inputs):
+            return super().summarize_grad(inputs, segments, past, saved, grad)
+        walk = _Walk.of(self, inputs, segments)
+        dq, a, y, totals = walk.query_grad(saved, grad)
+        self._keep(grad, (dq, a, y, totals))
+        state = walk.end(totals, reverse=True)
+        if self.causal:
+            return state
+        to_right = state if segments is None else walk.end(walk.query_totals(a, y))
+        return torch.stack([state, to_right])
+
+    def attend_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        future: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        if _is_small(inputs):
+            return super().attend_grad(inputs, segments, past, future, saved, grad)
+        walk = _Walk.of(self, inputs, segments)
+        dq, a, y, totals = self._take(grad) or walk.query_grad(saved, grad)
+        if self.causal:
+            walk.enter(totals, future, reverse=True)
+            states: tuple[Tensor, ...] = (totals,)
+        elif segments is None:
+            states = (walk.for_all(walk.end(totals, future[0] + future[1])),)
+        else:
+            from_left = walk.query_totals(a, y)
+            walk.enter(totals, future[0], reverse=True)
+            walk.enter(from_left, future[1])
+            states = (from_left, totals)
+        return dq, *walk.key_grad(a, y, states)
+
+    def _keep(self, key: object, value: object) -> None:
+        self._kept[:] = [key, value]
+
+    def _take(self, key: object) -> Any:
+        """What was kept for ``key``, this very object; None if nothing was. It is kept no longer."""
+        kept_for, value = self._kept or (None, None)
+        self._kept.clear()
+        return value if kept_for is key else None
+
+
+def _is_small(inputs: tuple[Tensor, ...]) -> bool:
+    return inputs[0].shape[1] <= 1 or not inputs[0].numel()
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The kernels, launched on one piece ``(q, k, v)``.
+
+    Sums run from one side (causal), from both (with documents), or are the same for all tokens.
+
+    Attributes:
+        inputs: q, k, v, ``[B, L, D]``, their channels contiguous.
+        order: the highest power t.
+        causal: whether a token sees only the tokens before it and itself, or all.
+        begins: ``[B, L + 1]`` int8, 1 where a document begins after another one; None for one document.
+    """
+
+    inputs: tuple[Tensor, ...]
+    order: int
+    causal: bool
+    begins: Tensor | None
+
+    @classmethod
+    def of(cls, op: Chunked, inputs: tuple[Tensor, ...], segments: Tensor | None) -> _Walk:
+        begins = None
+        if segments is not None:
+            begins = F.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int8), (1, 1))
+        return cls(tuple(_rows(x) for x in inputs), op.order, op.causal, begins)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.inputs[0].shape[1] // CHUNK)
+
+    def states(self, *chunks: int) -> Tensor:
+        """Room for states, ``[B, *chunks, 2, t+1, D]``."""
+        batch, _, width = self.inputs[0].shape
+        return self._empty(batch, *chunks, 2, self.order + 1, width)
+
+    def for_all(self, state: Tensor) -> Tensor:
+        """One state ``[B, 2, t+1, D]`` for every chunk."""
+        return state.unsqueeze(1).expand(-1, self.num_chunks, -1, -1, -1)
+
+    def key_totals(self, *, reverse: bool = False) -> Tensor:
+        """Every chunk's sum of the terms of its keys ``[B, N, 2, t+1, D]``, in its last document (first if reverse)."""
+        _, k, v = self.inputs
+        return self._totals(k, v, v, keys=True, reverse=reverse)
+
+    def query_totals(self, a: Tensor, y: Tensor, *, reverse: bool = False) -> Tensor:
+        """The same of the terms of its queries."""
+        return self._totals(self.inputs[0], a, y, keys=False, reverse=reverse)
+
+    def _totals(self, x: Tensor, v: Tensor, y: Tensor, *, keys: bool, reverse: bool) -> Tensor:
+        totals = self.states(self.num_chunks)
+        flags = {"KEYS": keys, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
+        strides = (*x.stride()[:2], *v.stride()[:2])
+        self._launch(_elementwise_totals_kernel, (x, v, y, self._ids(), totals), strides, flags)
+        return totals
+
+    def end(self, totals: Tensor, start: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """What leaves the piece, ``[B, 2, t+1, D]``, where ``start`` entered it (None for nothing)."""
+        return self._enter(totals, start, reverse=reverse, write=False)
+
+    def enter(self, totals: Tensor, start: Tensor, *, reverse: bool = False) -> Tensor:
+        """`end`, and in ``totals`` what enters each chunk instead."""
+        return self._enter(totals, start, reverse=reverse, write=True)
+
+    def _enter(self, totals: Tensor, start: Tensor | None, *, reverse: bool, write: bool) -> Tensor:
+        start = torch.zeros_like(totals[:, 0]) if start is None else start.float().contiguous()
+        end, decays = self.states(), totals
+        if self.begins is not None:
+            begins = self.begins[:, 1:] if reverse else self.begins[:, :-1]
+            decays = 1 - to_blocks(begins, CHUNK).amax(dim=2).float()
+        size = start[0].numel()
+        flags = {"WRITE": write, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
+        grid = (triton.cdiv(size, ENTERING["COLS"]) * len(start),)
+        with torch.cuda.device_of(totals):
+            _elementwise_entering_kernel[grid](
+                totals, start, decays, end, self.num_chunks, size, **flags, **ENTERING, **ONE_WARP
+            )
+        return end
+
+    def output(self, states: tuple[Tensor, ...]) -> Tensor:
+        """y, given what enters each chunk from the left, or from the left and from the right, or the only state."""
+        y = self._empty(*self.inputs[0].shape, dtype=self.inputs[0].dtype)
+        self._both(_elementwise_output_kernel, self.inputs, states, 2, (y,), reverse_first=True)
+        return y
+
+    def query_grad(self, states: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, g over the denominator, y (both fp32), and the totals of queries of each chunk's first document."""
+        dq = self._empty(*grad.shape, dtype=grad.dtype)
+        a, y = self._empty(*grad.shape), self._empty(*grad.shape)
+        totals = self.states(self.num_chunks)
+        kernel = _elementwise_query_grad_kernel
+        self._both(kernel, (*self.inputs, _rows(grad)), states, 4, (dq, a, y, totals), reverse_first=True)
+        if len(states) == 2:
+            totals = self.query_totals(a, y, reverse=True)
+        return dq, a, y, totals
+
+    def key_grad(self, a: Tensor, y: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """dk and dv, given what enters each chunk from the right, or from the left and from the right."""
+        grads = tuple(self._empty(*x.shape, dtype=x.dtype) for x in self.inputs[1:])
+        self._both(_elementwise_key_grad_kernel, self.inputs, states, 2, grads, reverse_first=False, extra=(a, y))
+        return grads[0], grads[1]
+
+    def _both(
+        self,
+        kernel: Any,
+        inputs: tuple[Tensor, ...],
+        states: tuple[Tensor, ...],
+        num_parts: int,
+        outputs: tuple[Tensor, ...],
+        *,
+        reverse_first: bool,
+        extra: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Walks from the side that the states come from; from both, if there are two, the second adding its part."""
+        shape, dtype = inputs[0].shape, inputs[0].dtype
+        paired = len(states) == 2
+        part = self._empty(num_parts, *shape) if paired else states[0]
+        walks = [(states[0], False), (states[1], True)] if paired else [(states[0], not reverse_first)]
+        for state, reverse in reversed(walks) if reverse_first else walks:
+            strides = [s for x in inputs for s in x.stride()[:2]]
+            flags = {
+                "RUNNING": self.causal or paired,
+                "REVERSE": reverse,
+                "DOCUMENTS": self.begins is not None,
+                "PARTS": paired,
+                "LIMIT": torch.finfo(dtype).max,
+            }
+            strides += [state.stride(0), state.stride(1), shape.numel()]
+            self._launch(kernel, (*inputs, *extra, self._ids(), state, part, *outputs), strides, flags)
+
+    def _launch(self, kernel: Any, tensors: tuple[Tensor, ...], strides: Sequence[int], flags: dict[str, Any]) -> None:
+        batch, length, width = self.inputs[0].shape
+        blocks = SHAPES[kernel.__name__]
+        grid = (triton.cdiv(width, blocks["COLS"]) * self.num_chunks * batch,)
+        sizes = (self.num_chunks, length, width)
+        with torch.cuda.device_of(tensors[0]):
+            kernel[grid](*tensors, *sizes, *strides, **flags, ORDER=self.order, CHUNK=CHUNK, **blocks, **ONE_WARP)
+
+    def _ids(self) -> Tensor:
+        """`begins`, or any tensor where no kernel reads it."""
+        return self.inputs[0] if self.begins is None else self.begins
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.inputs[0].device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with its channels side by side, a copy only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel as it is launched: causal; with documents; from both sides; and with one state for all tokens."""
+    for order in (6, 8):
+        yield from _variants(torch.bfloat16, order, running=True, documents=False, parts=False)
+    yield from _variants(torch.float32, 6, running=True, documents=True, parts=False)
+    yield from _variants(torch.bfloat16, 6, running=True, documents=True, parts=True)
+    yield from _variants(torch.bfloat16, 6, running=False, documents=False, parts=False)
+    types = dict.fromkeys(("states", "start", "decays", "end"), "*fp32") | dict.fromkeys(("num_chunks", "size"), "i32")
+    for documents in (False, True):
+        flags = {"WRITE": True, "REVERSE": documents, "DOCUMENTS": documents, **ENTERING}
+        signature = types | dict.fromkeys(flags, "constexpr")
+        yield Variant(f"entering documents={documents}", _elementwise_entering_kernel, signature, flags, 1, 1)
+
+
+def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool, parts: bool) -> Iterator[Variant]:
+    common = {"DOCUMENTS": documents, "ORDER": order, "CHUNK": CHUNK}
+    sums = common | {"RUNNING": running, "PARTS": parts, "LIMIT": torch.finfo(dtype).max}
+    cases: list[tuple[str, Any, dict[str, Any]]] = []
+    if running:
+        cases.append(("key totals", _elementwise_totals_kernel, common | {"KEYS": True, "REVERSE": parts}))
+    if parts:
+        cases.append(("query totals", _elementwise_totals_kernel, common | {"KEYS": False, "REVERSE": True}))
+    for reverse in (False, True) if parts else (False,):
+        cases.append(("output", _elementwise_output_kernel, sums | {"REVERSE": reverse}))
+        cases.append(("query grad", _elementwise_query_grad_kernel, sums | {"REVERSE": reverse}))
+    for reverse in (False, True) if parts else (True,):
+        cases.append(("key grad", _elementwise_key_grad_kernel, sums | {"REVERSE": reverse}))
+    for name, kernel, constants in cases:
+        constants = constants | SHAPES[kernel.__name__]
+        keys = constants.get("KEYS", True)
+        wide = {"states", "totals", "part", "a", "y"}
+        signature = {}
+        for arg in kernel.arg_names:
+            if arg in constants:
+                signature[arg] = "constexpr"
+            elif arg in ("num_chunks", "length", "width"):
+                signature[arg] = "i32"
+            elif arg.endswith(("_batch", "_token", "_chunk", "_size")):
+                signature[arg] = "i64"
+            elif arg == "begins":
+                signature[arg] = "*i8"
+            elif arg in wide or (arg == "v" and not keys):
+                signature[arg] = "*fp32"
+            else:
+                signature[arg] = TYPES[dtype]
+        told = f"{name} {str(dtype)[6:]} order={order} running={running} documents={documents} parts={parts}"
+        yield Variant(f"{told} reverse={constants['REVERSE']}", kernel, signature, constants, 1, 1)

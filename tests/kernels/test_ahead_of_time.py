@@ -1,0 +1,99 @@
+"""Every Triton kernel compiles for the GPUs we aim at, without spilling registers: none of them need be there.
+
+``python tests/kernels/test_ahead_of_time.py [operator ...]`` prints what each kernel takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from longreach.kernels.gpu import OPTIONS, Variant
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program may have
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel takes: registers per thread, bytes of shared memory, bytes (AMD: registers) spilled."""
+
+    registers: int
+    shared: int
+    spilled: int
+
+
+def variants(operator: str) -> Iterator[Variant]:
+    yield from importlib.import_module(f"longreach.kernels.{operator}.triton").variants()
+
+
+def compiled(variant: Variant, target: str) -> Usage:
+    """What ``variant`` takes on ``target`` where pointers, sizes and strides are multiples of 16."""
+    aligned = [i for i, kind in enumerate(variant.signature.values()) if kind[0] == "*" or kind in ("i32", "i64")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **OPTIONS}
+    kernel = triton.compile(source, target=TARGETS[target], options=options)
+    if TARGETS[target].backend == "hip":
+        assembly = kernel.asm["amdgcn"]
+        registers, *spills = (_number(rf"\.{x}:\s+(\d+)", assembly) for x in _HIP_COUNTS)
+        return Usage(registers, kernel.metadata.shared, sum(spills))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        words = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    spilled = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+    return Usage(_number(r"REG:(\d+)", usage), kernel.metadata.shared, spilled)
+
+
+_HIP_COUNTS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern} is not in the compiler's report"
+    return int(found[1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fits_the_target(operator: str, target: str) -> None:
+    """Catches code that only the interpreter takes, spilled registers, and more shared memory than there is."""
+    usages = {variant.name: compiled(variant, target) for variant in variants(operator)}
+    assert usages
+    assert not {name: usage for name, usage in usages.items() if usage.spilled}
+    assert not {name: usage for name, usage in usages.items() if usage.shared > SHARED_LIMIT[target]}
+
+
+def report(operators: list[str]) -> None:
+    """Prints a table of what each variant of some operators takes on each target."""
+    names = "".join(f"{target:>16}" for target in TARGETS)
+    print(f"{'registers / shared bytes / spilled':90}{names}")
+    for operator in operators:
+        for variant in variants(operator):
+            cells = ("/".join(map(str, compiled(variant, target))) for target in TARGETS)
+            print(f"{operator + ' ' + variant.name:90}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    report(sys.argv[1:] or OPERATORS)
