@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
@@ -126,12 +125,22 @@ def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:
     if span.noise is None or rate == 0.0 or x.numel() == 0:
         return x
     channels = x[0, 0].numel()
-    salt = zlib.crc32(f"{span.layer}.{name}".encode())
+    salt = _crc32(f"{span.layer}.{name}")
     position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
     cell = position.unsqueeze(-1) * channels + torch.arange(channels, device=x.device)
     bits = _mix(_mix(span.noise.to(x.device) + salt).view(-1, 1, 1) + cell)
     keep = (bits & 0x7FFFFFFF) >= int(rate * 0x80000000)
     return x * keep.view_as(x).to(x.dtype) / (1.0 - rate)
+
+
+def _crc32(text: str) -> int:
+    """`zlib.crc32`, which `torch.compile` cannot trace."""
+    crc = 0xFFFFFFFF
+    for byte in text.encode():
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (crc & 1) * 0xEDB88320
+    return crc ^ 0xFFFFFFFF
 
 
 def _mix(bits: Tensor) -> Tensor:

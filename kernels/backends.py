@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InputError
 
@@ -59,7 +61,7 @@ class Backends(Generic[T]):
         field = f"{self.operator}: backend"
         if backend == "auto":
             backend = next(name for name, option in self.options.items() if not option.lacks(device, *case))
-            if (device, backend) not in self._said:
+            if (device, backend) not in self._said and not torch.compiler.is_dynamo_compiling():  # no logging there
                 self._said.add((device, backend))
                 log.info("%s on %s runs %s", self.operator, device, backend)
         elif backend not in self.options:
@@ -67,3 +69,11 @@ class Backends(Generic[T]):
         elif lack := self.options[backend].lacks(device, *case):
             raise InputError(field, backend, lack, "pass backend='auto'")
         return self.options[backend].load()
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether ``x`` has a shape but no data, because `torch.compile` asks for the shapes of an operator's results.
+
+    Implementations then allocate as ever, and launch nothing.
+    """
+    return isinstance(x, FakeTensor)

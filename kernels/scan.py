@@ -68,6 +68,7 @@ class StatefulOp:
 
     causal: bool = True
     plain_sum: bool = True  # non-causal: without documents, what flows left is what flows right
+    __match_args__: tuple[str, ...] = ()  # what makes it again, under torch.compile; dataclasses know it
 
     def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         """The implementation of this operator that serves such inputs; `scan` asks once."""
@@ -240,8 +241,8 @@ def fold(relay: Relay, summary: Summary, carry: Carry | None, op: StatefulOp) ->
     state = summary.state[0] if shared else summary.state
     ids = [] if summary.first is None or summary.last is None else [summary.first, summary.last]
     gathered = relay.gather([summary.decay, state, *ids])
-    gates, last = _gates([(row[2], row[3]) for row in gathered] if documents else [], carry)
-    pieces = Pieces([row[0] for row in gathered], gates or [None] * len(gathered), op.causal, shared)
+    entries, last = gates([(row[2], row[3]) for row in gathered] if documents else [], carry)
+    pieces = Pieces([row[0] for row in gathered], entries or [None] * len(gathered), op.causal, shared)
 
     states = [row[1] for row in gathered]
     to_right = states if op.causal or shared else [pair[0] for pair in states]
@@ -253,15 +254,22 @@ def fold(relay: Relay, summary: Summary, carry: Carry | None, op: StatefulOp) ->
     return past, Carry(end, last), pieces
 
 
-def _gates(edges: list[tuple[Tensor, Tensor]], carry: Carry | None) -> tuple[list[Tensor | None], Tensor | None]:
-    """Which pieces continue what lies before them, given their first and last documents; and the last document."""
+def edges(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last document ``[B]`` of a piece."""
+    if not segments.shape[1]:
+        return (segments.new_full(segments.shape[:1], NO_TOKENS),) * 2
+    return segments[:, 0], segments[:, -1].clone()
+
+
+def gates(ends: list[tuple[Tensor, Tensor]], carry: Carry | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """Which pieces continue what lies before them, given their `edges`; and the last document."""
     last = None if carry is None else carry.segment
-    gates: list[Tensor | None] = []
-    for first_id, last_id in edges:
+    found: list[Tensor | None] = []
+    for first_id, last_id in ends:
         empty = first_id == NO_TOKENS
-        gates.append(None if last is None else (first_id == last) | empty)
+        found.append(None if last is None else (first_id == last) | empty)
         last = last_id if last is None else torch.where(empty, last, last_id)
-    return gates, last
+    return found, last
 
 
 def _start(carry: Carry | None, like: Tensor) -> Tensor:
@@ -292,14 +300,11 @@ class _Scan(torch.autograd.Function):
         carry_state: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        first = last = None
-        if segments is not None:
-            empty = segments.new_full(segments.shape[:1], NO_TOKENS)
-            first, last = (segments[:, 0], segments[:, -1].clone()) if segments.shape[1] else (empty, empty)
+        first, last = (None, None) if segments is None else edges(segments)
         carry = None if carry_state is None else Carry(carry_state, carry_segment)
         if op.causal and relay.size == 1:
-            gates, last_id = _gates([] if first is None or last is None else [(first, last)], carry)
-            gate, start = gates[0] if gates else None, carry_state
+            entries, last_id = gates([] if first is None or last is None else [(first, last)], carry)
+            gate, start = entries[0] if entries else None, carry_state
             if gate is not None and start is not None:
                 start = per_row(gate, start) * start
             past, y, saved, decay, end = op.advance(inputs, segments, start)
@@ -321,7 +326,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_carry: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         segments, past, *tensors = ctx.saved_tensors
         inputs, saved = tuple(tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
-        with _full_precision(past):
+        with full_precision(past):
             if grad is None:
                 grad = ctx.op.attend(inputs, segments, past)[0].zero_()
             if ctx.relay.size == 1 and ctx.carry_dtype is None:
@@ -334,7 +339,7 @@ class _Scan(torch.autograd.Function):
         return None, None, None, None, start_grad, *grads
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
+def full_precision(like: Tensor) -> torch.autocast:
     """States and sums keep their dtype under autocast, which would run their matrix products in 16 bits."""
     return torch.autocast(like.device.type, enabled=False)
 
@@ -359,8 +364,12 @@ def scan(
         This piece's output, and the carry behind the whole sequence, the same on every rank. The carry's gradient
         counts once: every rank passes, and receives, the full gradient of the carry rather than a summand.
     """
+    if torch.compiler.is_compiling() and (relay is None or relay.size == 1):
+        from . import library  # which eager code can do without
+
+        return library.alone(op, inputs, segments, carry)
     state, segment = carry if carry is not None else (None, None)
-    with _full_precision(inputs[0]):
+    with full_precision(inputs[0]):
         y, end, last = _Scan.apply(op.on(inputs), relay or Alone(), segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)
 

@@ -133,6 +133,8 @@ def tell(why: object, code: int = MISTAKE) -> int:
 
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; returns the exit code. A user's mistake, or the loss of another rank, is told in one line."""
+    # Torch asks for huge pages: on a CPU, the page faults of a large new tensor cost more than filling it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return command()
     except InputError as error:

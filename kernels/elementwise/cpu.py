@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
+from ..backends import is_traced
 from ..scan import Advance
 from .chunked import BLOCK_LEN, Chunked
 
@@ -114,6 +115,8 @@ class Native(Chunked):
         states: Tensor | None,
     ) -> None:
         """Run `cpu.cpp`; see there for the arguments, each of which may be None where it is not wanted."""
+        if is_traced(inputs[0]):
+            return
         batch, length, width = inputs[0].shape
         if width % LANES:
             self._call_filled(gradients, inputs, grad, outputs, segments, past, future, end, states)

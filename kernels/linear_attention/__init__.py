@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
+from . import cpu
 from .chunked import Chunked
 from .reference import Reference, reference_linear_attention
 from .settings import Settings
@@ -18,8 +20,28 @@ from .settings import Settings
 __all__ = ["LinearAttention", "linear_attention", "reference_linear_attention"]
 
 
-BACKENDS: Backends[type[Chunked] | type[Reference]] = Backends(
-    "linear_attention", {"chunked": Option(lambda: Chunked), "reference": Option(lambda: Reference)}
+def _triton() -> type[StatefulOp]:
+    from .triton import Triton
+
+    return Triton
+
+
+def _triton_lacks(device: str, q: torch.dtype, v: torch.dtype, width: int, values: int) -> str:
+    # Wider fp32 would spill registers.
+    most = {torch.bfloat16: 256, torch.float16: 128}.get(q, 64) if q == v else 64
+    fits = min(width, values) > 0 and max(width, values) <= most
+    size = "" if fits else f"K and V of 1 to {most}, not {width} and {values}"
+    return gpu.lacks(device, q) or gpu.lacks(device, v) or size
+
+
+BACKENDS: Backends[Callable[..., StatefulOp]] = Backends(
+    "linear_attention",
+    {
+        "cpu": Option(lambda: cpu.Native, cpu.lacks),
+        "triton": Option(_triton, _triton_lacks),
+        "chunked": Option(lambda: Chunked),
+        "reference": Option(lambda: Reference),
+    },
 )
 
 
@@ -72,7 +94,8 @@ def linear_attention(
             the last column), fp32 or fp64; segment ``[B]`` int64, or None. None at the beginning.
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document.
         relay: reaches the other pieces of the sequence; None if there are none.
-        backend: "auto", "chunked" or "reference" (O(L^2), the definition).
+        backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch) or "reference" (O(L^2), the
+            definition).
         scale: multiplies q.
         eps: the least divisor, above 0.
 

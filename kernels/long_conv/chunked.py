@@ -45,6 +45,10 @@ def chunked_long_conv(
     centre = 0 if causal else num_taps // 2
     if length <= DIRECT_LEN:
         y = _direct(x, kernel, skip, past.tokens, ids, centre)
+    elif torch.compiler.is_compiling():
+        from .. import library  # noqa: F401, which eager code can do without
+
+        y = torch.ops.longreach.long_conv(x, kernel, skip, past.tokens, ids, centre)
     else:
         y = _LongConv.apply(x, kernel, skip, past.tokens, ids, centre)
     return y, write_carry(x, segments, past, num_taps - 1)
@@ -60,7 +64,7 @@ def _wide(x: Tensor, kernel: Tensor) -> torch.dtype:
 
 
 def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
-    """The sum over the taps, token by token; arguments as of `_LongConv`."""
+    """The sum over the taps, token by token; arguments as of `forward`."""
     length, num_past = x.shape[1], past.shape[1]
     some = _reaching(kernel.shape[1], centre, max(length, 1), num_past)
     taps = kernel[:, some].to(_wide(x, kernel)).flip(1).t()
@@ -83,61 +87,63 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
     return y.to(x.dtype)
 
 
-class _LongConv(torch.autograd.Function):
-    """Of ``x [B, L, D]``, behind ``past [B, T, D]``, with ``kernel [D, K]``; ``ids [B, T + L]`` or None."""
+def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
+    """``y [B, L, D]`` of ``x [B, L, D]`` behind ``past [B, T, D]``, ``kernel [D, K]``, ``ids [B, T + L]`` or None."""
+    batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for some in _slices(x, batches, dtype):
+        tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
+        out = torch.zeros_like(tokens)
+        for batch in batches:
+            product = batch.spectrum(tokens).mul_(batch.transfer(kernel[some].to(dtype)))
+            batch.put(product, out, batch.centre)
+        if skip is not None:
+            out.addcmul_(tokens, skip[some].to(dtype))
+        y[:, :, some] = out[:, past.shape[1] :]
+    return y
 
+
+def backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of x, kernel, skip and past."""
+    num_past = past.shape[1]
+    batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
+    dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
+    dskip = None if skip is None else torch.empty_like(skip)
+    for some in _slices(x, batches, dtype):
+        tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
+        upstream = F.pad(grad[:, :, some].to(dtype), (0, 0, num_past, 0))
+        dtokens = torch.zeros_like(tokens)
+        dtaps = tokens.new_zeros(tokens.shape[2], kernel.shape[1])
+        for batch in batches:
+            to_y = batch.spectrum(upstream, batch.centre)
+            product = batch.spectrum(tokens).conj_physical_().mul_(to_y).sum(dim=0)
+            dtaps[:, batch.taps] += torch.fft.irfft(product, batch.size)[:, : batch.num_taps]
+            batch.put(to_y.mul_(batch.transfer(kernel[some].to(dtype)).conj_physical_()), dtokens, 0)
+        if skip is not None and dskip is not None:
+            dskip[some] = (upstream * tokens).sum((0, 1))
+            dtokens.addcmul_(upstream, skip[some].to(dtype))
+        dx[:, :, some] = dtokens[:, num_past:]
+        dpast[:, :, some] = dtokens[:, :num_past]
+        dkernel[some] = dtaps
+    return dx, dkernel, dskip, dpast
+
+
+class _LongConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kernel: Tensor,
-        skip: Tensor | None,
-        past: Tensor,
-        ids: Tensor | None,
-        centre: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x, kernel, skip, past, ids)
-        ctx.centre = centre
-        batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for some in _slices(x, batches, dtype):
-            tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
-            out = torch.zeros_like(tokens)
-            for batch in batches:
-                product = batch.spectrum(tokens).mul_(batch.transfer(kernel[some].to(dtype)))
-                batch.put(product, out, batch.centre)
-            if skip is not None:
-                out.addcmul_(tokens, skip[some].to(dtype))
-            y[:, :, some] = out[:, past.shape[1] :]
-        return y
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.centre = arguments
+        ctx.save_for_backward(*tensors)
+        return forward(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, kernel, skip, past, ids = ctx.saved_tensors
-        num_past = past.shape[1]
-        batches, dtype = list(_batches(x, past, ids, kernel.shape[1], ctx.centre)), _wide(x, kernel)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
-        dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
-        dskip = None if skip is None else torch.empty_like(skip)
-        for some in _slices(x, batches, dtype):
-            tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
-            upstream = F.pad(grad[:, :, some].to(dtype), (0, 0, num_past, 0))
-            dtokens = torch.zeros_like(tokens)
-            dtaps = tokens.new_zeros(tokens.shape[2], kernel.shape[1])
-            for batch in batches:
-                to_y = batch.spectrum(upstream, batch.centre)
-                product = batch.spectrum(tokens).conj_physical_().mul_(to_y).sum(dim=0)
-                dtaps[:, batch.taps] += torch.fft.irfft(product, batch.size)[:, : batch.num_taps]
-                batch.put(to_y.mul_(batch.transfer(kernel[some].to(dtype)).conj_physical_()), dtokens, 0)
-            if skip is not None and dskip is not None:
-                dskip[some] = (upstream * tokens).sum((0, 1))
-                dtokens.addcmul_(upstream, skip[some].to(dtype))
-            dx[:, :, some] = dtokens[:, num_past:]
-            dpast[:, :, some] = dtokens[:, :num_past]
-            dkernel[some] = dtaps
-        return dx, dkernel, dskip, dpast, None, None
+        return *backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ BLOCK_LEN = 64
 CPU_STRETCH, GPU_STRETCH = 1 << 21, 1 << 26
 
 
+@dataclass(frozen=True)
 class ModalConv(StatefulOp):
     """The operator for `span.scan`: inputs ``x [B, L, D]`` and ``log_decay, angle, re, im``, each ``[D, N]``.
 
@@ -46,11 +47,13 @@ class ModalConv(StatefulOp):
         InputError: ``causal`` is False, or (when it is run) shapes do not fit together.
     """
 
-    def __init__(self, causal: bool = True, backend: str = "auto") -> None:
-        if not causal:
+    causal: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.causal:
             fix = "for both directions run CentredModalConv"
-            raise InputError("ModalConv: causal", causal, "True", fix)
-        self.backend = backend
+            raise InputError("ModalConv: causal", self.causal, "True", fix)
 
     def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         x, log_decay = inputs[:2]

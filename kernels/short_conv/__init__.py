@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
@@ -16,11 +18,23 @@ from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
 
+
+def _triton() -> Local:
+    from . import triton
+
+    return Local(triton.forward, triton.backward)
+
+
+def _triton_lacks(device: str, x: torch.dtype, weight: torch.dtype, taps: int) -> str:
+    return gpu.lacks(device, x) or gpu.lacks(device, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
+
+
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "short_conv",
     {
-        "cpu": Option(lambda: Local(cpu.forward, cpu.backward).run, cpu.lacks),
-        "chunked": Option(lambda: Local(chunked.forward, chunked.backward).run),
+        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.lacks),
+        "triton": Option(_triton, _triton_lacks),
+        "chunked": Option(lambda: Local(chunked.forward, chunked.backward)),
         "reference": Option(lambda: reference_short_conv),
     },
 )
@@ -54,7 +68,7 @@ def short_conv(
             and there may be fewer.
         segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
             without a token, as in `Span.halo_segments`: no token sees it, and its own output means nothing.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch) or "reference" (the definition).
 
     Returns:
         ``y [B, L, D]`` in x's dtype, and the carry for the tokens that follow: the last ``W - 1`` tokens, in x's dtype.
@@ -69,5 +83,10 @@ def short_conv(
         raise InputError("short_conv: bias", list(bias.shape), f"[D] with D = {x.shape[2]}")
     if activation not in (None, "silu"):
         raise InputError("short_conv: activation", activation, "None or 'silu'")
-    run = BACKENDS.choose(backend, x.device, x.dtype, weight.dtype, weight.shape[1])
-    return run(x, weight, bias, activation=activation, causal=causal, carry=carry, segments=segments)
+    if torch.compiler.is_compiling() and backend != "reference":
+        from ..library import short_conv_by  # which eager code can do without
+
+        convolution = short_conv_by(backend)
+    else:
+        convolution = BACKENDS.choose(backend, x.device, x.dtype, weight.dtype, weight.shape[1])
+    return convolution(x, weight, bias, activation=activation, causal=causal, carry=carry, segments=segments)

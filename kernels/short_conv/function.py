@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from ..scan import Carry
 from .past import reach, read_carry, write_carry
 
 
-class Local(NamedTuple):
+@dataclass(frozen=True)
+class Local:
     """An implementation: the maths of one piece.
 
     Attributes:
@@ -26,23 +29,28 @@ class Local(NamedTuple):
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
 
-    def run(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        activation: str | None = None,
-        causal: bool = True,
-        carry: Carry | None = None,
-        segments: Tensor | None = None,
-    ) -> tuple[Tensor, Carry]:
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, Carry]:
         """The arguments and results of `reference_short_conv`, in fp32 or better; saves nothing but its inputs."""
-        num_taps = weight.shape[1]
-        past = read_carry(x, carry, segments, num_taps - 1)
-        left, _ = reach(num_taps, causal)
-        y = _ShortConv.apply(self, x, weight, bias, past.tokens, past.ids, segments, left, activation == "silu")
-        return y, write_carry(x, segments, past, num_taps - 1)
+        return run(partial(_ShortConv.apply, self), *arguments, **options)
+
+
+def run(
+    convolve: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    causal: bool = True,
+    carry: Carry | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Carry]:
+    """`reference_short_conv` by ``convolve``, which has the arguments of `Local.forward`."""
+    num_taps = weight.shape[1]
+    past = read_carry(x, carry, segments, num_taps - 1)
+    left, _ = reach(num_taps, causal)
+    y = convolve(x, weight, bias, past.tokens, past.ids, segments, left, activation == "silu")
+    return y, write_carry(x, segments, past, num_taps - 1)
 
 
 class _ShortConv(torch.autograd.Function):

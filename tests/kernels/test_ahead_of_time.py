@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,10 +53,13 @@ def compiled(variant: Variant, target: str) -> Usage:
     """What ``variant`` takes on ``target`` where pointers, sizes and strides are multiples of 16."""
     aligned = [i for i, kind in enumerate(variant.signature.values()) if kind[0] == "*" or kind in ("i32", "i64")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
+    # AMD's matrix units have no tf32; launchers ask for its own precision there.
+    hip = TARGETS[target].backend == "hip"
+    constants = {name: None if hip and x == "tf32x3" else x for name, x in variant.constants.items()}
+    source = ASTSource(variant.kernel, dict(variant.signature), constants, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **OPTIONS}
     kernel = triton.compile(source, target=TARGETS[target], options=options)
-    if TARGETS[target].backend == "hip":
+    if hip:
         assembly = kernel.asm["amdgcn"]
         registers, *spills = (_number(rf"\.{x}:\s+(\d+)", assembly) for x in _HIP_COUNTS)
         return Usage(registers, kernel.metadata.shared, sum(spills))
@@ -75,11 +81,20 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+def _compiled(case: tuple[str, int, str]) -> Usage:
+    operator, number, target = case
+    return compiled(list(variants(operator))[number], target)
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_fits_the_target(operator: str, target: str) -> None:
     """Catches code that only the interpreter takes, spilled registers, and more shared memory than there is."""
-    usages = {variant.name: compiled(variant, target) for variant in variants(operator)}
+    names = [variant.name for variant in variants(operator)]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        each = pool.map(_compiled, [(operator, number, target) for number in range(len(names))])
+        usages = dict(zip(names, each, strict=True))
     assert usages
     assert not {name: usage for name, usage in usages.items() if usage.spilled}
     assert not {name: usage for name, usage in usages.items() if usage.shared > SHARED_LIMIT[target]}

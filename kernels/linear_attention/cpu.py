@@ -1,0 +1,144 @@
+"""Linear attention in C++ for CPUs (`cpu.cpp`): a head's tokens are read once in each direction, where they lie.
+
+Nothing is saved for backward that `Chunked` does not save: the states are made again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..backends import is_traced
+from ..scan import Advance
+from .chunked import Chunked
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_STATE = 1 << 16  # elements, of 16 bytes: larger states leave a processor's cache
+
+
+def lacks(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, width: int, values: int) -> str:
+    """Why the C++ kernels do not serve ``q [..., width]`` and ``v [..., values]``; "" if they do."""
+    if not 0 < width * values <= MAX_STATE:
+        return f"K * V in 1 to {MAX_STATE}, not {width} * {values}"
+    return native.lacks(device, q_dtype) or native.lacks(device, v_dtype)
+
+
+@dataclass(frozen=True)
+class Native(Chunked):
+    """`Chunked` with its causal passes in C++, for fp32 and bf16; states and sums are fp32, blocks add up in fp64.
+
+    Not causal, a document is one product ``K^T V``, which `Chunked` leaves to the matrix product of PyTorch.
+    """
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._serves(inputs):
+            return super().summarize(inputs, segments)
+        state = self._state(inputs)
+        self._call(inputs, segments, end=state)
+        return self.decay_over(inputs[0].shape[1], state), state
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self._serves(inputs):
+            return super().attend(inputs, segments, past)
+        return self._forward(inputs, segments, past, None)
+
+    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+        if not self._serves(inputs):
+            return super().advance(inputs, segments, start)
+        end = self._state(inputs)
+        past = torch.zeros_like(end) if start is None else start.to(end.dtype)
+        y, saved = self._forward(inputs, segments, past, end)
+        decay = self.decay_over(inputs[0].shape[1], end)
+        if segments is not None and segments.shape[1]:
+            decay = decay * (segments[:, 0] == segments[:, -1]).to(end.dtype).view(-1, 1, 1, 1)
+        return Advance(past, y, saved, decay, end)
+
+    def summarize_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        if not self._serves(inputs):
+            return super().summarize_grad(inputs, segments, past, saved, grad)
+        to_past = self._state(inputs)
+        self._call(inputs, segments, grad=grad, saved=saved, end=to_past)
+        return to_past
+
+    def attend_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        past: Tensor,
+        future: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        if not self._serves(inputs):
+            return super().attend_grad(inputs, segments, past, future, saved, grad)
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        self._call(inputs, segments, grad=grad, saved=saved, grads=grads, past=past, future=future)
+        return grads
+
+    def _serves(self, inputs: tuple[Tensor, ...]) -> bool:
+        return self.causal and all(x.dtype in DTYPES for x in inputs)
+
+    def _state(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        q, _, v = inputs
+        batch, _, heads, width = q.shape
+        return q.new_empty(batch, heads, width, v.shape[-1] + self.normalize, dtype=torch.float32)
+
+    def _forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor, end: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = torch.empty_like(inputs[2], memory_format=torch.contiguous_format)
+        saved = (y, past.new_empty(*y.shape[:-1], 1)) if self.normalize else ()
+        self._call(inputs, segments, y=y, saved=saved, past=past, end=end)
+        return y, saved
+
+    def _call(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        *,
+        y: Tensor | None = None,
+        grad: Tensor | None = None,
+        saved: tuple[Tensor, ...] = (),
+        grads: tuple[Tensor | None, ...] = (None, None, None),
+        past: Tensor | None = None,
+        future: Tensor | None = None,
+        end: Tensor | None = None,
+    ) -> None:
+        """Run `cpu.cpp`, backward if there is a ``grad``; outputs are None where they are not wanted."""
+        if is_traced(inputs[0]):
+            return
+        q, _, v = inputs
+        begins = None
+        if segments is not None:
+            begins = torch.zeros(segments.shape, dtype=torch.uint8)
+            torch.ne(segments[:, 1:], segments[:, :-1], out=begins[:, 1:])
+        y, divisor = saved or (y, None)
+        tokens = [x if x is None or x.stride(3) == 1 else x.contiguous() for x in (*inputs, grad, y, *grads)]
+        ends = [x if x is None else x.contiguous() for x in (past, future)]
+        decays = None if self.decay is None else (ctypes.c_double * len(self.decay))(*self.decay)
+        pointers = [None if x is None else x.data_ptr() for x in (*tokens, begins, *ends, end, divisor)]
+        steps = [step for x in tokens for step in ((0,) * 3 if x is None else (n * x.itemsize for n in x.stride()[:3]))]
+        native.load(Path(__file__).parent / "cpu.cpp").linear_attention(
+            grad is not None,
+            self.normalize,
+            (ctypes.c_int64 * 5)(*q.shape, v.shape[-1]),
+            (ctypes.c_void_p * 14)(*pointers, None if decays is None else ctypes.addressof(decays)),
+            (ctypes.c_int64 * 24)(*steps),
+            (ctypes.c_uint8 * 8)(*(x is not None and x.dtype == torch.bfloat16 for x in tokens)),
+            ctypes.c_float(self.scale),
+            ctypes.c_float(self.eps),
+        )

@@ -1,0 +1,390 @@
+"""Short convolution in Triton: each program walks along a run of tokens with a window of them in registers.
+
+Every token is read once, but for the W - 1 beside a run (backward 2 (W - 1)). With runs of R tokens, in bf16, forward
+takes ``4 + 2 (W - 1) / R`` bytes per token and channel, backward ``6 + 6 (W - 1) / R`` and ``8 (W + 1) / R`` for the
+runs' sums of the gradients of weight and bias. Those are fp32 inside a run and fp64 between runs.
+"""
+
+# Kernels have Triton's types, which mypy does not know.
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..gpu import OPTIONS, TYPES, Variant
+
+MIN_TAPS, MAX_TAPS = 2, 8
+CHANNELS = 256
+# Programs that keep the memory of a large GPU busy; a piece with fewer runs than that has shorter ones.
+PROGRAMS = 4096
+MIN_RUN, MAX_RUN = 32, 512
+
+
+@triton.jit
+def _where(condition, column, width):
+    """The columns that there are, if ``condition``, a number, holds."""
+    return column < tl.where(condition, width, 0)
+
+
+@triton.jit
+def _read(x, past, token, x_token, past_token, num_past, length, column, width):
+    """Channels ``column`` of a token: of ``past`` where ``token`` is negative, zero where there is none."""
+    position = tl.full([], token, tl.int64)
+    before = past + (position + num_past) * past_token
+    source = tl.where(position < 0, before, x + position * x_token)
+    mask = _where((position >= -num_past) & (position < length), column, width)
+    return tl.load(source + column, mask=mask, other=0)
+
+
+@triton.jit
+def _read_id(segments, past_ids, token, segment_token, past_token, num_past, length):
+    """The document of a token, -1 where there is no token."""
+    position = tl.full([], token, tl.int64)
+    before = past_ids + (position + num_past) * past_token
+    source = tl.where(position < 0, before, segments + position * segment_token)
+    return tl.load(source, mask=(position >= -num_past) & (position < length), other=-1)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    weight,
+    bias,
+    past,
+    past_ids,
+    segments,
+    y,
+    x_batch,
+    x_token,
+    weight_channel,
+    weight_tap,
+    past_batch,
+    past_token,
+    past_id_batch,
+    past_id_token,
+    segment_batch,
+    segment_token,
+    num_past,
+    length,
+    width,
+    run,
+    num_runs,
+    LEFT: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    blocks = (width + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    batch = (program // blocks // num_runs).to(tl.int64)
+    first = program // blocks % num_runs * run
+    last = tl.minimum(first + run, length)
+    x += batch * x_batch
+    past += batch * past_batch
+    y += batch * length * width
+    if SEGMENTS:
+        segments += batch * segment_batch
+        past_ids += batch * past_id_batch
+    taps = ()
+    for tap in tl.static_range(TAPS):
+        taps += (tl.load(weight + column * weight_channel + tap * weight_tap, mask=mask, other=0).to(tl.float32),)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        offset += tl.load(bias + column, mask=mask, other=0).to(tl.float32)
+
+    # The window holds tokens [i - LEFT, i + TAPS - LEFT) of the next token i, but its last.
+    window, ids = (), ()
+    for tap in tl.static_range(TAPS - 1):
+        window += (_read(x, past, first - LEFT + tap, x_token, past_token, num_past, length, column, width),)
+        if SEGMENTS:
+            ids += (_read_id(segments, past_ids, first - LEFT + tap, segment_token, past_id_token, num_past, length),)
+    for begin in range(first, last, STEP):
+        for step in tl.static_range(STEP):
+            token = begin + step + TAPS - 1 - LEFT
+            window += (_read(x, past, token, x_token, past_token, num_past, length, column, width),)
+            if SEGMENTS:
+                ids += (_read_id(segments, past_ids, token, segment_token, past_id_token, num_past, length),)
+        for step in tl.static_range(STEP):
+            z = offset
+            for tap in tl.static_range(TAPS):
+                seen = window[step + tap].to(tl.float32)
+                if SEGMENTS:
+                    seen = tl.where(ids[step + tap] == ids[step + LEFT], seen, 0.0)
+                z += taps[tap] * seen
+            if SILU:
+                z *= tl.sigmoid(z)
+            target = y + tl.full([], begin + step, tl.int64) * width + column
+            tl.store(target, z.to(y.dtype.element_ty), mask=_where(begin + step < last, column, width))
+        window = window[STEP:]
+        if SEGMENTS:
+            ids = ids[STEP:]
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    x,
+    weight,
+    bias,
+    past,
+    past_ids,
+    segments,
+    dx,
+    dpast,
+    sums,
+    grad_batch,
+    grad_token,
+    x_batch,
+    x_token,
+    weight_channel,
+    weight_tap,
+    past_batch,
+    past_token,
+    past_id_batch,
+    past_id_token,
+    segment_batch,
+    segment_token,
+    num_past,
+    length,
+    width,
+    run,
+    num_runs,
+    LEFT: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """``sums [B, runs, W + 1, D]`` are the runs' gradients of the taps and of the bias. The first run has the past."""
+    blocks = (width + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    place = (program // blocks).to(tl.int64)
+    batch = place // num_runs
+    first = program // blocks % num_runs * run
+    last = tl.minimum(first + run, length)
+    first = tl.where(first == 0, -num_past, first)
+    grad += batch * grad_batch
+    x += batch * x_batch
+    past += batch * past_batch
+    dx += batch * length * width
+    dpast += batch * num_past * width
+    if SEGMENTS:
+        segments += batch * segment_batch
+        past_ids += batch * past_id_batch
+    taps = ()
+    totals = ()
+    for tap in tl.static_range(TAPS):
+        taps += (tl.load(weight + column * weight_channel + tap * weight_tap, mask=mask, other=0).to(tl.float32),)
+        totals += (tl.zeros([BLOCK], tl.float32),)
+    total = tl.zeros([BLOCK], tl.float32)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        offset += tl.load(bias + column, mask=mask, other=0).to(tl.float32)
+
+    # Of the next token i, the windows hold tokens [i - LEFT, i + TAPS - LEFT) but the last, and the gradients of z of
+    # the TAPS - 1 tokens before i: with that of i, token i - LEFT has all of its own.
+    start = first - (TAPS - 1 - LEFT)
+    window, ids, upstream, upstream_ids = (), (), (), ()
+    for tap in tl.static_range(TAPS - 1):
+        window += (_read(x, past, start - LEFT + tap, x_token, past_token, num_past, length, column, width),)
+        upstream += (tl.zeros([BLOCK], tl.float32),)
+        if SEGMENTS:
+            ids += (_read_id(segments, past_ids, start - LEFT + tap, segment_token, past_id_token, num_past, length),)
+            upstream_ids += (tl.full([], -1, tl.int64),)
+    for begin in range(start, last + LEFT, STEP):
+        arriving = ()
+        for step in tl.static_range(STEP):
+            token = begin + step + TAPS - 1 - LEFT
+            window += (_read(x, past, token, x_token, past_token, num_past, length, column, width),)
+            if SEGMENTS:
+                ids += (_read_id(segments, past_ids, token, segment_token, past_id_token, num_past, length),)
+            token = tl.full([], begin + step, tl.int64)
+            inside = _where((token >= 0) & (token < length), column, width)
+            arriving += (tl.load(grad + token * grad_token + column, mask=inside, other=0).to(tl.float32),)
+        for step in tl.static_range(STEP):
+            g = arriving[step]
+            if SILU:
+                z = offset
+                for tap in tl.static_range(TAPS):
+                    seen = window[step + tap].to(tl.float32)
+                    if SEGMENTS:
+                        seen = tl.where(ids[step + tap] == ids[step + LEFT], seen, 0.0)
+                    z += taps[tap] * seen
+                gate = tl.sigmoid(z)
+                g *= gate * (1 + z * (1 - gate))
+            upstream += (g,)
+            if SEGMENTS:
+                upstream_ids += (ids[step + LEFT],)
+            # Neighbouring runs compute the gradients at a run's edge again, and count them once.
+            g = tl.where((begin + step >= first) & (begin + step < last), g, 0.0)
+            total += g
+            more = ()
+            to_token = tl.zeros([BLOCK], tl.float32)
+            for tap in tl.static_range(TAPS):
+                seen = window[step + tap].to(tl.float32)
+                back = upstream[step + TAPS - 1 - tap]
+                if SEGMENTS:
+                    seen = tl.where(ids[step + tap] == ids[step + LEFT], seen, 0.0)
+                    same = upstream_ids[step + TAPS - 1 - tap] == upstream_ids[step + TAPS - 1 - LEFT]
+                    back = tl.where(same, back, 0.0)
+                more += (totals[tap] + g * seen,)
+                to_token += taps[tap] * back
+            totals = more
+            token = tl.full([], begin + step - LEFT, tl.int64)
+            own = (token >= first) & (token < last)
+            mask_x = _where(own & (token >= 0), column, width)
+            tl.store(dx + token * width + column, to_token.to(dx.dtype.element_ty), mask=mask_x)
+            target = dpast + (token + num_past) * width + column
+            tl.store(target, to_token.to(dpast.dtype.element_ty), mask=_where(own & (token < 0), column, width))
+        window, upstream = window[STEP:], upstream[STEP:]
+        if SEGMENTS:
+            ids, upstream_ids = ids[STEP:], upstream_ids[STEP:]
+    sums += place * (TAPS + 1) * width + column
+    for tap in tl.static_range(TAPS):
+        tl.store(sums + tap * width, totals[tap], mask=mask)
+    tl.store(sums + TAPS * width, total, mask=mask)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor,
+    past_ids: Tensor | None,
+    segments: Tensor | None,
+    left: int,
+    silu: bool,
+) -> Tensor:
+    """``y_i = activation(bias + sum_j weight[:, j] x_{i + j - left})``.
+
+    Args:
+        x: ``[B, L, D]``.
+        weight: ``[D, W]``.
+        bias: ``[D]`` or None.
+        past: ``[B, T, D]``, the T tokens before x.
+        past_ids: ``[B, T]`` their documents, -1 where there was no token, or None.
+        segments: ``[B, L]`` the documents of x, or None.
+        left: taps before the token itself.
+        silu: whether the activation is SiLU rather than none.
+
+    Returns:
+        ``[B, L, D]`` in x's dtype.
+    """
+    launch = _Launch(x, weight, bias, past, past_ids, segments, left, silu)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        launch(_forward_kernel, (), (y,))
+    return y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor,
+    past_ids: Tensor | None,
+    segments: Tensor | None,
+    left: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of x, weight, bias and past, given ``grad [B, L, D]``, that of `forward`'s output."""
+    launch = _Launch(x, weight, bias, past, past_ids, segments, left, silu)
+    dx, dpast = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, past))
+    width, taps = weight.shape
+    sums = torch.empty(x.shape[0] * launch.num_runs, taps + 1, width, dtype=torch.float32, device=x.device)
+    if sums.numel():
+        launch(_backward_kernel, (_rows(grad),), (dx, dpast, sums))
+    total = sums.sum(0, dtype=torch.float64)
+    return dx, total[:-1].t().to(weight.dtype), None if bias is None else total[-1].to(bias.dtype), dpast
+
+
+class _Launch:
+    """How both kernels are launched on a piece; the arguments are those of `forward`."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        past: Tensor,
+        past_ids: Tensor | None,
+        segments: Tensor | None,
+        left: int,
+        silu: bool,
+    ) -> None:
+        batch, length, width = x.shape
+        x, past = _rows(x), _rows(past.to(x.dtype))
+        documents = segments is not None and past_ids is not None
+        ids = (past_ids, segments) if documents else (None, None)
+        self.tensors = x, weight, None if bias is None else bias.contiguous(), past, *ids
+        self.strides = [
+            *x.stride()[:2],
+            *weight.stride(),
+            *past.stride()[:2],
+            *(stride for t in ids for stride in ((0, 0) if t is None else t.stride())),
+        ]
+        blocks = triton.cdiv(width, CHANNELS)
+        run = MIN_RUN
+        while run < MAX_RUN and batch * blocks * length >= 2 * run * PROGRAMS:
+            run *= 2
+        self.num_runs = max(1, triton.cdiv(length, run))  # one for the past alone
+        self.programs = batch * self.num_runs * blocks
+        self.sizes = past.shape[1], length, width, run, self.num_runs
+        self.flags = bias is not None, silu, documents
+        self.left, self.taps, self.itemsize = left, weight.shape[1], x.element_size()
+
+    def __call__(self, kernel: Any, upstream: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Run ``kernel`` from the gradient of the output, if any, to ``outputs``."""
+        strides = [stride for grad in upstream for stride in grad.stride()[:2]]
+        step, num_warps = _shape(kernel, self.itemsize, self.taps)
+        kernel[(self.programs,)](
+            *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes, self.left, self.taps, CHANNELS,
+            step, *self.flags, num_warps=num_warps, **OPTIONS,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shape(kernel: Any, itemsize: int, taps: int) -> tuple[int, int]:
+    """Tokens whose loads are under way together, and warps.
+
+    A thread loads 16 bytes at once where its windows of as many channels leave it the registers.
+    """
+    if kernel is _forward_kernel:
+        return 4, 1 if itemsize == 2 and taps <= 4 else 2
+    return 3 if taps <= 4 else 2, 2
+
+
+def variants() -> Iterator[Variant]:
+    """Both kernels with the least and the most that they may be asked for."""
+    for dtype, taps in ((torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float32, 4), (torch.float32, 8)):
+        for everything in (False, True):
+            flags = {"BIAS": everything, "SILU": everything, "SEGMENTS": everything}
+            constants = {"LEFT": taps - 1, "TAPS": taps, "BLOCK": CHANNELS, "STEP": None} | flags
+            types = dict.fromkeys(("grad", "x", "weight", "bias", "past", "y", "dx", "dpast"), TYPES[dtype])
+            types |= {"past_ids": "*i64", "segments": "*i64", "sums": "*fp32"} | dict.fromkeys(constants, "constexpr")
+            for kernel in (_forward_kernel, _backward_kernel):
+                signature = {x: types.get(x, "i32") for x in kernel.arg_names}
+                name = f"{kernel.__name__[1:-7]}-{dtype}-{taps}-{'all' if everything else 'plain'}"
+                step, num_warps = _shape(kernel, dtype.itemsize, taps)
+                settings = constants | {"STEP": step}
+                yield Variant(name.replace("torch.", ""), kernel, signature, settings, num_warps, 1)

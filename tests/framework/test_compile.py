@@ -1,0 +1,83 @@
+"""``torch.compile`` of the whole model: one graph, and what eager code gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
+
+from longreach.framework.model import ModelConfig, build_model
+from longreach.parallel.span import Span
+
+BATCH, LENGTH, VOCAB = 2, 20, 17
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a span. Packed: several documents in a row."""
+
+    mixers: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+    causal: bool = True
+    packed: bool = False
+    streamed: bool = False
+
+    def span(self) -> Span:
+        ids = torch.arange(LENGTH).expand(BATCH, -1) // 7 if self.packed else None
+        return Span(segments=ids, noise=torch.tensor([5, 6]) if self.packed else None, keep_carry=self.streamed)
+
+
+CASES = {
+    "elementwise": Case(["elementwise"]),
+    "chela": Case(["chela"]),
+    "feedforward_kernel": Case(["feedforward_kernel"]),
+    "packed": Case(["elementwise", "chela", "feedforward_kernel"], packed=True),
+    "centred": Case(["elementwise", "chela", "feedforward_kernel"], causal=False),
+    "taps": Case(["chela"], {"long_kernel": "free", "long_len": 7}, packed=True),
+    "streamed": Case(["elementwise", "chela"], streamed=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, of autograd Functions
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch, of carries
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
+    """Catches graph breaks, an operator's gradient that a graph drops, and a choice frozen while tracing."""
+    case = CASES[name]
+    config = ModelConfig(vocab=VOCAB, width=16, depth=len(case.mixers), mixers=case.mixers, causal=case.causal)
+    for option, value in case.options.items():
+        setattr(config.chela, option, value)
+    model = build_model(config)
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, LENGTH))
+
+    def run(step: Any) -> list[Tensor]:
+        model.zero_grad()
+        span = case.span()
+        losses, penalty = step(tokens, span, labels)
+        if case.streamed:
+            more, cost = step(tokens, span.following(LENGTH), labels)
+            losses, penalty = losses + more, penalty + cost
+        (losses.mean() + penalty).backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        return [losses.detach(), *(grad.clone() for grad in grads if grad is not None)]
+
+    expected = run(model)
+    called = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        called.update(str(node.target).removesuffix(".default") for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    counters.clear()
+    got = run(torch.compile(model, fullgraph=True, backend=backend))
+    assert not counters["graph_break"]
+    assert {"longreach.scan", "longreach.short_conv"} <= called
+    assert ("longreach.long_conv" in called) == (name == "taps")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())

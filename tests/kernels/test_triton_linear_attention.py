@@ -1,0 +1,221 @@
+"""Linear attention in Triton against the definition: interpreted on the CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import interpreted
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from longreach.kernels.linear_attention import reference_linear_attention
+from longreach.kernels.linear_attention.reference import Reference
+from longreach.kernels.scan import Carry, StatefulOp, scan
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+PASSES = ("state", "y", "to past", "dq", "dk", "dv")
+# The largest error as a share of the largest value (or of 1), and the relative RMS error.
+TOLERANCES = {torch.float32: (2e-6, 1e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (1e-2, 8e-3)}
+# The gradient of a weighted mean holds v - y, a small difference early in a document, and y is kept as it is returned.
+MEAN_TOLERANCES = {torch.float32: (4e-6, 4e-6), torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)}
+
+PLAIN: dict[str, Any] = {"causal": True, "decay": None, "normalize": False}
+DECAY, MEAN = PLAIN | {"decay": (1.0, 0.5, 0.97)}, PLAIN | {"normalize": True}
+SETTINGS = {
+    "plain": PLAIN,
+    "decay": DECAY,
+    "mean": MEAN,
+    "decayed-mean": DECAY | MEAN | {"decay": DECAY["decay"]},
+    "both": PLAIN | {"causal": False},
+    "mean-of-both": MEAN | {"causal": False},
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The interpreted kernels, with spans of one or two chunks.
+
+    The interpreter holds bf16 as bits: it would multiply those, and cuts off what a GPU rounds.
+    """
+    module = interpreted.load("linear_attention")
+    monkeypatch.setattr(module, "MIN_SPAN", 32)
+    monkeypatch.setattr(module, "SCAN_BLOCK", 1024)
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    def rounded_cast(self: Any, x: TensorHandle, dtype: Any) -> TensorHandle:
+        if x.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            bits = torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy()
+            return TensorHandle(bits, tl.bfloat16)
+        return cast(self, x, dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded_cast)
+    yield module
+
+
+def make(
+    shape: tuple[int, int, int, int, int], documents: str, causal: bool, normalize: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor, Tensor, Tensor]:
+    """Inputs, documents, what enters the piece and its gradient, and y's; positive features with ``normalize``."""
+    batch, length, heads, width, values = shape
+    q, k = torch.randn(2, batch, length, heads, width)
+    v, grad = torch.randn(2, batch, length, heads, values)
+    state = (batch, heads, width, values + normalize)
+    past, future = torch.randn(2, *(state if causal else (2, *state)))
+    if normalize:
+        q, k = F.softplus(q), F.softplus(k)
+        past[..., -1] = F.softplus(past[..., -1])
+    segments = None
+    if documents != "none":
+        segments = (torch.rand(batch, length) < {"many": 0.3, "few": 0.02}[documents]).cumsum(1) + (1 << 40)
+    return (q, k, v), segments, past, future, grad
+
+
+def passes(
+    op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor, future: Tensor, grad: Tensor
+) -> list[Tensor]:
+    """What the two passes and their adjoints give."""
+    _, state = op.summarize(inputs, segments)
+    y, saved = op.attend(inputs, segments, past)
+    to_past = op.summarize_grad(inputs, segments, past, saved, grad)
+    grads = op.attend_grad(inputs, segments, past, future, saved, grad)
+    return [state, y, to_past, *(x for x in grads if x is not None)]
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], tolerance: tuple[float, float], names: Any = PASSES) -> None:
+    for name, x, truth in zip(names, got, want, strict=True):
+        assert x.shape == truth.shape, name
+        if truth.numel():
+            error = (x.double() - truth).abs()
+            assert error.max() <= tolerance[0] * truth.abs().max().clamp(min=1), (name, error.max())
+            assert error.norm() <= tolerance[1] * truth.norm().clamp(min=0.1), (name, error.norm() / truth.norm())
+
+
+def compare(
+    module: ModuleType,
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int, int],
+    documents: str,
+    settings: dict[str, Any],
+    scale: float = 0.7,
+) -> None:
+    if settings["decay"] is not None:
+        settings = settings | {"decay": settings["decay"][: shape[2]]}
+    inputs, segments, past, future, grad = make(shape, documents, settings["causal"], settings["normalize"])
+    inputs, grad = tuple(x.to(device, dtype) for x in inputs), grad.to(device, dtype)
+    past, future, segments = (None if x is None else x.to(device) for x in (past, future, segments))
+    got = passes(module.Triton(**settings, scale=scale), inputs, segments, past, future, grad)
+    assert got[0].dtype == torch.float32 and all(x.dtype == dtype for x in (got[1], *got[3:]))
+    wide = tuple(x.double() for x in inputs), segments, past.double(), future.double(), grad.double()
+    truth = passes(Reference(**settings, scale=scale), *wide)
+    assert_close(got, truth, (MEAN_TOLERANCES if settings["normalize"] else TOLERANCES)[dtype])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("documents", ["none", "many", "few"])
+def test_interpreted_is_the_definition(tiny: ModuleType, documents: str, name: str) -> None:
+    """Every pass of a piece in the middle of a sequence, with states from outside, over two spans."""
+    compare(tiny, "cpu", torch.float32, (1, 37, 2, 24, 18), documents, SETTINGS[name])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "length, width, values, documents, name",
+    [(1, 3, 16, "none", "decayed-mean"), (2, 16, 3, "many", "mean-of-both"), (5, 40, 24, "many", "decay")],
+)
+def test_interpreted_dtypes(
+    tiny: ModuleType, length: int, width: int, values: int, documents: str, name: str, dtype: torch.dtype
+) -> None:
+    compare(tiny, "cpu", dtype, (2, length, 3, width, values), documents, SETTINGS[name])
+
+
+def test_interpreted_bf16_over_chunks_and_spans(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "MIN_SPAN", 64)
+    compare(tiny, "cpu", torch.bfloat16, (1, 130, 1, 16, 70), "none", PLAIN)
+
+
+def through_scan(
+    op: StatefulOp | None, data: list[Tensor], ids: Tensor | None, segments: Tensor | None
+) -> list[Tensor]:
+    """Outputs and gradients of a whole sequence; ``op`` None for the definition."""
+    leaves = [x.clone().requires_grad_() for x in data[:4]]
+    carry = Carry(leaves[3], ids)
+    if op is None:
+        y, after = reference_linear_attention(*leaves[:3], carry=carry, segments=segments, **DECAYED_MEAN)
+    else:
+        y, after = scan(op, *leaves[:3], carry=carry, segments=segments)
+    return [y, after.state, *torch.autograd.grad([y, after.state], leaves, data[4:])]
+
+
+DECAYED_MEAN: dict[str, Any] = {"decay": (0.9,), "normalize": True, "scale": 0.7}
+
+
+@pytest.mark.parametrize("length", [0, 19])
+def test_a_whole_sequence_with_a_carry(tiny: ModuleType, length: int) -> None:
+    """`advance` alone, from a projection's views, with a carry that row 1 does not continue."""
+    rows = torch.randn(2, length, 1, 3 * 8)
+    q, k, v = rows.abs().chunk(3, dim=-1)
+    state, upstream = torch.rand(2, 2, 1, 8, 9)
+    data = [q, k, v, state, torch.randn(2, length, 1, 8), upstream]
+    segments = (torch.arange(length) // 7).expand(2, length)
+    ids = torch.tensor([0, 5])
+    got = through_scan(tiny.Triton(causal=True, **DECAYED_MEAN), data, ids, segments)
+    want = through_scan(None, [x.double() for x in data], ids, segments)
+    assert_close(got, want, MEAN_TOLERANCES[torch.float32], ("y", "carry", "dq", "dk", "dv", "dcarry"))
+
+
+def test_a_scale_of_zero(tiny: ModuleType) -> None:
+    """The gradient of the state, which the scale divides, comes from outside alone."""
+    compare(tiny, "cpu", torch.float32, (1, 5, 1, 4, 4), "none", PLAIN, scale=0.0)
+
+
+def test_a_clamped_divisor_passes_no_gradient(tiny: ModuleType) -> None:
+    q, k, v = torch.rand(3, 1, 6, 1, 4)
+    data = [q * (torch.arange(6) % 2).view(1, 6, 1, 1), k, v, torch.rand(1, 1, 4, 5), v, torch.rand(1, 1, 4, 5)]
+    got = through_scan(tiny.Triton(causal=True, **DECAYED_MEAN), data, None, None)
+    want = through_scan(None, [x.double() for x in data], None, None)
+    assert (got[0][:, ::2] == 0).all()
+    # A token with no divisor takes its upstream gradient a million times.
+    assert_close(got, want, (1e-5, 1e-5), ("y", "carry", "dq", "dk", "dv", "dcarry"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("documents", ["none", "many", "few"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_compiled_is_the_definition(name: str, documents: str, dtype: torch.dtype) -> None:
+    module = importlib.import_module("longreach.kernels.linear_attention.triton")
+    for shape in (
+        (2, 0, 3, 16, 16),
+        (2, 1, 3, 3, 20),
+        (2, 700, 3, 64, 40),
+        (1, 1025, 2, 128, 128),
+        (1, 300, 3, 250, 256),
+    ):
+        if dtype == torch.bfloat16 or max(shape[3:]) <= 64:
+            compare(module, "cuda", dtype, shape, documents, SETTINGS[name])
+
+
+@needs_gpu
+def test_compiled_sums_of_a_long_sequence() -> None:
+    """Sums between spans in fp64: 2^18 terms without decay are right to 1e-6."""
+    module = importlib.import_module("longreach.kernels.linear_attention.triton")
+    k, v = torch.rand(2, 1, 1 << 18, 2, 64, device="cuda")
+    _, state = module.Triton(**PLAIN).summarize((k, k, v), None)
+    truth = torch.einsum("blhk,blhv->bhkv", k.double(), v.double())
+    assert ((state - truth).abs() / truth).max() < 1e-6
