@@ -36,7 +36,8 @@ class RMSNorm(nn.Module):
         parts = [self._normed(x[..., :whole].unflatten(-1, (-1, self.group))).flatten(-2)]
         if whole < x.shape[-1]:
             parts.append(self._normed(x[..., whole:]))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * self.weight
+        normed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (normed * self.weight).to(x.dtype)  # a 16-bit x stays so under autocast, whose weights are fp32
 
     def _normed(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":

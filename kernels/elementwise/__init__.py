@@ -95,7 +95,11 @@ class ElementwiseAttention(StatefulOp):
     backend: str = "auto"
 
     def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        implementation = BACKENDS.choose(self.backend, inputs[0].device, inputs[0].dtype, self.order)
+        q, k, v = inputs
+        if not q.dtype == k.dtype == v.dtype:  # fast implementations read memory by q's
+            given = [str(x.dtype) for x in inputs]
+            raise InputError(f"{NAME}: dtypes of q, k, v", given, "one dtype", "cast q, k and v alike")
+        implementation = BACKENDS.choose(self.backend, q.device, q.dtype, self.order)
         return implementation(self.order, self.causal)
 
 
