@@ -10,9 +10,11 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from .backends import is_traced
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -52,6 +54,16 @@ def lacks(device: str, dtype: torch.dtype) -> str:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"tensors on a GPU, not on {device}"
     return "" if _installed() else "Triton (pip install triton)"
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+    """Run ``programs`` programs of ``kernel`` on the device of its first argument, a tensor.
+
+    None where there is nothing to do, or where `torch.compile` only asks for shapes.
+    """
+    if programs and not is_traced(arguments[0]):
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **settings, **OPTIONS)
 
 
 @cache

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import to_blocks
-from ..gpu import OPTIONS, TYPES, Variant
+from ..gpu import TYPES, Variant, launch
 from ..scan import Advance, per_row
 from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
@@ -551,7 +551,7 @@ SHAPES = {
     "_elementwise_key_grad_kernel": {"ROWS": 2, "COLS": 128},
 }
 ENTERING = {"ROWS": 16, "COLS": 32}
-ONE_WARP = {"num_warps": 1, "num_stages": 1, **OPTIONS}
+ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
 @dataclass(frozen=True)
@@ -736,11 +736,9 @@ class _Walk:
             decays = 1 - to_blocks(begins, CHUNK).amax(dim=2).float()
         size = start[0].numel()
         flags = {"WRITE": write, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
-        grid = (triton.cdiv(size, ENTERING["COLS"]) * len(start),)
-        with torch.cuda.device_of(totals):
-            _elementwise_entering_kernel[grid](
-                totals, start, decays, end, self.num_chunks, size, **flags, **ENTERING, **ONE_WARP
-            )
+        programs = triton.cdiv(size, ENTERING["COLS"]) * len(start)
+        tensors = totals, start, decays, end
+        launch(_elementwise_entering_kernel, programs, *tensors, self.num_chunks, size, **flags, **ENTERING, **ONE_WARP)
         return end
 
     def output(self, states: tuple[Tensor, ...]) -> Tensor:
@@ -797,10 +795,10 @@ class _Walk:
     def _launch(self, kernel: Any, tensors: tuple[Tensor, ...], strides: Sequence[int], flags: dict[str, Any]) -> None:
         batch, length, width = self.inputs[0].shape
         blocks = SHAPES[kernel.__name__]
-        grid = (triton.cdiv(width, blocks["COLS"]) * self.num_chunks * batch,)
+        programs = triton.cdiv(width, blocks["COLS"]) * self.num_chunks * batch
         sizes = (self.num_chunks, length, width)
-        with torch.cuda.device_of(tensors[0]):
-            kernel[grid](*tensors, *sizes, *strides, **flags, ORDER=self.order, CHUNK=CHUNK, **blocks, **ONE_WARP)
+        settings = {**flags, "ORDER": self.order, "CHUNK": CHUNK, **blocks, **ONE_WARP}
+        launch(kernel, programs, *tensors, *sizes, *strides, **settings)
 
     def _ids(self) -> Tensor:
         """`begins`, or any tensor where no kernel reads it."""

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import OPTIONS, TYPES, Variant
+from ..gpu import TYPES, Variant, launch
 from ..scan import Advance, StatefulOp, per_row
 from .settings import Settings
 
@@ -642,11 +642,11 @@ class _Piece:
         _, length, heads, _, values = self.shape
         num_rows, block = divisors.numel(), triton.next_power_of_2(values)
         rows = max(1, 4096 // block)
-        if num_rows:
-            _mean_grad_kernel[(triton.cdiv(num_rows, rows),)](
-                grad, y, divisors, weights, extras, *grad.stride()[:3], heads, length, num_rows,
-                self._scale, self.op.eps, values, rows, block, **OPTIONS,
-            )  # fmt: skip
+        launch(
+            _mean_grad_kernel, triton.cdiv(num_rows, rows),
+            grad, y, divisors, weights, extras, *grad.stride()[:3], heads, length, num_rows,
+            self._scale, self.op.eps, values, rows, block,
+        )  # fmt: skip
         return _Source(q, grad, weights, extras, adjoint=True)
 
     def states(self, source: _Source, ends: Tensor | None) -> tuple[list[Tensor], Tensor]:
@@ -686,16 +686,18 @@ class _Piece:
         # The source's gradient holds the scale: in the weights, or else in the sums.
         scale = self._scale if source.adjoint and not mean else 1.0
         if sums.numel():
-            _sums_kernel[(batch * num_spans * heads * triton.cdiv(values, tiles.block_v),)](
+            launch(
+                _sums_kernel, batch * num_spans * heads * triton.cdiv(values, tiles.block_v),
                 keys, rows, source.weights, source.extras, self.documents, self.powers, sums,
                 *keys.stride()[:3], *rows.stride()[:3], heads, length, self.span, num_spans, scale,
                 width, values, tiles.chunk, tiles.block_k, tiles.block_v, self.operand, self.precision, *flags,
-                mean, source.adjoint, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **OPTIONS,
+                mean, source.adjoint, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
         if end.numel():
-            _scan_kernel[(batch * heads * triton.cdiv(packed, SCAN_BLOCK),)](
+            launch(
+                _scan_kernel, batch * heads * triton.cdiv(packed, SCAN_BLOCK),
                 sums, start, end, self.documents, self.powers, heads, length, self.span, num_spans, packed,
-                tiles.chunk, SCAN_BLOCK, start is not None, *flags, num_warps=2, **OPTIONS,
+                tiles.chunk, SCAN_BLOCK, start is not None, *flags, num_warps=2,
             )  # fmt: skip
         return sums, self._unpack(end)
 
@@ -730,16 +732,16 @@ class _Piece:
             ends = way == len(entering) - 1
             target = out if ends else torch.empty_like(out, dtype=torch.float32)
             divisors = states.new_empty(batch, length, heads) if mean and role == "y" else None
-            if programs:
-                _read_kernel[(programs,)](
-                    reader, keys, rows, states, target, partial, divisors, partial_divisors, source.weights,
-                    source.extras, self.documents, self.powers, *reader.stride()[:3], *keys.stride()[:3],
-                    *rows.stride()[:3], heads, length, self.span,
-                    num_spans, scale, enter, self.op.eps, width, values, tiles.chunk, tiles.block_k, tiles.block_v,
-                    self.operand, self.precision, role, (way == 1) != adjoint, self.op.causal, self.walks,
-                    self.walks and way == 0, way > 0, ends, self.powers is not None, self.documents is not None, mean,
-                    num_warps=tiles.num_warps, num_stages=tiles.num_stages, **OPTIONS,
-                )  # fmt: skip
+            launch(
+                _read_kernel, programs,
+                reader, keys, rows, states, target, partial, divisors, partial_divisors, source.weights,
+                source.extras, self.documents, self.powers, *reader.stride()[:3], *keys.stride()[:3],
+                *rows.stride()[:3], heads, length, self.span,
+                num_spans, scale, enter, self.op.eps, width, values, tiles.chunk, tiles.block_k, tiles.block_v,
+                self.operand, self.precision, role, (way == 1) != adjoint, self.op.causal, self.walks,
+                self.walks and way == 0, way > 0, ends, self.powers is not None, self.documents is not None, mean,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            )  # fmt: skip
             partial, partial_divisors = target, divisors
         return divisors
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import OPTIONS, TYPES, Variant
+from ..gpu import TYPES, Variant, launch
 
 MIN_TAPS, MAX_TAPS = 2, 8
 CHANNELS = 256
@@ -354,9 +354,9 @@ class _Launch:
         """Run ``kernel`` from the gradient of the output, if any, to ``outputs``."""
         strides = [stride for grad in upstream for stride in grad.stride()[:2]]
         step, num_warps = _shape(kernel, self.itemsize, self.taps)
-        kernel[(self.programs,)](
-            *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes, self.left, self.taps, CHANNELS,
-            step, *self.flags, num_warps=num_warps, **OPTIONS,
+        launch(
+            kernel, self.programs, *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes,
+            self.left, self.taps, CHANNELS, step, *self.flags, num_warps=num_warps,
         )  # fmt: skip
 
 

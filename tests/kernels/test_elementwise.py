@@ -20,7 +20,7 @@ from longreach.kernels.elementwise import (
     reference_elementwise_attention,
 )
 from longreach.kernels.errors import InputError
-from longreach.kernels.scan import Carry
+from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import GatherRelay
 
@@ -399,6 +399,13 @@ def test_a_million_tokens_keep_their_digits() -> None:
         error = (got.detach().double() - want).square().mean().sqrt() / want.square().mean().sqrt()
         assert error <= 1e-5, f"{error:.1e}"
     assert (y.detach().double() - truth).abs().max() / truth.abs().max() <= 1e-5
+
+
+def test_mixed_dtypes_are_refused_by_the_operator_itself() -> None:
+    """Catches C++ that reads bf16 as fp32: a mixer calls `scan` without the public function's checks."""
+    q, k, v = torch.randn(3, 1, 70, 16)
+    with pytest.raises(InputError, match="dtypes of q, k, v"):
+        scan(ElementwiseAttention(), q, k, v.bfloat16())
 
 
 def test_autocast_leaves_the_sums_alone() -> None:
