@@ -4,7 +4,7 @@
 
 Each trial is a real ``longreach train`` of one step in processes of its own. The length is doubled until a trial
 needs more memory or time than allowed, then the last interval is halved. Prints a table and writes it, with machine
-and commit, as JSON.
+and commit, as JSON; rows that are there already, under the same limits, stay.
 """
 
 from __future__ import annotations
@@ -84,6 +84,21 @@ def longest(
         length = (low + high) // 2 // GRAIN * GRAIN if high else 2 * length
 
 
+def _kept(path: Path, limits: dict[str, float], mixers: list[str], ranks: list[int]) -> list[dict[str, object]]:
+    """Rows of an earlier run under the same limits that this one does not measure again."""
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    if {key: report.get(key) for key in limits} != limits:
+        return []
+    return [row for row in report["rows"] if row["mixer"] not in mixers or row["ranks"] not in ranks]
+
+
+def _commit() -> str:
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory-gib", type=float, default=4.0, help="resident memory that a rank may use")
@@ -93,7 +108,9 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/longest.json"))
     arguments = parser.parse_args()
-    rows = []
+    machine = f"{platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+    limits = {"memory_gib": arguments.memory_gib, "seconds": arguments.seconds}
+    rows = _kept(arguments.out, limits, arguments.mixers, arguments.ranks)
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.bin"
         generator = torch.Generator().manual_seed(0)
@@ -103,22 +120,25 @@ def main() -> None:
                 found, reason = longest(
                     mixer, ranks, corpus, arguments.memory_gib * 2**30, arguments.seconds, arguments.start
                 )
-                rows.append({**(asdict(found) if found else {"mixer": mixer, "ranks": ranks}), "limit": reason})
+                where = {
+                    "commit": _commit(),
+                    "machine": machine,
+                    "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+                }
+                rows.append(
+                    {**(asdict(found) if found else {"mixer": mixer, "ranks": ranks}), "limit": reason, **where}
+                )
     print("| mixer | ranks | longest sequence | peak memory of a rank | seconds of the step | limit |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['mixer']} | {row['ranks']} | {row['seq_len']:,} | {row['memory_bytes'] / 2**30:.2f} GiB "
             f"| {row['seconds']:.1f} | {row['limit']} |"
+            if "seq_len" in row
+            else f"| {row['mixer']} | {row['ranks']} | none | | | {row['limit']} |"
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report = {
-        "command": f"python benchmarks/longest.py --memory-gib {arguments.memory_gib} --seconds {arguments.seconds}",
-        "commit": commit,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}",
-        "rows": rows,
-    }
+    command = f"python benchmarks/longest.py --memory-gib {arguments.memory_gib} --seconds {arguments.seconds}"
+    report = {"command": command, **limits, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
 
