@@ -11,12 +11,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c co
 VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev test check check-format check-lint check-types check-imports clean FORCE
+.PHONY: help quickstart dev test test-gpu check check-format check-lint check-types check-imports clean FORCE
 
 help:
 	@echo "make quickstart   set up .venv and train the main example"
 	@echo "make dev          set up .venv with an editable install and every development tool"
 	@echo "make test         make dev, then run the tests; choose some with ARGS='tests/parallel -k halo'"
+	@echo "make test-gpu     make dev, then test the kernels on this machine's GPU"
 	@echo "make check        make dev, then check format, lint, types and the import contracts"
 	@echo "                  one of them: make check-format, check-lint, check-types, check-imports"
 	@echo "make clean        remove build output and caches; .venv and runs stay"
@@ -31,6 +32,11 @@ dev: .venv/installed-dev
 
 test: .venv/installed-dev
 	@$(PY) -m pytest $(ARGS)
+
+test-gpu: .venv/installed-dev
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
+		echo "no GPU that torch can use; make test checks the GPU kernels as far as one can without" >&2; exit 2; }
+	@$(PY) -m pytest tests/kernels $(ARGS)
 
 check: check-format check-lint check-types check-imports
 
