@@ -141,7 +141,7 @@ def _complex(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The reverse, in complex128."""
     width, modes = inputs[1].shape
     real, imaginary = state[..., :modes, :width].transpose(-1, -2).unbind(-3)
-    return torch.complex(real, imaginary)
+    return torch.complex(real.contiguous(), imaginary.contiguous())
 
 
 def _narrow(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
