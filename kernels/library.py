@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import long_conv as long
 from . import short_conv as short
-from .scan import Carry, StatefulOp, edges, full_precision, gates, per_row, transition
+from .scan import Carry, StatefulOp, edges, full_precision, gates, per_row, through, transition
 from .short_conv.function import Local, run
 
 
@@ -78,6 +78,7 @@ def _run(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, st
         op = op.on(inputs)
         if op.causal:
             _, y, saved, decay, end = op.advance(inputs, segments, start)
+            decay = through(decay, segments, end)
         else:
             decay, state = transition(op, inputs, segments)
             past = _past(op, start, state[0])

@@ -27,8 +27,9 @@ struct bf16 {
 };
 
 static inline vec splat(float x) { return x - vec{}; }
-static inline vec vmin(vec a, vec b) { return a < b ? a : b; }
-static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+// NaN in a stays, so that what is wrong shows.
+static inline vec vmin(vec a, vec b) { return a > b ? b : a; }
+static inline vec vmax(vec a, vec b) { return a < b ? b : a; }
 static inline vec clamp(vec x, float limit) { return vmin(vmax(x, splat(-limit)), splat(limit)); }
 static inline vec vabs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
@@ -43,11 +44,38 @@ static inline vec load(const bf16* p) {
   return (vec)(__builtin_convertvector(x, uvec) << 16);
 }
 static inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
-// Rounds to nearest even.
+// Rounds to nearest even; NaN stays NaN.
 static inline void store(bf16* p, vec x) {
-  uvec bits = (uvec)x;
+  uvec bits = x != x ? (uvec)splat(__builtin_nanf("")) : (uvec)x;
   hvec h = __builtin_convertvector((bits + (0x7fff + ((bits >> 16) & 1))) >> 16, hvec);
   std::memcpy(p, &h, sizeof h);
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(bf16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // The mantissa's rounding must not turn NaN into a number.
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits + (0x7fff + ((bits >> 16) & 1))) >> 16);
+}
+template <class X>
+static inline void put(X* p, vec x) {
+  store(p, x);
+}
+// A vector of channels, or one where fewer are left.
+template <class V, class X>
+static inline V get(const X* p) {
+  if constexpr (std::is_same_v<V, vec>)
+    return load(p);
+  else
+    return to_float(*p);
 }
 
 typedef double dvec __attribute__((vector_size(8 * W)));

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger("longreach.kernels")
 
@@ -30,18 +31,18 @@ FLAGS = (
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fno-tree-loop-distribute-patterns",
 )
 LINK = ("-shared", "-fPIC", "-fopenmp")
 
 
-def lacks(device: str, dtype: torch.dtype) -> str:
-    """Why C++ kernels do not run on tensors of such a device and dtype; "" if they do."""
+def lacks(source: Path, device: str, *dtypes: torch.dtype) -> str:
+    """Why the kernels of ``source`` do not run on tensors of such a device and dtypes; "" if they do."""
     if device != "cpu":
         return f"tensors on the cpu, not on {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"fp32 or bf16, not {dtype}"
-    return _missing_compiler()
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"fp32 or bf16, not {dtype}"
+    return _no_compiler() or _failure(source)
 
 
 @cache
@@ -72,21 +73,29 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
 
 
 @cache
-def _missing_compiler() -> str:
-    """One line where no compiler works, said once; "" where one does."""
+def _no_compiler() -> str:
+    """What is missing here to compile anything at all, said once; "" if nothing is."""
     reason = ""
     if platform.system() != "Linux":
         reason = "Linux"
-    elif (compiler := _compiler()) is None:
+    elif _compiler() is None:
         reason = "a C++ compiler (g++ or clang++ in PATH, or named by CXX)"
-    else:
-        try:
-            load(Path(__file__).parent / "probe.cpp")
-        except (RuntimeError, OSError) as error:
-            reason = f"a C++ compiler that works; {compiler}: {str(error).splitlines()[0]}"
-    if reason:
-        log.warning("CPU kernels need %s; the portable ones, which are slower, run instead", reason)
-    return reason and f"it needs {reason}"
+    return reason and _said(f"CPU kernels need {reason}")
+
+
+@cache
+def _failure(source: Path) -> str:
+    """Why ``source`` cannot be compiled or loaded, said once; "" if it can."""
+    try:
+        load(source)
+    except (RuntimeError, OSError) as error:
+        return _said(f"CPU kernels need a C++ compiler that works: {' '.join(str(error).split())[:300]}")
+    return ""
+
+
+def _said(reason: str) -> str:
+    log.warning("%s; the portable implementation, which is slower, runs instead", reason)
+    return reason
 
 
 def _compiler() -> str | None:
@@ -116,3 +125,31 @@ def _cache_dir() -> Path:
             return directory
     except OSError:
         return Path(tempfile.mkdtemp(prefix="longreach-"))
+
+
+def begins(segments: Tensor | None) -> Tensor | None:
+    """``uint8 [B, L]``: whether a document begins at a token that is not the piece's first; None for no documents."""
+    if segments is None:
+        return None
+    found = torch.zeros(segments.shape, dtype=torch.uint8)
+    torch.ne(segments[:, 1:], segments[:, :-1], out=found[:, 1:])
+    return found
+
+
+def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied where the elements of their last dimension do not lie side by side."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
+    """Their addresses, null for None. Whoever calls keeps the tensors alive."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def strides(*tensors: Tensor | None, dims: int = 2) -> list[int]:
+    """The strides of their first ``dims`` dimensions in elements, zeros for None."""
+    return [step for x in tensors for step in ((0,) * dims if x is None else x.stride()[:dims])]

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import InputError
+
 NO_TOKENS = -1  # the document id that an empty piece reports
 
 
@@ -44,7 +46,7 @@ class Advance(NamedTuple):
     Attributes:
         past: the state that entered, in the dtype of states.
         y, saved: as of `StatefulOp.attend`.
-        decay: ``A``, 0 where a document begins in the piece.
+        decay: ``A``, ignoring documents (`scan` zeroes it).
         end: the state that leaves, ``A past + B``.
     """
 
@@ -143,12 +145,15 @@ def _pull_back(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor])
 def transition(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """The piece's ``(A, B)`` with ``A = 0`` where a document begins inside it."""
     decay, state = op.summarize(inputs, segments)
-    if segments is not None:
-        whole = segments.new_ones(segments.shape[0])  # an empty piece lets everything through
-        if segments.shape[1]:
-            whole = segments[:, 0] == segments[:, -1]
-        decay = decay * per_row(whole, state[0] if not op.causal else state)
-    return decay, state
+    return through(decay, segments, state if op.causal else state[0]), state
+
+
+def through(decay: Tensor, segments: Tensor | None, like: Tensor) -> Tensor:
+    """``A`` of a piece with documents: 0 where one begins inside it. ``like`` is a state ``[B, ...]``."""
+    if segments is None:
+        return decay
+    first, last = edges(segments)  # alike for an empty piece, which lets everything through
+    return decay * per_row(first == last, like)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -308,7 +313,7 @@ class _Scan(torch.autograd.Function):
             if gate is not None and start is not None:
                 start = per_row(gate, start) * start
             past, y, saved, decay, end = op.advance(inputs, segments, start)
-            carry_out, pieces = Carry(end, last_id), Pieces([decay], [gate], True, False)
+            carry_out, pieces = Carry(end, last_id), Pieces([through(decay, segments, end)], [gate], True, False)
         else:
             summary = Summary(*transition(op, inputs, segments), first, last)
             past, carry_out, pieces = fold(relay, summary, carry, op)
@@ -369,6 +374,8 @@ def scan(
 
         return library.alone(op, inputs, segments, carry)
     state, segment = carry if carry is not None else (None, None)
+    if segments is not None and segments.shape != inputs[0].shape[:2]:
+        raise InputError("segments", list(segments.shape), f"[batch, tokens] = {list(inputs[0].shape[:2])}")
     with full_precision(inputs[0]):
         y, end, last = _Scan.apply(op.on(inputs), relay or Alone(), segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)

@@ -96,9 +96,13 @@ class ElementwiseAttention(StatefulOp):
 
     def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         q, k, v = inputs
-        if not q.dtype == k.dtype == v.dtype:  # fast implementations read memory by q's
+        # Fast implementations read memory by q's dtype and shape.
+        if not q.dtype == k.dtype == v.dtype:
             given = [str(x.dtype) for x in inputs]
             raise InputError(f"{NAME}: dtypes of q, k, v", given, "one dtype", "cast q, k and v alike")
+        if not q.shape == k.shape == v.shape or q.dim() != 3:
+            shapes = [tuple(x.shape) for x in inputs]
+            raise InputError(f"{NAME}: shapes of q, k, v", shapes, "[batch, tokens, channels], all alike")
         implementation = BACKENDS.choose(self.backend, q.device, q.dtype, self.order)
         return implementation(self.order, self.causal)
 

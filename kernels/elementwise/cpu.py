@@ -6,7 +6,6 @@ outputs and denominators are made again.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from torch import Tensor
 from .. import native
 from ..backends import is_traced
 from ..scan import Advance
-from .chunked import BLOCK_LEN, Chunked
+from .chunked import Chunked
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
+BLOCK = 64  # tokens between the states that are saved, as in cpu.cpp
 ORDERS = (2, 4, 6, 8)
 LANES = 16  # channels are worked on by so many or by a divisor of it; others are filled up
 
@@ -27,7 +28,7 @@ def lacks(device: str, dtype: torch.dtype, order: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
     if order not in ORDERS:
         return f"one of the orders {ORDERS}, not {order}"
-    return native.lacks(device, dtype)
+    return native.lacks(SOURCE, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,7 @@ class Native(Chunked):
         past = torch.zeros_like(state) if start is None else start.to(state.dtype)
         y, states = torch.empty_like(inputs[0], memory_format=torch.contiguous_format), self._states(inputs[0])
         self._forward(inputs, segments, past, y, state, states)
-        decay = state.new_ones(1, 1, 1, 1)
-        if segments is not None and segments.shape[1]:
-            decay = (segments[:, 0] == segments[:, -1]).to(state.dtype).view(-1, 1, 1, 1)
-        return Advance(past, y, (states,), decay, state)
+        return Advance(past, y, (states,), state.new_ones(1, 1, 1, 1), state)
 
     def summarize_grad(
         self,
@@ -92,13 +90,16 @@ class Native(Chunked):
     ) -> None:
         self._call(0, inputs, None, (y, None, None, None), segments, past, None, end, states)
 
-    def _state(self, x: Tensor) -> Tensor:
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """A state's shape, or that of both directions' states, for inputs like ``x [B, L, D]``."""
         sides = () if self.causal else (2,)
-        # Zeros: an empty piece writes nothing.
-        return x.new_zeros(*sides, x.shape[0], 2, self.order + 1, x.shape[2], dtype=torch.float32)
+        return *sides, x.shape[0], 2, self.order + 1, x.shape[2]
+
+    def _state(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self._shape(x), dtype=torch.float32)  # an empty piece writes nothing
 
     def _states(self, x: Tensor) -> Tensor:
-        blocks = -(-x.shape[1] // BLOCK_LEN) if self.causal else 0
+        blocks = -(-x.shape[1] // BLOCK) if self.causal else 0
         width = -(-x.shape[2] // LANES) * LANES
         return x.new_empty(x.shape[0], blocks, 2, self.order + 1, width, dtype=torch.float32)
 
@@ -121,22 +122,19 @@ class Native(Chunked):
         if width % LANES:
             self._call_filled(gradients, inputs, grad, outputs, segments, past, future, end, states)
             return
-        begins = None
-        if segments is not None:
-            begins = torch.zeros(batch, length, dtype=torch.uint8)
-            torch.ne(segments[:, 1:], segments[:, :-1], out=begins[:, 1:])
-        tokens = [x if x is None or x.stride(2) == 1 else x.contiguous() for x in (*inputs, grad, *outputs)]
-        states = states if self.causal else None
-        rest = [begins, *(x if x is None else x.contiguous() for x in (past, future)), end, states]
-        strides = [step for x in tokens for step in ((0, 0) if x is None else x.stride()[:2])]
-        native.load(Path(__file__).parent / "cpu.cpp").elementwise(
+        ends = [x if x is None else x.contiguous() for x in (past, future)]
+        assert all(x is None or x.shape == inputs[0].shape for x in (*inputs, grad, *outputs))
+        assert all(x is None or (x.shape == self._shape(inputs[0]) and x.dtype == torch.float32) for x in (*ends, end))
+        tokens = native.rows(*inputs, grad, *outputs)
+        begins = native.begins(segments)
+        native.load(SOURCE).elementwise(
             self.order,
             inputs[0].dtype == torch.bfloat16,
             self.causal,
             gradients,
-            (ctypes.c_int64 * 3)(batch, length, width),
-            (ctypes.c_void_p * 13)(*(None if x is None else x.data_ptr() for x in (*tokens, *rest))),
-            (ctypes.c_int64 * 16)(*strides),
+            native.integers(batch, length, width),
+            native.pointers(*tokens, begins, *ends, end, states if self.causal else None),
+            native.integers(*native.strides(*tokens)),
         )
 
     def _call_filled(

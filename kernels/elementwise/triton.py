@@ -48,7 +48,7 @@ from torch import Tensor
 
 from ..blocks import to_blocks
 from ..gpu import TYPES, Variant, launch
-from ..scan import Advance, per_row
+from ..scan import Advance
 from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
 
@@ -603,10 +603,7 @@ class Triton(Chunked):
         totals = walk.key_totals()
         past = torch.zeros_like(totals[:, 0]) if start is None else start.float()
         end = walk.enter(totals, past)
-        decay = past.new_ones(1, 1, 1, 1)
-        if segments is not None:
-            decay = decay * per_row(segments[:, 0] == segments[:, -1], past)
-        return Advance(past, walk.output((totals,)), (totals,), decay, end)
+        return Advance(past, walk.output((totals,)), (totals,), past.new_ones(1, 1, 1, 1), end)
 
     def summarize_grad(
         self,

@@ -56,7 +56,10 @@ class LinearAttention(Settings, StatefulOp):
     backend: str = "auto"
 
     def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        q, _, v = inputs
+        q, k, v = inputs
+        if q.shape != k.shape or q.dim() != 4 or v.shape[:-1] != q.shape[:-1]:  # fast ones read memory by these
+            shapes = [list(x.shape) for x in inputs]
+            raise InputError("linear_attention: shapes of q, k, v", shapes, "[B, L, H, K] twice and [B, L, H, V]")
         implementation = BACKENDS.choose(self.backend, q.device, q.dtype, v.dtype, q.shape[-1], v.shape[-1])
         return implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
 

@@ -17,6 +17,7 @@ from ..backends import is_traced
 from ..scan import Advance
 from .chunked import Chunked
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_STATE = 1 << 16  # elements, of 16 bytes: larger states leave a processor's cache
 
@@ -25,7 +26,7 @@ def lacks(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, width: int, v
     """Why the C++ kernels do not serve ``q [..., width]`` and ``v [..., values]``; "" if they do."""
     if not 0 < width * values <= MAX_STATE:
         return f"K * V in 1 to {MAX_STATE}, not {width} * {values}"
-    return native.lacks(device, q_dtype) or native.lacks(device, v_dtype)
+    return native.lacks(SOURCE, device, q_dtype, v_dtype)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,6 @@ class Native(Chunked):
         past = torch.zeros_like(end) if start is None else start.to(end.dtype)
         y, saved = self._forward(inputs, segments, past, end)
         decay = self.decay_over(inputs[0].shape[1], end)
-        if segments is not None and segments.shape[1]:
-            decay = decay * (segments[:, 0] == segments[:, -1]).to(end.dtype).view(-1, 1, 1, 1)
         return Advance(past, y, saved, decay, end)
 
     def summarize_grad(
@@ -122,22 +121,20 @@ class Native(Chunked):
         if is_traced(inputs[0]):
             return
         q, _, v = inputs
-        begins = None
-        if segments is not None:
-            begins = torch.zeros(segments.shape, dtype=torch.uint8)
-            torch.ne(segments[:, 1:], segments[:, :-1], out=begins[:, 1:])
+        state = (*q.shape[:1], *q.shape[2:], v.shape[-1] + self.normalize)
         y, divisor = saved or (y, None)
-        tokens = [x if x is None or x.stride(3) == 1 else x.contiguous() for x in (*inputs, grad, y, *grads)]
         ends = [x if x is None else x.contiguous() for x in (past, future)]
-        decays = None if self.decay is None else (ctypes.c_double * len(self.decay))(*self.decay)
-        pointers = [None if x is None else x.data_ptr() for x in (*tokens, begins, *ends, end, divisor)]
-        steps = [step for x in tokens for step in ((0,) * 3 if x is None else (n * x.itemsize for n in x.stride()[:3]))]
-        native.load(Path(__file__).parent / "cpu.cpp").linear_attention(
+        assert all(x is None or (x.shape == state and x.dtype == torch.float32) for x in (*ends, end))
+        tokens = native.rows(*inputs, grad, y, *grads)
+        begins = native.begins(segments)
+        decays = None if self.decay is None else torch.tensor(self.decay, dtype=torch.float64)
+        steps = [step * (x.itemsize if x is not None else 0) for x in tokens for step in native.strides(x, dims=3)]
+        native.load(SOURCE).linear_attention(
             grad is not None,
             self.normalize,
-            (ctypes.c_int64 * 5)(*q.shape, v.shape[-1]),
-            (ctypes.c_void_p * 14)(*pointers, None if decays is None else ctypes.addressof(decays)),
-            (ctypes.c_int64 * 24)(*steps),
+            native.integers(*q.shape, v.shape[-1]),
+            native.pointers(*tokens, begins, *ends, end, divisor, decays),
+            native.integers(*steps),
             (ctypes.c_uint8 * 8)(*(x is not None and x.dtype == torch.bfloat16 for x in tokens)),
             ctypes.c_float(self.scale),
             ctypes.c_float(self.eps),

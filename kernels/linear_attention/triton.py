@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import TYPES, Variant, launch
-from ..scan import Advance, StatefulOp, per_row
+from ..scan import Advance, StatefulOp
 from .settings import Settings
 
 # Programs that keep every multiprocessor of a large GPU busy; a piece with fewer spans than that has shorter ones.
@@ -507,8 +507,6 @@ class Triton(Settings, StatefulOp):
         piece, source = _Piece.of(self, inputs, segments), _Source(k, v)
         entering, end = piece.states(source, start)
         decay = self.decay_over(q.shape[1], end)
-        if segments is not None and segments.shape[1]:
-            decay = decay * per_row(segments[:, 0] == segments[:, -1], end)
         y, saved = piece.outputs(q, source, entering)
         return Advance(torch.zeros_like(end) if start is None else start.to(end.dtype), y, saved, decay, end)
 

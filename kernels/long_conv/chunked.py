@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..scan import NO_TOKENS, Carry
 from ..short_conv.past import read_carry, write_carry
+from .rows import transpose
 
 # Bytes of workspace for a slice of the channels. Smaller slices run the FFTs no faster, larger ones leave the cache.
 WORKSPACE = 1 << 27
@@ -90,16 +91,13 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
 def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
     """``y [B, L, D]`` of ``x [B, L, D]`` behind ``past [B, T, D]``, ``kernel [D, K]``, ``ids [B, T + L]`` or None."""
     batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = _like(x, ids)
     for some in _slices(x, batches, dtype):
-        tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
-        out = torch.zeros_like(tokens)
+        taps = _taps(kernel[some], skip if skip is None else skip[some], centre, dtype)
+        unread = torch.empty_like(past[:, :, some])
         for batch in batches:
-            product = batch.spectrum(tokens).mul_(batch.transfer(kernel[some].to(dtype)))
-            batch.put(product, out, batch.centre)
-        if skip is not None:
-            out.addcmul_(tokens, skip[some].to(dtype))
-        y[:, :, some] = out[:, past.shape[1] :]
+            tokens = batch.spectrum(past[:, :, some], x[:, :, some], dtype)
+            batch.put(tokens.mul_(batch.transfer(taps)), batch.centre, unread, y[:, :, some])
     return y
 
 
@@ -107,29 +105,40 @@ def backward(
     grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The gradients of x, kernel, skip and past."""
-    num_past = past.shape[1]
     batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
+    dx, dpast = _like(x, ids), _like(past, ids)
     dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
     dskip = None if skip is None else torch.empty_like(skip)
     for some in _slices(x, batches, dtype):
-        tokens = torch.cat([past[:, :, some].to(dtype), x[:, :, some].to(dtype)], dim=1)
-        upstream = F.pad(grad[:, :, some].to(dtype), (0, 0, num_past, 0))
-        dtokens = torch.zeros_like(tokens)
-        dtaps = tokens.new_zeros(tokens.shape[2], kernel.shape[1])
+        taps = _taps(kernel[some], skip if skip is None else skip[some], centre, dtype)
+        dtaps = torch.zeros_like(taps)
+        unread = torch.zeros_like(past[:, :, some])
         for batch in batches:
-            to_y = batch.spectrum(upstream, batch.centre)
-            product = batch.spectrum(tokens).conj_physical_().mul_(to_y).sum(dim=0)
+            upstream = batch.spectrum(unread, grad[:, :, some], dtype, batch.centre)
+            product = batch.spectrum(past[:, :, some], x[:, :, some], dtype).conj_physical_().mul_(upstream)
+            product = product[0] if len(product) == 1 else product.sum(dim=0)
             dtaps[:, batch.taps] += torch.fft.irfft(product, batch.size)[:, : batch.num_taps]
-            batch.put(to_y.mul_(batch.transfer(kernel[some].to(dtype)).conj_physical_()), dtokens, 0)
-        if skip is not None and dskip is not None:
-            dskip[some] = (upstream * tokens).sum((0, 1))
-            dtokens.addcmul_(upstream, skip[some].to(dtype))
-        dx[:, :, some] = dtokens[:, num_past:]
-        dpast[:, :, some] = dtokens[:, :num_past]
+            upstream.mul_(batch.transfer(taps).conj_physical_())
+            batch.put(upstream, 0, dpast[:, :, some], dx[:, :, some])
         dkernel[some] = dtaps
+        if dskip is not None:
+            dskip[some] = dtaps[:, centre]
     return dx, dkernel, dskip, dpast
+
+
+def _like(x: Tensor, ids: Tensor | None) -> Tensor:
+    """Room for what belongs to x; where there are ids, some positions may hold no token, and nothing is put there."""
+    make = torch.empty_like if ids is None else torch.zeros_like
+    return make(x, memory_format=torch.contiguous_format)
+
+
+def _taps(kernel: Tensor, skip: Tensor | None, centre: int, dtype: torch.dtype) -> Tensor:
+    """``kernel [D_c, K]``, with the skip in the tap of the current token."""
+    taps = kernel.to(dtype)
+    if skip is not None:
+        taps = taps.clone() if taps is kernel else taps
+        taps[:, centre] += skip
+    return taps
 
 
 class _LongConv(torch.autograd.Function):
@@ -168,26 +177,39 @@ class _Batch:
     def num_taps(self) -> int:
         return self.taps.stop - self.taps.start
 
-    def transfer(self, kernel: Tensor) -> Tensor:
-        """The spectrum of the taps of ``kernel [D_c, K]``."""
-        return torch.fft.rfft(kernel[:, self.taps], self.size)
-
-    def spectrum(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """The spectrum ``[R, D_c, size // 2 + 1]`` of ``tokens [B, T + L, D_c]``, moved ``first`` to the right."""
-        if self.index is not None and self.valid is not None:
-            tokens = tokens.flatten(0, 1)[self.index].mul_(self.valid.unsqueeze(-1))
-        rows = tokens.new_zeros(tokens.shape[0], tokens.shape[2], self.size)
-        rows[:, :, first : first + tokens.shape[1]] = tokens.transpose(1, 2)
+    def transfer(self, taps: Tensor) -> Tensor:
+        """The spectrum of those of ``taps [D_c, K]`` that reach a token."""
+        rows = taps.new_zeros(taps.shape[0], self.size)
+        rows[:, : self.num_taps] = taps[:, self.taps]
         return torch.fft.rfft(rows)
 
-    def put(self, spectrum: Tensor, out: Tensor, first: int) -> None:
-        """Write what ``spectrum`` stands for, from ``first`` on, to the rows' tokens in ``out [B, T + L, D_c]``."""
-        rows = torch.fft.irfft(spectrum, self.size)
+    def spectrum(self, past: Tensor, x: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
+        """The spectrum ``[R, D_c, size // 2 + 1]`` of the tokens ``[B, T, D_c]`` and ``[B, L, D_c]`` behind ``first``
+        zeros.
+        """
+        parts = [past, x]
+        if self.index is not None and self.valid is not None:
+            tokens = torch.cat(parts, dim=1).flatten(0, 1)[self.index]
+            parts = [tokens.mul_(self.valid.unsqueeze(-1))]
+        rows = x.new_zeros(parts[0].shape[0], x.shape[2], self.size, dtype=dtype)
+        for part in parts:
+            transpose(part, rows[:, :, first : first + part.shape[1]])
+            first += part.shape[1]
+        return torch.fft.rfft(rows)
+
+    def put(self, spectrum: Tensor, first: int, past: Tensor, x: Tensor) -> None:
+        """Write what ``spectrum`` stands for, from ``first`` on, to the tokens ``[B, T, D_c]`` and ``[B, L, D_c]``."""
+        rows, num_past = torch.fft.irfft(spectrum, self.size), past.shape[1]
         if self.index is None or self.valid is None:
-            out.copy_(rows[:, :, first : first + out.shape[1]].transpose(1, 2))
-        else:
-            rows = rows[:, :, first : first + self.index.shape[1]].transpose(1, 2)
-            out.flatten(0, 1)[self.index[self.valid]] = rows[self.valid]
+            for part in (past, x):
+                transpose(rows[:, :, first : first + part.shape[1]], part)
+                first += part.shape[1]
+            return
+        tokens = rows[:, :, first : first + self.index.shape[1]].transpose(1, 2)[self.valid]
+        place, stretch = self.index[self.valid], num_past + x.shape[1]
+        row, token = place // stretch, place % stretch - num_past
+        for part, some, offset in ((past, token < 0, num_past), (x, token >= 0, 0)):
+            part[row[some], token[some] + offset] = tokens[some].to(part.dtype)
 
 
 def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[_Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -14,13 +13,14 @@ from ..backends import is_traced
 from ..scan import Advance, StatefulOp
 from .modal import ModalConv, Modes, check
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
 LANES, GROUP = 8, 4  # channels and modes are filled up to multiples of these
 SAVED = 256  # tokens between the states that are saved for backward, as in cpu.cpp
 
 
 def lacks(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
-    return native.lacks(device, dtype) or native.lacks(device, parameter_dtype)
+    return native.lacks(SOURCE, device, dtype, parameter_dtype)
 
 
 class Native(ModalConv):
@@ -55,8 +55,6 @@ class Native(ModalConv):
         past = modes.state(inputs[0].shape[0]) if start is None else start.to(torch.complex64)
         _call(inputs, segments, modes, past=_wide(past), y=y, end=end, saved=saved)
         decay = modes.power(inputs[0].shape[1]).to(torch.complex64).unsqueeze(0)
-        if segments is not None:
-            decay = decay * (segments[:, 0] == segments[:, -1]).float().view(-1, 1, 1)
         return Advance(past, y[..., : inputs[0].shape[2]], (saved,), decay, _narrow(end, inputs))
 
     def summarize_grad(
@@ -154,19 +152,15 @@ def _call(
     """Run `cpu.cpp` forward, or backward given ``grad [B, L, D]``; ``places`` are its other arguments by name."""
     if is_traced(inputs[0]):
         return
-    x, begins = inputs[0], None
-    batch, length, width = x.shape
-    if segments is not None:
-        begins = torch.zeros(batch, length, dtype=torch.uint8)
-        torch.ne(segments[:, 1:], segments[:, :-1], out=begins[:, 1:])
+    x = inputs[0]
+    width = x.shape[2]
     tokens = [None if t is None else F.pad(t, (0, -width % LANES)) if width % LANES else t for t in (x, grad)]
-    tokens = [t if t is None or t.stride(2) == 1 else t.contiguous() for t in tokens]
+    tokens = native.rows(*tokens)
     powers = _wide(modes.power(1)), _wide(modes.amplitude)
     names = "past", "future", "end", "saved", "dlambda", "dc"
-    pointers = [*tokens, places.get("y"), places.get("dx"), *powers, begins, *(places.get(name) for name in names)]
-    strides = [step for t in tokens for step in ((0, 0) if t is None else t.stride()[:2])]
-    native.load(Path(__file__).parent / "cpu.cpp").modal_conv(
+    begins, rest = native.begins(segments), [places.get(name) for name in names]
+    native.load(SOURCE).modal_conv(
         x.dtype == torch.bfloat16,
-        (ctypes.c_int64 * 8)(batch, length, *powers[0].shape[:-3:-1], *strides),
-        (ctypes.c_void_p * 13)(*(None if t is None else t.data_ptr() for t in pointers)),
+        native.integers(*x.shape[:2], *powers[0].shape[:-3:-1], *native.strides(*tokens)),
+        native.pointers(*tokens, places.get("y"), places.get("dx"), *powers, begins, *rest),
     )

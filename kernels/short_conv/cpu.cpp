@@ -11,32 +11,6 @@ namespace {
 
 constexpr int64_t SCRATCH = 1 << 15;  // floats of the gradients of a chunk, which has at most 64 tokens: sums in fp32
 
-static inline float to_float(float x) { return x; }
-static inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-static inline void put(float* p, float x) { *p = x; }
-static inline void put(bf16* p, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // The mantissa's rounding must not turn NaN into a number.
-  p->bits = x != x ? 0x7fc0 : uint16_t((bits + (0x7fff + ((bits >> 16) & 1))) >> 16);
-}
-template <class X>
-static inline void put(X* p, vec x) {
-  store(p, x);
-}
-// A vector of channels, or one where fewer are left.
-template <class V, class X>
-static inline V get(const X* p) {
-  if constexpr (std::is_same_v<V, vec>)
-    return load(p);
-  else
-    return to_float(*p);
-}
 static inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 static inline vec sigmoid(vec x) { return 1.0f / (1.0f + vexp(-x)); }
 

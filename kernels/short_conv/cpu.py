@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor
 
 from .. import native
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
 CHUNK = 1024  # tokens whose part of the taps' gradients is summed on its own
 
 
 def lacks(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, num_taps: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
-    return native.lacks(device, dtype) or native.lacks(device, weight_dtype)
+    return native.lacks(SOURCE, device, dtype, weight_dtype)
 
 
 def forward(
@@ -70,15 +70,13 @@ def _call(
 ) -> None:
     """Run `cpu.cpp`; see there for the arguments."""
     batch, length, width = x.shape
-    tokens = [t if t is None or t.stride(2) == 1 else t.contiguous() for t in (x, grad)]
-    taps = weight.t().to(torch.float32).contiguous()
-    shift = None if bias is None else bias.to(torch.float32).contiguous()
-    ids = [t if t is None else t.contiguous() for t in (segments, past_ids)]
-    strides = [step for t in tokens for step in ((0, 0) if t is None else t.stride()[:2])]
-    sizes = [batch, length, width, past.shape[1], weight.shape[1], left, silu, *strides, CHUNK, -(-length // CHUNK)]
-    tensors = [tokens[0], past.to(x.dtype).contiguous(), tokens[1], taps, shift, *ids, *outputs]
-    native.load(Path(__file__).parent / "cpu.cpp").short_conv(
+    tokens, grads = native.rows(x, grad)
+    taps, shift = (None if t is None else t.to(torch.float32).contiguous() for t in (weight.t(), bias))
+    ids = [t if t is None else t.to(torch.int64).contiguous() for t in (segments, past_ids)]
+    before, chunks = past.to(x.dtype).contiguous(), -(-length // CHUNK)
+    sizes = batch, length, width, past.shape[1], weight.shape[1], left, silu
+    native.load(SOURCE).short_conv(
         x.dtype == torch.bfloat16,
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
+        native.integers(*sizes, *native.strides(tokens, grads), CHUNK, chunks),
+        native.pointers(tokens, before, grads, taps, shift, *ids, *outputs),
     )
