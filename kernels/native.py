@@ -8,11 +8,13 @@ implementation runs.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,23 +52,28 @@ def load(source: Path) -> ctypes.CDLL:
     """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked."""
     text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
     compiler = _compiler()
-    assert compiler is not None
-    key = hashlib.sha256(b"\0".join([text, " ".join((*FLAGS, *LINK)).encode(), _machine(compiler)])).hexdigest()[:20]
+    words = " ".join((*compiler, *FLAGS, *LINK)).encode()
+    key = hashlib.sha256(b"\0".join([text, words, _machine(compiler)])).hexdigest()[:20]
     library = _cache_dir() / f"{source.parent.name}-{key}.so"
-    if not library.exists():
-        _compile(compiler, source, library)
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            log.warning("%s is damaged and is made again", library)
+    _compile(compiler, source, library)
     return ctypes.CDLL(str(library))
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
     log.info("compiling the CPU kernels of %s, once, a few seconds", source.parent.name)
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        words = [compiler, *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
-        done = subprocess.run(words, capture_output=True, text=True)
+        words = [*compiler, *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            raise RuntimeError(f"{source.name} does not compile with {compiler}: {done.stderr.strip()[-2000:]}")
+            what = f"{source.parent.name}/{source.name} does not compile with {' '.join(compiler)}"
+            raise RuntimeError(f"{what}: {done.stderr.strip()[-2000:]}")
         os.replace(made, library)  # several ranks may do this at once; each replaces the same by the same
     finally:
         Path(made).unlink(missing_ok=True)
@@ -78,7 +85,7 @@ def _no_compiler() -> str:
     reason = ""
     if platform.system() != "Linux":
         reason = "Linux"
-    elif _compiler() is None:
+    elif not _compiler():
         reason = "a C++ compiler (g++ or clang++ in PATH, or named by CXX)"
     return reason and _said(f"CPU kernels need {reason}")
 
@@ -98,18 +105,20 @@ def _said(reason: str) -> str:
     return reason
 
 
-def _compiler() -> str | None:
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
+def _compiler() -> list[str]:
+    """The compiler and its own arguments, as CXX may have some; empty if there is none."""
+    given = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
+    return next((words for words in given if words and shutil.which(words[0])), [])
 
 
-def _machine(compiler: str) -> bytes:
+def _machine(compiler: list[str]) -> bytes:
     """What ``-march=native`` depends on: the compiler and this processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    named = (b"flags", b"Features", b"CPU part", b"CPU implementer")
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_bytes().splitlines() if line.startswith(b"flags"))
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        flags = b"".join(sorted({line for line in lines if line.startswith(named)}))
+    except OSError:
         flags = platform.machine().encode()
     return version + flags
 
@@ -117,14 +126,15 @@ def _machine(compiler: str) -> bytes:
 @cache
 def _cache_dir() -> Path:
     """A directory of this user's that lasts; a temporary one where none can be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(home) / "longreach"
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=directory):
             return directory
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="longreach-"))
+    except (OSError, RuntimeError):  # the latter where nobody has a home
+        directory = Path(tempfile.mkdtemp(prefix="longreach-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        return directory
 
 
 def begins(segments: Tensor | None) -> Tensor | None:

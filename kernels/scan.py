@@ -369,13 +369,13 @@ def scan(
         This piece's output, and the carry behind the whole sequence, the same on every rank. The carry's gradient
         counts once: every rank passes, and receives, the full gradient of the carry rather than a summand.
     """
+    if segments is not None and segments.shape != inputs[0].shape[:2]:
+        raise InputError("segments", list(segments.shape), f"[batch, tokens] = {list(inputs[0].shape[:2])}")
     if torch.compiler.is_compiling() and (relay is None or relay.size == 1):
         from . import library  # which eager code can do without
 
         return library.alone(op, inputs, segments, carry)
     state, segment = carry if carry is not None else (None, None)
-    if segments is not None and segments.shape != inputs[0].shape[:2]:
-        raise InputError("segments", list(segments.shape), f"[batch, tokens] = {list(inputs[0].shape[:2])}")
     with full_precision(inputs[0]):
         y, end, last = _Scan.apply(op.on(inputs), relay or Alone(), segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)

@@ -13,6 +13,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -274,7 +275,7 @@ def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             leaves = [x.to(place, wide).requires_grad_() for x in inputs]
             y, _ = fn(*leaves)
             results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(place, wide))])
-        yield name, max(_error(x, truth) for x, truth in zip(*results, strict=True))
+        yield name, _worst(results)
 
 
 def accuracy(device: str, dtype: torch.dtype, length: int = 2**20) -> dict[str, float]:
@@ -293,8 +294,13 @@ def accuracy(device: str, dtype: torch.dtype, length: int = 2**20) -> dict[str, 
                 y = linear_attention(*(x.unsqueeze(2) for x in leaves), normalize=False)[0].squeeze(2)
             results.append([y.detach(), *torch.autograd.grad(y, leaves, g.to(wide))])
         errors[f"{name}, forward"] = _error(results[0][0], results[1][0])
-        errors[f"{name}, backward"] = max(_error(x, t) for x, t in zip(results[0][1:], results[1][1:], strict=True))
+        errors[f"{name}, backward"] = _worst([x[1:] for x in results])
     return errors
+
+
+def _worst(results: list[list[Tensor]]) -> float:
+    """The largest error of some tensors against others; NaN if one is."""
+    return float(torch.tensor([_error(x, truth) for x, truth in zip(*results, strict=True)]).max())
 
 
 def _error(x: Tensor, truth: Tensor) -> float:
@@ -314,7 +320,7 @@ def memory(device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / tensor
     # A process of its own: the peak of this one is long past.
     code = f"from longreach.launch.bench import _resident; print(_resident({length}, {width}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout) / tensor
 
 
@@ -333,11 +339,19 @@ def _resident(length: int, width: int) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def slope(points: list[tuple[int, float]], start: int = 8192) -> float:
-    """The exponent p of ``seconds ~ tokens^p``, by least squares over the lengths from ``start`` on."""
-    x, y = (torch.tensor(t, dtype=torch.float64).log() for t in zip(*[p for p in points if p[0] >= start], strict=True))
+def slope(points: list[tuple[int, float]], start: int = 8192) -> float | None:
+    """The exponent p of ``seconds ~ tokens^p``, over the lengths from ``start`` on; None for fewer than two."""
+    some = [point for point in points if point[0] >= start]
+    if len(some) < 2:
+        return None
+    x, y = (torch.tensor(t, dtype=torch.float64).log() for t in zip(*some, strict=True))
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / (x * x).sum())
+
+
+def _law(points: list[tuple[int, float]]) -> str:
+    exponent = slope(points)
+    return "too few lengths to tell" if exponent is None else f"tokens^{exponent:.2f}"
 
 
 def plot(lengths: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
@@ -349,7 +363,7 @@ def plot(lengths: dict[str, list[tuple[int, float]]], path: Path, title: str) ->
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for name, points in lengths.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: tokens^{slope(points):.2f}")
+        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: {_law(points)}")
     axes.set(xlabel="tokens", ylabel="seconds of a forward pass", title=title)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
@@ -378,15 +392,22 @@ def environment(device: str) -> dict[str, str]:
     """What the figures belong to."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     versions = {p: metadata.version(p) for p in ("torch", "triton", "flash-linear-attention") if _installed(p)}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **versions,
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # git
+        return "unknown"
 
 
 def _processor() -> str:
@@ -422,6 +443,7 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     torch.manual_seed(0)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise InputError("--out", str(out), f"a writable directory ({error.strerror})") from None
     bench, where = Bench(device, SIZES[device]), environment(device)
@@ -438,7 +460,7 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     with torch.no_grad():
         lengths = bench.by_length(longest)
     for name, points in lengths.items():
-        print(f"  {name}: seconds ~ tokens^{slope(points):.2f}")
+        print(f"  {name}: seconds ~ {_law(points)}")
     errors = {str(dtype).removeprefix("torch."): accuracy(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for name, by_pass in errors.items():
         print(f"  {name} over 1,048,576 tokens: " + ", ".join(f"{key} {size:.1e}" for key, size in by_pass.items()))

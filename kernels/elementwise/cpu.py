@@ -62,7 +62,7 @@ class Native(Chunked):
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
-        to_past = torch.zeros_like(past)  # an empty piece writes nothing
+        to_past = torch.zeros_like(past, memory_format=torch.contiguous_format)  # an empty piece writes nothing
         self._call(1, inputs, grad, (None,) * 4, segments, past, None, to_past, saved[0])
         return to_past
 

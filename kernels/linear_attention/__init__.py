@@ -60,6 +60,8 @@ class LinearAttention(Settings, StatefulOp):
         if q.shape != k.shape or q.dim() != 4 or v.shape[:-1] != q.shape[:-1]:  # fast ones read memory by these
             shapes = [list(x.shape) for x in inputs]
             raise InputError("linear_attention: shapes of q, k, v", shapes, "[B, L, H, K] twice and [B, L, H, V]")
+        if self.decay is not None and len(self.decay) != q.shape[2]:
+            raise InputError("linear_attention: decay", self.decay, f"{q.shape[2]} numbers, one a head")
         implementation = BACKENDS.choose(self.backend, q.device, q.dtype, v.dtype, q.shape[-1], v.shape[-1])
         return implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
 
