@@ -2,9 +2,9 @@
 
     python benchmarks/longest.py --memory-gib 4
 
-Each trial is a real ``longreach train`` of one step in processes of its own. The length is doubled until a trial
-needs more memory or time than allowed, then the last interval is halved. Prints a table and writes it, with machine
-and commit, as JSON; rows that are there already, under the same limits, stay.
+Each trial is a real ``longreach train`` of one step in processes of its own; the next length is where the memory of the
+last two would reach the limit. Prints a table and writes it, with machine and commit, as JSON; rows that are there
+already, under the same limits, stay.
 """
 
 from __future__ import annotations
@@ -68,20 +68,27 @@ def trial(mixer: str, ranks: int, seq_len: int, corpus: Path, seconds: float) ->
 def longest(
     mixer: str, ranks: int, corpus: Path, memory: float, seconds: float, start: int
 ) -> tuple[Trial | None, str]:
-    """The longest good trial, and what the next longer one ran out of."""
-    best, low, high, reason = None, 0, 0, ""
-    length = start
+    """The longest good trial, and what the next longer one ran out of, or would by the growth of the last two."""
+    good: list[Trial] = []
+    length, high, reason = start, 0, "memory"
     while True:
         result = trial(mixer, ranks, length, corpus, seconds)
-        print(f"  {mixer}, {ranks} ranks, {length:,} tokens: {result and result.memory_bytes / 2**30}", file=sys.stderr)
+        print(f"  {mixer}, {ranks} ranks, {length:,} tokens: {result}", file=sys.stderr)
         if result is not None and result.memory_bytes <= memory and result.seconds <= seconds:
-            best, low = result, length
+            good.append(result)
         else:
             high = length
             reason = "memory" if result is not None and result.memory_bytes > memory else "time"
-        if high and (high - low <= GRAIN or high - low <= low // 4):
-            return best, reason
-        length = (low + high) // 2 // GRAIN * GRAIN if high else 2 * length
+        low = good[-1].seq_len if good else 0
+        length = 2 * low if not high else (low + high) // 2
+        if len(good) > 1 and reason == "memory":
+            before, last = good[-2:]
+            growth = (last.memory_bytes - before.memory_bytes) / (last.seq_len - before.seq_len)
+            length = int(low + (memory - last.memory_bytes) / max(growth, 1.0))
+        length = length // GRAIN * GRAIN
+        length = min(length, high - GRAIN) if high else length
+        if length - low < max(GRAIN, low // 16):
+            return (good[-1] if good else None), reason
 
 
 def _kept(path: Path, limits: dict[str, float], mixers: list[str], ranks: list[int]) -> list[dict[str, object]]:
