@@ -69,26 +69,27 @@ def longest(
     mixer: str, ranks: int, corpus: Path, memory: float, seconds: float, start: int
 ) -> tuple[Trial | None, str]:
     """The longest good trial, and what the next longer one ran out of, or would by the growth of the last two."""
-    good: list[Trial] = []
-    length, high, reason = start, 0, "memory"
+    done: list[Trial] = []
+    length, low, high, reason = start, 0, 0, "memory"
     while True:
         result = trial(mixer, ranks, length, corpus, seconds)
         print(f"  {mixer}, {ranks} ranks, {length:,} tokens: {result}", file=sys.stderr)
+        if result is not None:
+            done.append(result)
         if result is not None and result.memory_bytes <= memory and result.seconds <= seconds:
-            good.append(result)
+            low = length
         else:
             high = length
             reason = "memory" if result is not None and result.memory_bytes > memory else "time"
-        low = good[-1].seq_len if good else 0
         length = 2 * low if not high else (low + high) // 2
-        if len(good) > 1 and reason == "memory":
-            before, last = good[-2:]
-            growth = (last.memory_bytes - before.memory_bytes) / (last.seq_len - before.seq_len)
-            length = int(low + (memory - last.memory_bytes) / max(growth, 1.0))
-        length = length // GRAIN * GRAIN
+        if len(done) > 1 and reason == "memory":
+            a, b = sorted(done, key=lambda one: abs(one.memory_bytes - memory))[:2]
+            growth = (b.memory_bytes - a.memory_bytes) / (b.seq_len - a.seq_len)
+            length = int(a.seq_len + (memory - a.memory_bytes) / max(growth, 1.0))
         length = min(length, high - GRAIN) if high else length
+        length = length // GRAIN * GRAIN
         if length - low < max(GRAIN, low // 16):
-            return (good[-1] if good else None), reason
+            return next((one for one in done if one.seq_len == low), None), reason
 
 
 def _kept(path: Path, limits: dict[str, float], mixers: list[str], ranks: list[int]) -> list[dict[str, object]]:

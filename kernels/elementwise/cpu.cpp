@@ -77,25 +77,27 @@ inline void ask(Sums<T>& sums, vec q, vec a, vec y) {
 }
 
 struct Seen {
-  vec num, den, top, bottom;  // sum c_n q^n (S, Z), and sum c_(n-1) q^(n-1) (S, Z)
+  vec num, den, top, bottom;  // sum c_n q^n (S, Z), and, for the derivative, sum c_(n-1) q^(n-1) (S, Z)
 };
 
-// What a token reads of the sums inside its block and of those before it.
+// What a token reads of the sums inside its block and of those before it, by Horner's rule.
 template <int T, bool derivative>
-inline Seen look(const Sums<T>& inside, const Sums<T>& before, vec q) {
-  vec s = inside.a[0] + before.a[0], z = inside.b[0] + before.b[0];
-  Seen seen{s, z, {}, {}};
-  vec power = splat(1.0f);
+inline void look(Seen& seen, const Sums<T>& inside, const Sums<T>& before, vec q) {
+  vec num = inside.a[T] + before.a[T], den = inside.b[T] + before.b[T], top = num, bottom = den;
 #pragma GCC unroll 16
-  for (int n = 1; n <= T; ++n) {
-    s = inside.a[n] + before.a[n], z = inside.b[n] + before.b[n];
-    if (derivative) seen.top += power * s, seen.bottom += power * z;
-    power *= q * ratio(n);
-    seen.num += power * s;
-    seen.den += power * z;
+  for (int n = T; n > 0; --n) {
+    vec s = inside.a[n - 1] + before.a[n - 1], z = inside.b[n - 1] + before.b[n - 1], step = q * ratio(n);
+    if (derivative && n > 1) {
+      vec lower = q * ratio(n - 1);
+      top = top * lower + s, bottom = bottom * lower + z;
+    }
+    num = num * step + s, den = den * step + z;
   }
-  return seen;
+  seen.num = num, seen.den = den;
+  if (derivative) seen.top = top, seen.bottom = bottom;
 }
+
+inline vec quotient(const Seen& seen) { return seen.num / vmax(seen.den, splat(DEN_FLOOR)); }
 
 struct Gradients {
   vec k, v;
@@ -187,10 +189,23 @@ void store_state(const Sums<T>& sums, float* p, int64_t D) {
 inline const float* offset(const float* p, int64_t n) { return p ? p + n : nullptr; }
 inline float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
+// The weights exp(-k^2) of a block. What a token needs alone is done in loops of its own, here and below: their turns do
+// not wait for each other as the sums do.
+template <class X>
+inline void weigh(const Tokens<const X>& k, int64_t b, int64_t c, int64_t first, int64_t last, int64_t ahead, vec* weights) {
+  for (int64_t i = first; i < last; ++i) {
+    k.expect(b, i + ahead, c);
+    vec x = load(k.at(b, i, c));
+    weights[i - first] = vexp(-x * x);
+  }
+}
+
 // Causal, forward: y (unless null), the states that enter the blocks, and what leaves.
 template <int T, class X>
 void forward(const Call<X>& x, const Task& task) {
   const int64_t b = task.row, D = x.D, size = 2 * (T + 1) * D, blocks = (x.L + BLOCK - 1) / BLOCK;
+  vec weights[BLOCK];
+  Seen seen[BLOCK];
   Wide wide(task, T + 1);
   wide.add(offset(x.past, b * size + task.first), D);
   for (int64_t block = 0; block < blocks; ++block) {
@@ -200,22 +215,24 @@ void forward(const Call<X>& x, const Task& task) {
       Sums<T> before, inside;
       before.read(total, wide.n);
       if (x.states) store_state(before, x.states + (b * blocks + block) * size + c, D);
+      weigh(x.k, b, c, first, last, BLOCK, weights);
       for (int64_t i = first; i < last; ++i) {
         if (x.begin(b, i)) {
           before.clear(), inside.clear();
           for (int n = 0; n < 2 * (T + 1); ++n) std::fill_n(total + n * wide.n, W, 0.0);
         }
-        x.k.expect(b, i + BLOCK, c), x.v.expect(b, i + BLOCK, c);
-        vec k = load(x.k.at(b, i, c)), v = load(x.v.at(b, i, c));
-        give(inside, k, v, vexp(-k * k));
+        x.v.expect(b, i + BLOCK, c);
+        give(inside, load(x.k.at(b, i, c)), load(x.v.at(b, i, c)), weights[i - first]);
         if (x.y.data) {
-          x.q.expect(b, i + BLOCK, c), x.y.expect(b, i + BLOCK, c);
-          vec q = clamp(load(x.q.at(b, i, c)), Q_LIMIT);
-          Seen seen = look<T, false>(inside, before, q);
-          store_finite(x.y.at(b, i, c), seen.num / vmax(seen.den, splat(DEN_FLOOR)));
+          x.q.expect(b, i + BLOCK, c);
+          look<T, false>(seen[i - first], inside, before, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
         }
       }
       inside.add_to(total, wide.n);
+      for (int64_t i = first; x.y.data && i < last; ++i) {
+        x.y.expect(b, i + BLOCK, c);
+        store_finite(x.y.at(b, i, c), quotient(seen[i - first]));
+      }
     }
   }
   wide.write(offset(x.end, b * size + task.first), D);
@@ -255,20 +272,25 @@ void backward(const Call<X>& x, const Task& task) {
     for (int64_t c = task.first; c < task.last; c += W) {
       Upstream up[BLOCK];
       vec weights[BLOCK];
+      Seen seen[BLOCK];
       ivec wild{};
       Sums<T> before, inside;
       load_state(before, x.states + (b * blocks + block) * size + c, D);
+      weigh(x.k, b, c, first, last, -BLOCK, weights);
       for (int64_t i = first; i < last; ++i) {
-        for (const auto& t : {x.q, x.k, x.v, x.g}) t.expect(b, i - BLOCK, c);
-        for (const auto& t : {x.dq, x.dk, x.dv}) t.expect(b, i - BLOCK, c);
+        for (const auto& t : {x.q, x.v}) t.expect(b, i - BLOCK, c);
         if (x.begin(b, i)) before.clear(), inside.clear();
-        vec k = load(x.k.at(b, i, c)), v = load(x.v.at(b, i, c)), raw = load(x.q.at(b, i, c));
-        vec w = vexp(-k * k), q = clamp(raw, Q_LIMIT);
-        give(inside, k, v, w);
-        Upstream here = upstream(look<T, true>(inside, before, q), raw, load(x.g.at(b, i, c)));
+        give(inside, load(x.k.at(b, i, c)), load(x.v.at(b, i, c)), weights[i - first]);
+        look<T, true>(seen[i - first], inside, before, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
+      }
+      for (int64_t i = first; i < last; ++i) {
+        x.g.expect(b, i - BLOCK, c);
+        for (const auto& t : {x.dq, x.dk, x.dv}) t.expect(b, i - BLOCK, c);
+        vec raw = load(x.q.at(b, i, c));
+        Upstream here = upstream(seen[i - first], raw, load(x.g.at(b, i, c)));
         if (x.dq.data) store_finite(x.dq.at(b, i, c), here.dq);
-        wild |= (vabs(here.a) > TAME) | (vabs(here.y) > TAME) | (vabs(q) > TAME_Q);
-        up[i - first] = here, weights[i - first] = w;
+        wild |= (vabs(here.a) > TAME) | (vabs(here.y) > TAME) | (vabs(raw) > TAME_Q);
+        up[i - first] = here;
       }
       auto walk = any(wild) ? leftward<T, X, false> : leftward<T, X, true>;
       walk(x, b, c, first, last, up, weights, wide.at(c - task.first), wide.n);
@@ -311,8 +333,9 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
         Sums<T> all, none;
         all.read(sums.at(c - task.first), sums.n);
         for (int64_t i = first; i < last; ++i) {
-          Seen seen = look<T, false>(all, none, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
-          store_finite(x.y.at(b, i, c), seen.num / vmax(seen.den, splat(DEN_FLOOR)));
+          Seen seen;
+          look<T, false>(seen, all, none, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
+          store_finite(x.y.at(b, i, c), quotient(seen));
         }
       });
       continue;
@@ -325,7 +348,9 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
       all.read(sums.at(c - task.first), sums.n);
       for (int64_t i = first; i < last; ++i) {
         vec raw = load(x.q.at(b, i, c)), q = clamp(raw, Q_LIMIT);
-        Upstream up = upstream(look<T, true>(all, none, q), raw, load(x.g.at(b, i, c)));
+        Seen seen;
+        look<T, true>(seen, all, none, q);
+        Upstream up = upstream(seen, raw, load(x.g.at(b, i, c)));
         if (x.dq.data) store_finite(x.dq.at(b, i, c), up.dq);
         ask<T, false>(inside, q, up.a, up.y);
       }

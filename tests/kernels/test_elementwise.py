@@ -32,7 +32,7 @@ DOCUMENTS = ["none", "many", "spanning", "single"]
 def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], rms: float, largest: float | None = None) -> None:
     """Relative RMS error below ``rms``, and the largest error below ``largest`` (10 rms) times the largest value.
 
-    Errors are relative to the truth's size, or to 0.01 where it is smaller: dq of a token alone is 0.
+    Errors are relative to the truth's size, or to 0.05 where it is smaller: dq of a token alone is 0, but for rounding.
     """
     assert len(got) == len(want)
     for place, (x, truth) in enumerate(zip(got, want)):
@@ -41,9 +41,9 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], rms: float, larg
             continue
         x, truth = x.double(), truth.double()
         assert x.isfinite().all() and truth.isfinite().all(), place
-        error = (x - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=0.01)
+        error = (x - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=0.05)
         assert error <= rms, f"tensor {place}: relative RMS error {error:.2e} > {rms:.0e}"
-        error = (x - truth).abs().max() / truth.abs().max().clamp(min=0.01)
+        error = (x - truth).abs().max() / truth.abs().max().clamp(min=0.05)
         limit = 10 * rms if largest is None else largest
         assert error <= limit, f"tensor {place}: largest error {error:.2e} > {limit:.0e}"
 
