@@ -10,65 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..scan import NO_TOKENS
+from .function import Piece
 from .past import window
 
 # Elements of a block of tokens: 2 MB in fp32, which the passes over it find in the cache, or enough to keep a GPU busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> Tensor:
-    """``y [B, L, D]``; the arguments are those of `function.Local.forward`."""
-    piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start, stop in piece.blocks():
-        z = piece.linear(start, stop)
-        y[:, start:stop] = F.silu(z, inplace=True) if silu else z
+def forward(piece: Piece) -> Tensor:
+    """See `function.Local`."""
+    wide = _Wide.of(piece)
+    y = torch.empty_like(piece.x, memory_format=torch.contiguous_format)
+    for start, stop in wide.blocks():
+        z = wide.linear(start, stop)
+        y[:, start:stop] = F.silu(z, inplace=True) if piece.silu else z
     return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of x, weight, bias and past."""
-    piece = _Piece.of(x, weight, bias, past, past_ids, segments, left)
+def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """See `function.Local`."""
+    x, weight, bias, past, _, _, left, silu = piece
+    wide = _Wide.of(piece)
     num_past, right = past.shape[1], weight.shape[1] - 1 - left
-    mirrored = piece.taps.flip(0)
+    mirrored = wide.taps.flip(0)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
     # Blocks add up in fp64, so that the sum over a million tokens loses nothing.
-    dtaps = torch.zeros_like(piece.taps, dtype=torch.float64)
-    dbias = torch.zeros_like(piece.taps[0], dtype=torch.float64)
-    for start, stop in [(-num_past, 0), *piece.blocks()] if num_past else piece.blocks():
+    dtaps = torch.zeros_like(wide.taps, dtype=torch.float64)
+    dbias = torch.zeros_like(wide.taps[0], dtype=torch.float64)
+    for start, stop in [(-num_past, 0), *wide.blocks()] if num_past else wide.blocks():
         # Token j is seen by the tokens [j - right, j + left].
         first, last = start - right, stop + left
-        g = window(grad, grad[:, :0], first, last, piece.taps.dtype)
+        g = window(grad, grad[:, :0], first, last, wide.taps.dtype)
         if silu:
-            g = torch.ops.aten.silu_backward(g, piece.linear(first, last))
-        ids = piece.ids(first, last)
+            g = torch.ops.aten.silu_backward(g, wide.linear(first, last))
+        ids = wide.ids(first, last)
         to_tokens = _convolve(g, mirrored, ids, right)
         if stop <= 0:
             dpast[:] = to_tokens
             continue
         dx[:, start:stop] = to_tokens
         g = g[:, right : right + stop - start]
-        tokens, ids = piece.tokens(start - left, stop + right), piece.ids(start - left, stop + right)
+        tokens, ids = wide.tokens(start - left, stop + right), wide.ids(start - left, stop + right)
         for tap in range(weight.shape[1]):
             dtaps[tap] += (g * _seen(tokens, ids, tap, left, stop - start)).sum((0, 1))
         dbias += g.sum((0, 1))
@@ -76,7 +59,7 @@ def backward(
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Wide:
     """A piece with its past, its taps ``[W, D]`` and ``bias [D]`` in the dtype of the computation."""
 
     x: Tensor
@@ -88,16 +71,8 @@ class _Piece:
     left: int
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        past: Tensor,
-        past_ids: Tensor | None,
-        segments: Tensor | None,
-        left: int,
-    ) -> _Piece:
+    def of(cls, piece: Piece) -> _Wide:
+        x, weight, bias, past, past_ids, segments, left, _ = piece
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         taps = weight.t().to(dtype).contiguous()
         return cls(x, past, past_ids, segments, taps, None if bias is None else bias.to(dtype), left)

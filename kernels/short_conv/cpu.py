@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .function import Piece
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 CHUNK = 1024  # tokens whose part of the taps' gradients is summed on its own
@@ -18,57 +19,29 @@ def lacks(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, num_taps: 
     return native.lacks(SOURCE, device, dtype, weight_dtype)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> Tensor:
-    """``y [B, L, D]`` of ``x [B, L, D]`` in fp32 or bf16; the arguments are those of `function.Local.forward`."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _call(x, None, weight, bias, past, past_ids, segments, left, silu, [y, None, None, None])
+def forward(piece: Piece) -> Tensor:
+    """See `function.Local`; x is fp32 or bf16."""
+    y = torch.empty_like(piece.x, memory_format=torch.contiguous_format)
+    _call(piece, None, [y, None, None, None])
     return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of x, weight, bias and past. Chunks of tokens add up in fp64."""
+def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """See `function.Local`. Chunks of tokens add up in fp64."""
+    x, weight, bias, past, *_ = piece
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dpast = torch.zeros_like(past, memory_format=torch.contiguous_format, dtype=x.dtype)
     chunks = -(-x.shape[1] // CHUNK)
     partial = torch.zeros(x.shape[0] * chunks, weight.shape[1] + 1, x.shape[2], dtype=torch.float64)
-    _call(x, grad, weight, bias, past, past_ids, segments, left, silu, [None, dx, dpast, partial])
+    _call(piece, grad, [None, dx, dpast, partial])
     sums = partial.sum(0)
     dweight = sums[:-1].t().to(weight.dtype)
     return dx, dweight, None if bias is None else sums[-1].to(bias.dtype), dpast.to(past.dtype)
 
 
-def _call(
-    x: Tensor,
-    grad: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-    outputs: list[Tensor | None],
-) -> None:
+def _call(piece: Piece, grad: Tensor | None, outputs: list[Tensor | None]) -> None:
     """Run `cpu.cpp`; see there for the arguments."""
+    x, weight, bias, past, past_ids, segments, left, silu = piece
     batch, length, width = x.shape
     tokens, grads = native.rows(x, grad)
     taps, shift = (None if t is None else t.to(torch.float32).contiguous() for t in (weight.t(), bias))

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import TYPES, Variant, launch
+from .function import Piece
 
 MIN_TAPS, MAX_TAPS = 2, 8
 CHANNELS = 256
@@ -261,51 +262,19 @@ def _backward_kernel(
     tl.store(sums + TAPS * width, total, mask=mask)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> Tensor:
-    """``y_i = activation(bias + sum_j weight[:, j] x_{i + j - left})``.
-
-    Args:
-        x: ``[B, L, D]``.
-        weight: ``[D, W]``.
-        bias: ``[D]`` or None.
-        past: ``[B, T, D]``, the T tokens before x.
-        past_ids: ``[B, T]`` their documents, -1 where there was no token, or None.
-        segments: ``[B, L]`` the documents of x, or None.
-        left: taps before the token itself.
-        silu: whether the activation is SiLU rather than none.
-
-    Returns:
-        ``[B, L, D]`` in x's dtype.
-    """
-    launch = _Launch(x, weight, bias, past, past_ids, segments, left, silu)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+def forward(piece: Piece) -> Tensor:
+    """See `function.Local`."""
+    launch = _Launch(piece)
+    y = torch.empty_like(piece.x, memory_format=torch.contiguous_format)
     if y.numel():
         launch(_forward_kernel, (), (y,))
     return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    past: Tensor,
-    past_ids: Tensor | None,
-    segments: Tensor | None,
-    left: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of x, weight, bias and past, given ``grad [B, L, D]``, that of `forward`'s output."""
-    launch = _Launch(x, weight, bias, past, past_ids, segments, left, silu)
+def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """See `function.Local`."""
+    launch = _Launch(piece)
+    x, weight, bias, past, *_ = piece
     dx, dpast = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, past))
     width, taps = weight.shape
     sums = torch.empty(x.shape[0] * launch.num_runs, taps + 1, width, dtype=torch.float32, device=x.device)
@@ -316,19 +285,10 @@ def backward(
 
 
 class _Launch:
-    """How both kernels are launched on a piece; the arguments are those of `forward`."""
+    """How both kernels are launched on a piece."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        past: Tensor,
-        past_ids: Tensor | None,
-        segments: Tensor | None,
-        left: int,
-        silu: bool,
-    ) -> None:
+    def __init__(self, piece: Piece) -> None:
+        x, weight, bias, past, past_ids, segments, self.left, silu = piece
         batch, length, width = x.shape
         x, past = _rows(x), _rows(past.to(x.dtype))
         documents = segments is not None and past_ids is not None
@@ -348,7 +308,7 @@ class _Launch:
         self.programs = batch * self.num_runs * blocks
         self.sizes = past.shape[1], length, width, run, self.num_runs
         self.flags = bias is not None, silu, documents
-        self.left, self.taps, self.itemsize = left, weight.shape[1], x.element_size()
+        self.taps, self.itemsize = weight.shape[1], x.element_size()
 
     def __call__(self, kernel: Any, upstream: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         """Run ``kernel`` from the gradient of the output, if any, to ``outputs``."""
