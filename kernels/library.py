@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import long_conv as long
 from . import short_conv as short
+from .long_conv.chunked import LongConv
 from .scan import Carry, StatefulOp, edges, full_precision, gates, per_row, through, transition
-from .short_conv.function import Local, run
+from .short_conv.function import Local, Piece, run
 
 
 def alone(
@@ -217,8 +218,8 @@ def short_conv(
     silu: bool,
     backend: str,
 ) -> Tensor:
-    """See `short_conv.function.Local.forward`."""
-    return _local(x, weight, backend).forward(x, weight, bias, past, past_ids, segments, left, silu)
+    """See `short_conv.function.Local`."""
+    return _local(x, weight, backend).forward(Piece(x, weight, bias, past, past_ids, segments, left, silu))
 
 
 @torch.library.custom_op("longreach::short_conv_grad", mutates_args=())
@@ -234,9 +235,9 @@ def short_conv_grad(
     silu: bool,
     backend: str,
 ) -> list[Tensor]:
-    """See `short_conv.function.Local.backward`; empty for no bias."""
-    local = _local(x, weight, backend)
-    dx, dw, db, dpast = local.backward(grad, x, weight, bias, past, past_ids, segments, left, silu)
+    """See `short_conv.function.Local`; empty for no bias."""
+    piece = Piece(x, weight, bias, past, past_ids, segments, left, silu)
+    dx, dw, db, dpast = _local(x, weight, backend).backward(grad, piece)
     return _contiguous(dx, dw, x.new_empty(0) if db is None else db, dpast)
 
 
@@ -270,19 +271,49 @@ def _short_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 short_conv.register_autograd(_short_conv_backward, setup_context=_save_short_conv)
 
 
+def long_conv_by(backend: str) -> Callable[..., tuple[Tensor, Carry]]:
+    """`LongConv` as one node of a graph; the node chooses the implementation when it runs."""
+
+    def convolve(*arguments: Any) -> Tensor:
+        return torch.ops.longreach.long_conv(*arguments, backend)
+
+    return partial(long.chunked.run, convolve)
+
+
 @torch.library.custom_op("longreach::long_conv", mutates_args=())
-def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
+def long_conv(
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    backend: str = "auto",
+) -> Tensor:
     """See `long_conv.chunked.forward`."""
-    return long.chunked.forward(x, kernel, skip, past, ids, centre)
+    return _long(x, kernel, backend).forward(x, kernel, skip, past, ids, centre)
 
 
 @torch.library.custom_op("longreach::long_conv_grad", mutates_args=())
 def long_conv_grad(
-    grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    backend: str = "auto",
 ) -> list[Tensor]:
     """See `long_conv.chunked.backward`; empty for no skip."""
-    dx, dkernel, dskip, dpast = long.chunked.backward(grad, x, kernel, skip, past, ids, centre)
+    dx, dkernel, dskip, dpast = _long(x, kernel, backend).backward(grad, x, kernel, skip, past, ids, centre)
     return _contiguous(dx, dkernel, x.new_empty(0) if dskip is None else dskip, dpast)
+
+
+def _long(x: Tensor, kernel: Tensor, backend: str) -> LongConv:
+    found = long.BACKENDS.choose(backend, x.device, x.dtype, kernel.dtype)
+    assert isinstance(found, LongConv), backend
+    return found
 
 
 @long_conv.register_fake
@@ -296,14 +327,14 @@ def _(grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor
 
 
 def _save_long_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.centre = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
 
 
 def _long_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, kernel, skip, past, ids = ctx.saved_tensors
-    dx, dkernel, dskip, dpast = torch.ops.longreach.long_conv_grad(grad, x, kernel, skip, past, ids, ctx.centre)
-    return dx, dkernel, None if skip is None else dskip, dpast, None, None
+    dx, dkernel, dskip, dpast = torch.ops.longreach.long_conv_grad(grad, x, kernel, skip, past, ids, *ctx.rest)
+    return dx, dkernel, None if skip is None else dskip, dpast, None, None, None
 
 
 long_conv.register_autograd(_long_conv_backward, setup_context=_save_long_conv)

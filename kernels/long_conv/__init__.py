@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
 from ..short_conv.past import check_tokens
-from .chunked import chunked_long_conv
+from . import chunked, fft
+from .chunked import LongConv
 from .modal import ModalConv, modal_kernel
 from .reference import reference_long_conv, reference_modal_conv
 
 __all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
 
-BACKENDS = Backends(
-    "long_conv", {"chunked": Option(lambda: chunked_long_conv), "reference": Option(lambda: reference_long_conv)}
+BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
+    "long_conv",
+    {
+        "cpu": Option(lambda: LongConv(fft.forward, fft.backward), fft.lacks),
+        "chunked": Option(lambda: LongConv(chunked.forward, chunked.backward)),
+        "reference": Option(lambda: reference_long_conv),
+    },
 )
 
 
@@ -45,7 +54,7 @@ def long_conv(
             and there may be fewer.
         segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
             without a token: no token sees it, and its own output means nothing.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "cpu" (C++), "chunked" (portable PyTorch) or "reference" (the definition).
 
     Returns:
         ``y [B, L, D]`` in x's dtype, and the carry for the tokens that follow: the last ``K - 1`` tokens, in x's dtype.
@@ -58,5 +67,10 @@ def long_conv(
         raise InputError("long_conv: kernel", list(kernel.shape), f"[D, K] with D = {x.shape[2]} and K >= 1")
     if skip is not None and skip.shape != kernel.shape[:1]:
         raise InputError("long_conv: skip", list(skip.shape), f"[D] with D = {x.shape[2]}")
-    run = BACKENDS.choose(backend, x.device)
-    return run(x, kernel, skip, causal=causal, carry=carry, segments=segments)
+    if torch.compiler.is_compiling() and backend != "reference":
+        from ..library import long_conv_by  # which eager code can do without
+
+        convolution = long_conv_by(backend)
+    else:
+        convolution = BACKENDS.choose(backend, x.device, x.dtype, kernel.dtype)
+    return convolution(x, kernel, skip, causal=causal, carry=carry, segments=segments)

@@ -6,9 +6,9 @@ that nobody reads. The adjoint is two correlations of the same size. Documents o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from ..scan import NO_TOKENS, Carry
 from ..short_conv.past import read_carry, write_carry
-from .rows import transpose
 
 # Bytes of workspace for a slice of the channels. Smaller slices run the FFTs no faster, larger ones leave the cache.
 WORKSPACE = 1 << 27
@@ -28,7 +27,25 @@ MIN_CHANNELS = 4
 DIRECT_LEN = 16
 
 
-def chunked_long_conv(
+@dataclass(frozen=True)
+class LongConv:
+    """An implementation: FFTs of one piece.
+
+    Attributes:
+        forward: ``(x, kernel, skip, past, ids, centre) -> y``, as `forward`.
+        backward: ``(grad, *the same)`` to the gradients of x, kernel, skip (or None) and past, as `backward`.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, Carry]:
+        """The arguments and results of `reference_long_conv`, in fp32 or better; saves nothing but its inputs."""
+        return run(partial(_LongConv.apply, self), *arguments, **options)
+
+
+def run(
+    convolve: Callable[..., Tensor],
     x: Tensor,
     kernel: Tensor,
     skip: Tensor | None = None,
@@ -37,21 +54,14 @@ def chunked_long_conv(
     carry: Carry | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Carry]:
-    """The arguments and results of `reference_long_conv`, in fp32 or better; saves nothing but its inputs."""
-    num_taps, length = kernel.shape[1], x.shape[1]
+    """`reference_long_conv` by ``convolve``, which has the arguments of `forward`, or tap by tap for few tokens."""
+    num_taps = kernel.shape[1]
     past = read_carry(x, carry, segments, num_taps - 1)
     ids = None
     if segments is not None:
         ids = segments if past.ids is None else torch.cat([past.ids, segments], dim=1)
-    centre = 0 if causal else num_taps // 2
-    if length <= DIRECT_LEN:
-        y = _direct(x, kernel, skip, past.tokens, ids, centre)
-    elif torch.compiler.is_compiling():
-        from .. import library  # noqa: F401, which eager code can do without
-
-        y = torch.ops.longreach.long_conv(x, kernel, skip, past.tokens, ids, centre)
-    else:
-        y = _LongConv.apply(x, kernel, skip, past.tokens, ids, centre)
+    by = _direct if x.shape[1] <= DIRECT_LEN else convolve
+    y = by(x, kernel, skip, past.tokens, ids, 0 if causal else num_taps // 2)
     return y, write_carry(x, segments, past, num_taps - 1)
 
 
@@ -143,16 +153,17 @@ def _taps(kernel: Tensor, skip: Tensor | None, centre: int, dtype: torch.dtype) 
 
 class _LongConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, by: LongConv, *arguments: Any) -> Tensor:
         *tensors, ctx.centre = arguments
         ctx.save_for_backward(*tensors)
-        return forward(*arguments)
+        ctx.by = by
+        return by.forward(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, kernel, skip, past, ids = ctx.saved_tensors
-        return *backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
+        return None, *ctx.by.backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ class _Batch:
             parts = [tokens.mul_(self.valid.unsqueeze(-1))]
         rows = x.new_zeros(parts[0].shape[0], x.shape[2], self.size, dtype=dtype)
         for part in parts:
-            transpose(part, rows[:, :, first : first + part.shape[1]])
+            rows[:, :, first : first + part.shape[1]] = part.transpose(1, 2)
             first += part.shape[1]
         return torch.fft.rfft(rows)
 
@@ -202,7 +213,7 @@ class _Batch:
         rows, num_past = torch.fft.irfft(spectrum, self.size), past.shape[1]
         if self.index is None or self.valid is None:
             for part in (past, x):
-                transpose(rows[:, :, first : first + part.shape[1]], part)
+                part.copy_(rows[:, :, first : first + part.shape[1]].transpose(1, 2))
                 first += part.shape[1]
             return
         tokens = rows[:, :, first : first + self.index.shape[1]].transpose(1, 2)[self.valid]
@@ -217,6 +228,16 @@ def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre:
     if ids is None:
         yield _batch(num_taps, centre, x.shape[1], past.shape[1])
         return
+    for starts, lengths in documents(ids):
+        longest = int(lengths.max())
+        position = torch.arange(longest, device=x.device)
+        valid = position < lengths.unsqueeze(1)
+        index = torch.where(valid, starts.unsqueeze(1) + position, 0)
+        yield replace(_batch(num_taps, centre, longest, 0), index=index, valid=valid)
+
+
+def documents(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first tokens, counted through ``ids [B, n]``, and the lengths of all documents that share a power of two."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     starts = begins.flatten().nonzero().squeeze(1)
@@ -226,20 +247,22 @@ def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre:
     magnitudes = torch.frexp((lengths - 1).double()).exponent  # of lengths in (2^(e-1), 2^e]
     for magnitude in magnitudes.unique().tolist():
         alike = magnitudes == magnitude
-        longest = int(lengths[alike].max())
-        position = torch.arange(longest, device=x.device)
-        valid = position < lengths[alike].unsqueeze(1)
-        index = torch.where(valid, starts[alike].unsqueeze(1) + position, 0)
-        yield replace(_batch(num_taps, centre, longest, 0), index=index, valid=valid)
+        yield starts[alike], lengths[alike]
 
 
-def _batch(num_taps: int, centre: int, length: int, num_past: int) -> _Batch:
-    """Of rows of ``length`` tokens behind ``num_past`` whose outputs do not matter."""
+def fit(num_taps: int, centre: int, length: int, num_past: int) -> tuple[slice, int, int]:
+    """For rows of ``length`` tokens behind ``num_past`` whose outputs do not matter: the taps that reach a token, which
+    of them multiplies the current one, and the least points of an FFT.
+    """
     taps = _reaching(num_taps, centre, length, num_past)
     centre -= taps.start
     # All outputs fit in, and no product comes round to one that matters.
-    size = fft_size(max(num_past + length + centre, length + taps.stop - taps.start - 1 - centre))
-    return _Batch(size, taps, centre)
+    return taps, centre, max(num_past + length + centre, length + taps.stop - taps.start - 1 - centre)
+
+
+def _batch(num_taps: int, centre: int, length: int, num_past: int) -> _Batch:
+    taps, centre, points = fit(num_taps, centre, length, num_past)
+    return _Batch(fft_size(points), taps, centre)
 
 
 def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from longreach.kernels.errors import InputError
 from longreach.kernels.long_conv import (
+    BACKENDS,
     ModalConv,
     chunked,
+    fft,
     long_conv,
     modal,
     modal_kernel,
@@ -67,10 +69,16 @@ def documents(length: int, before: int) -> Tensor:
     return ids
 
 
-def make(length: int, num_taps: int, *, with_carry: bool = True, with_segments: bool = False) -> dict[str, Any]:
+def has_cpu() -> bool:
+    return not BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32)
+
+
+def make(
+    length: int, num_taps: int, *, with_carry: bool = True, with_segments: bool = False, width: int = WIDTH
+) -> dict[str, Any]:
     """Random inputs of `long_conv` in fp64, rounded to bf16."""
-    x, state = torch.randn(BATCH, length, WIDTH), torch.randn(BATCH, num_taps - 1, WIDTH)
-    kernel, skip = torch.randn(WIDTH, num_taps) / num_taps**0.5, torch.randn(WIDTH)
+    x, state = torch.randn(BATCH, length, width), torch.randn(BATCH, num_taps - 1, width)
+    kernel, skip = torch.randn(width, num_taps) / num_taps**0.5, torch.randn(width)
     x, kernel, skip, state = (t.bfloat16().double() for t in (x, kernel, skip, state))
     segments = ids = None
     if with_segments:
@@ -142,7 +150,8 @@ def assert_close(
         if want.numel():
             error = (got - want).abs()
             assert error.max() <= tolerance[0] * max(1, want.abs().max()), name
-            assert error.square().mean().sqrt() <= tolerance[1] * want.abs().square().mean().sqrt(), name
+            rms = want.abs().square().mean().sqrt() or 1  # an FFT gives no exact zeros
+            assert error.square().mean().sqrt() <= tolerance[1] * rms, name
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -158,14 +167,77 @@ def test_the_fast_path_is_the_definition(
                 monkeypatch.setattr(chunked, "DIRECT_LEN", direct_len)
                 actual = all_of(long_conv, data, causal=causal)
                 assert_close(actual, expected, TOLERANCES[torch.float64])
+                if has_cpu():
+                    actual = all_of(long_conv, data, torch.float32, causal=causal, backend="cpu")
+                    assert_close(actual, expected, TOLERANCES[torch.float32])
+
+
+@pytest.mark.skipif(not has_cpu(), reason="no C++ compiler")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [1, 3, 16, 17, 40])
+def test_vectors_and_tiles_that_are_not_full(width: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every length up to 70 in turn, with fewer and with more taps; carried tokens and documents by turns too."""
+    monkeypatch.setattr(chunked, "DIRECT_LEN", 0)
+    for length in (*range(1, 71, 3 if width > 3 else 1), 1000):
+        num_taps = (length * 7 // 10 + 1, length, length + 40)[length % 3]
+        how = {"with_carry": length % 4 < 2, "with_segments": length % 2 == 0}
+        data = make(length, min(num_taps, 150), width=width, **how)
+        actual = all_of(long_conv, data, torch.float32, causal=causal, backend="cpu")
+        assert_close(actual, all_of(reference_long_conv, data, causal=causal), (2e-6, 1e-5))
+
+
+@pytest.mark.skipif(not has_cpu(), reason="no C++ compiler")
+@pytest.mark.parametrize("size", [*(2**n for n in range(3, 15)), *(odd * 2**n for odd in (3, 5) for n in range(3, 12))])
+def test_every_size_of_an_fft(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place of its input and output counts: few taps over many tokens, and many over few."""
+    monkeypatch.setattr(chunked, "DIRECT_LEN", 0)
+    assert fft.points(size) == size and fft.points(size - 1) == size
+    for length, num_taps in ((size - 4, 5), (5, size - 4), (size // 2, size // 2 + 1)):
+        if length * num_taps <= 2**18 and num_taps <= 2**12:
+            data = make(length, num_taps, with_carry=False, width=2)
+            actual = all_of(long_conv, data, torch.float32, backend="cpu")
+            assert_close(actual, all_of(reference_long_conv, data), TOLERANCES[torch.float32])
+
+
+@pytest.mark.skipif(not has_cpu(), reason="no C++ compiler")
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("width", [16, 40])
+def test_threads_and_strides_change_nothing(width: int, with_segments: bool) -> None:
+    """Catches workspace that two threads share, rows or channels that none takes, sums in another order."""
+    wide = torch.randn(5, 300, 3 * width)
+    x, grad, kernel = wide[..., width : 2 * width], torch.randn(5, width, 300).transpose(1, 2), torch.randn(width, 250)
+    ids = (torch.rand(5, 300) < 0.02).cumsum(1) if with_segments else None
+    results = []
+    for threads, strided in ((1, False), (2, True), (5, True)):
+        torch.set_num_threads(threads)
+        leaves = [x.detach().requires_grad_(), kernel.clone().requires_grad_()]
+        x_in, kernel_in = leaves if strided else [leaf.contiguous() for leaf in leaves]
+        kernel_in = kernel_in.t().contiguous().t() if strided else kernel_in
+        y, _ = long_conv(x_in, kernel_in, segments=ids, backend="cpu")
+        results.append((y, *torch.autograd.grad(y, leaves, grad if strided else grad.contiguous())))
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not has_cpu(), reason="no C++ compiler")
+@pytest.mark.parametrize(("dtype", "kernel_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_tokens_and_taps_of_different_dtypes(dtype: torch.dtype, kernel_dtype: torch.dtype) -> None:
+    data = make(150, 120, width=17)
+
+    def mixed(x: Tensor, kernel: Tensor, skip: Tensor, **how: Any) -> tuple[Tensor, Carry]:
+        return long_conv(x.to(dtype), kernel.to(kernel_dtype), skip, backend="cpu", **how)
+
+    expected = all_of(reference_long_conv, data)
+    assert_close(all_of(mixed, data, torch.float32), expected, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_segments", [False, True])
 @pytest.mark.parametrize("length", [10, 500])
-def test_precision(length: int, dtype: torch.dtype, with_segments: bool) -> None:
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_precision(backend: str, length: int, dtype: torch.dtype, with_segments: bool) -> None:
     data = make(length, 700, with_segments=with_segments)
-    actual = all_of(long_conv, data, dtype)
+    actual = all_of(long_conv, data, dtype, backend=backend)
     assert actual[0] is not None and actual[0].dtype == dtype
     assert_close(actual, all_of(reference_long_conv, data), TOLERANCES[dtype])
 
@@ -213,29 +285,32 @@ def test_pieces_equal_the_whole(lengths: list[int], num_taps: int | None, with_s
     assert_close(all_of(in_pieces, data), all_of(whole, data), (1e-13, 1e-13), names)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_documents_do_not_mix(causal: bool) -> None:
+def test_documents_do_not_mix(causal: bool, dtype: torch.dtype, tolerance: float) -> None:
     """Each document alone gives what it gives among the others, single tokens too; nothing leaks through an FFT."""
     lengths = [1, 1, 7, 1, 64, 3, 33]
     x, kernel, skip = make(sum(lengths), 40)["inputs"]
     x = x * torch.repeat_interleave(10.0 ** torch.arange(-3, 4), torch.tensor(lengths)).flip(0).view(1, -1, 1)
     ids = torch.repeat_interleave(torch.arange(len(lengths)) * 2, torch.tensor(lengths)).expand(BATCH, -1)
-    y, _ = long_conv(x, kernel, skip, causal=causal, segments=ids)
+    y, _ = long_conv(x.to(dtype), kernel.to(dtype), skip.to(dtype), causal=causal, segments=ids)
     for length, stop in zip(lengths, accumulate(lengths), strict=True):
         alone, _ = reference_long_conv(x[:, stop - length : stop], kernel, skip, causal=causal)
         scale = alone.abs().max()
-        assert_close((y[:, stop - length : stop] / scale,), (alone / scale,), (1e-14, 1e-14), ("y",))
+        assert_close((y[:, stop - length : stop] / scale,), (alone / scale,), (tolerance, tolerance), ("y",))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_token_sees_a_place_without_a_token(causal: bool) -> None:
+def test_no_token_sees_a_place_without_a_token(causal: bool, dtype: torch.dtype) -> None:
     data = make(70, 30, with_carry=False, with_segments=True)
-    x, *kernel_and_skip = data["inputs"]
+    x, *kernel_and_skip = (t.to(dtype) for t in data["inputs"])
     padded = torch.nn.functional.pad(x, (0, 0, 3, 3), value=100.0)
     ids = torch.nn.functional.pad(data["segments"], (3, 3), value=-1)
     actual, _ = long_conv(padded, *kernel_and_skip, causal=causal, segments=ids)
     expected, _ = long_conv(x, *kernel_and_skip, causal=causal, segments=data["segments"])
-    assert_close((actual[:, 3:-3],), (expected,), TOLERANCES[torch.float64], ("y",))
+    assert_close((actual[:, 3:-3],), (expected,), TOLERANCES[dtype], ("y",))
+    assert actual.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [10, 65])

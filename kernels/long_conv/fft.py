@@ -1,0 +1,130 @@
+"""Free-form long convolution in C++ for CPUs (`fft.cpp`): FFTs of neighbouring channels side by side in vectors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..backends import is_traced
+from .chunked import documents, fit
+
+SOURCE = Path(__file__).with_name("fft.cpp")
+
+
+def lacks(device: str, dtype: torch.dtype, kernel_dtype: torch.dtype) -> str:
+    """Why the C++ kernels do not serve such inputs; "" if they do."""
+    return native.lacks(SOURCE, device, dtype, kernel_dtype)
+
+
+def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
+    """As `chunked.forward`, for x and kernel in fp32 or bf16."""
+    y = _room(x, x.shape[1], ids)
+    _call(None, x, kernel, skip, past, ids, centre, y, None)
+    return y
+
+
+def backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """As `chunked.backward`: the gradients of x, kernel, skip and past."""
+    num_past = past.shape[1]
+    dtokens = _room(x, num_past + x.shape[1], ids)
+    dtaps = _empty(kernel, kernel.shape, torch.float32)
+    _call(grad, x, kernel, skip, past, ids, centre, dtokens, dtaps)
+    dskip = None if skip is None else dtaps[:, centre].to(skip.dtype)
+    return dtokens[:, num_past:], dtaps.to(kernel.dtype), dskip, dtokens[:, :num_past].to(past.dtype)
+
+
+def _room(x: Tensor, length: int, ids: Tensor | None) -> Tensor:
+    """For what belongs to tokens; where there are ids, nothing is put to positions that hold none."""
+    room = _empty(x, (x.shape[0], length, x.shape[2]), x.dtype)
+    return room if ids is None else room.zero_()
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    made = like.new_empty(shape, dtype=dtype)
+    if not is_traced(like):
+        pointer, size = ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.numel() * made.element_size())
+        native.load(SOURCE).use_huge_pages(pointer, size)
+    return made
+
+
+def points(least: int) -> int:
+    """The least of 2^n, 3 2^n and 5 2^n, n >= 3, that is at least that many: sizes of real FFTs in `fft.cpp`."""
+    size = 1 << max(3, (least - 1).bit_length())
+    return min(n for n in (size, size // 4 * 3, size // 8 * 5) if n >= least and n % 8 == 0)
+
+
+def _call(
+    grad: Tensor | None,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    out: Tensor,
+    dtaps: Tensor | None,
+) -> None:
+    """Run `fft.cpp`, see there, for all rows of a size at a time."""
+    if is_traced(x):
+        return
+    library, width, num_past = native.load(SOURCE), x.shape[2], past.shape[1]
+    tokens, upstream, taps = native.rows(torch.cat([past.to(x.dtype), x], dim=1) if num_past else x, grad, kernel)
+    assert tokens is not None and taps is not None
+    bias = None if skip is None else skip.to(torch.float32).contiguous()
+    lanes = library.lanes()
+    stripes = -(-width // lanes)
+    batches = list(_batches(x, num_past, ids)) if stripes else []
+    whole = len(batches) == 1 and fit(kernel.shape[1], centre, *batches[0][1:])[0] == slice(0, kernel.shape[1])
+    if dtaps is not None and not whole:
+        dtaps.zero_()
+    for rows, length, before in batches:
+        some, current, least = fit(kernel.shape[1], centre, length, before)
+        size = points(least)
+        threads = min(torch.get_num_threads(), stripes * (len(rows) if dtaps is None else 1))
+        buffers = 2 if dtaps is None else 3 if len(rows) == 1 else 4
+        room = buffers * size * lanes + (length + before) * lanes * (width % lanes > 0)
+        workspace = _empty(x, (threads * room + 16,), torch.float32)
+        workspace = workspace[-workspace.data_ptr() % 64 // 4 :]  # whole cache lines
+        parts = [taps[:, some], None if dtaps is None else dtaps[:, some]]
+        library.long_conv_fft(
+            x.dtype == torch.bfloat16,
+            kernel.dtype == torch.bfloat16,
+            native.integers(
+                size // 2,
+                width,
+                some.stop - some.start,
+                current,
+                len(rows),
+                *native.strides(tokens, upstream, out),
+                num_past,
+                *native.strides(*parts, dims=1),
+                not whole,
+                threads,
+                room,
+            ),
+            native.pointers(rows, tokens, upstream, out, parts[0], bias, parts[1], workspace),
+        )
+
+
+def _batches(x: Tensor, num_past: int, ids: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
+    """What is convolved alike: rows (row of the batch, first token, number of tokens), the past among them; the tokens
+    of the longest, and how many tokens before those have no output.
+    """
+    count = num_past + x.shape[1]
+    if ids is None:
+        rows = torch.tensor([[b, 0, count] for b in range(x.shape[0])], dtype=torch.int64)
+        if len(rows):
+            yield rows, x.shape[1], num_past
+        return
+    for starts, lengths in documents(ids):
+        rows = torch.stack([starts // count, starts % count, lengths], dim=1)
+        rows = rows[rows[:, 1] + rows[:, 2] > num_past]  # the others have no output
+        if len(rows):
+            yield rows, int(rows[:, 2].max()), 0
