@@ -87,6 +87,8 @@ class TrainConfig:
         log_every, validate_every: steps; 0 never validates.
         validate_batches: how many batches of ``data.batch_size`` sequences a validation reads; 0 reads all.
         threads: intra-op threads of a rank; 0 shares the cores among the ranks of a machine.
+        compile: run the model through ``torch.compile``, which fuses what lies between the operators; the first step
+            takes minutes. Exchanges between ranks stay outside of its graphs.
     """
 
     steps: int = MISSING
@@ -96,6 +98,7 @@ class TrainConfig:
     validate_every: int = 0
     validate_batches: int = 0
     threads: int = 0
+    compile: bool = False
 
 
 @dataclass

@@ -71,6 +71,8 @@ def train(config: RunConfig) -> Result:
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model).to(mesh.device)
+    if config.train.compile:
+        model.compile(dynamic=False)
     num_parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, _optimizer(model, config.optim), settings, mesh)
     saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None

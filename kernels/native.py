@@ -51,28 +51,27 @@ def lacks(source: Path, device: str, *dtypes: torch.dtype) -> str:
 def load(source: Path) -> ctypes.CDLL:
     """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked."""
     text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
-    compiler = _compiler()
-    words = " ".join((*compiler, *FLAGS, *LINK)).encode()
-    key = hashlib.sha256(b"\0".join([text, words, _machine(compiler)])).hexdigest()[:20]
+    words = " ".join((*compiler(), *FLAGS, *LINK)).encode()
+    key = hashlib.sha256(b"\0".join([text, words, _machine()])).hexdigest()[:20]
     library = _cache_dir() / f"{source.parent.name}-{key}.so"
     if library.exists():
         try:
             return ctypes.CDLL(str(library))
         except OSError:
             log.warning("%s is damaged and is made again", library)
-    _compile(compiler, source, library)
+    _compile(source, library)
     return ctypes.CDLL(str(library))
 
 
-def _compile(compiler: list[str], source: Path, library: Path) -> None:
+def _compile(source: Path, library: Path) -> None:
     log.info("compiling the CPU kernels of %s, once, a few seconds", source.parent.name)
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        words = [*compiler, *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
+        words = [*compiler(), *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            what = f"{source.parent.name}/{source.name} does not compile with {' '.join(compiler)}"
+            what = f"{source.parent.name}/{source.name} does not compile with {' '.join(compiler())}"
             raise RuntimeError(f"{what}: {done.stderr.strip()[-2000:]}")
         os.replace(made, library)  # several ranks may do this at once; each replaces the same by the same
     finally:
@@ -85,7 +84,7 @@ def _no_compiler() -> str:
     reason = ""
     if platform.system() != "Linux":
         reason = "Linux"
-    elif not _compiler():
+    elif not compiler():
         reason = "a C++ compiler (g++ or clang++ in PATH, or named by CXX)"
     return reason and _said(f"CPU kernels need {reason}")
 
@@ -105,15 +104,15 @@ def _said(reason: str) -> str:
     return reason
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The compiler and its own arguments, as CXX may have some; empty if there is none."""
     given = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
     return next((words for words in given if words and shutil.which(words[0])), [])
 
 
-def _machine(compiler: list[str]) -> bytes:
+def _machine() -> bytes:
     """What ``-march=native`` depends on: the compiler and this processor."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
     named = (b"flags", b"Features", b"CPU part", b"CPU implementer")
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()

@@ -58,6 +58,8 @@ def _software() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
+    from ..kernels.native import compiler
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("ok", "cpu", f"{cores} cores, {_memory_bytes() / 2**30:.1f} GiB of memory")
     if not torch.cuda.is_available():
@@ -67,9 +69,8 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(number)
         text = f"{number}: {properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         yield Finding("ok", "gpu", text)
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        yield Finding("note", "compiler", "no C++ compiler: nothing here needs one, DeepSpeed's own CPU ops would")
+    if not compiler():
+        yield Finding("note", "compiler", "no C++ compiler: on a CPU the operators run in PyTorch, more slowly")
 
 
 def _backends() -> Iterator[Finding]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from . import reshard
 from .mesh import Axis, Mesh
 from .relay import GatherRelay, gather
 from .traffic import Note, Traffic
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def shares(length: int, size: int) -> list[int]:
@@ -51,6 +55,17 @@ class Whole:
     num_past: int
     channels: slice
     segments: Tensor | None
+
+
+def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, P], T]:
+    """A verb that ``torch.compile`` leaves as it is where it exchanges: a graph holds no exchange."""
+    untraced = torch.compiler.disable(run)
+
+    @wraps(run)
+    def call(span: Span, *args: P.args, **options: P.kwargs) -> T:
+        return (run if span.axis.size == 1 else untraced)(span, *args, **options)
+
+    return call
 
 
 @dataclass
@@ -131,6 +146,7 @@ class Span:
         after: dict[str, Any] = {"start": self.start + length, "carry": self.carry_out, "segments": None}
         return replace(self, **after | fields, _journey=_Journey(), _calls=0)
 
+    @_verb
     def scan(self, op: StatefulOp, *inputs: Tensor) -> Tensor:
         """A stateful mixer over the whole sequence.
 
@@ -148,6 +164,7 @@ class Span:
             self.carry_out[key] = after
         return y
 
+    @_verb
     def halo(self, x: Tensor, left: int, right: int = 0) -> Tensor:
         """The piece with the tokens just beside it.
 
@@ -170,6 +187,7 @@ class Span:
             self.carry_out[key] = Carry(state, self._tail_segments(past, left))
         return extended
 
+    @_verb
     def halo_segments(self, left: int, right: int = 0) -> Tensor | None:
         """Document ids ``[B, left + n + right]`` of a `halo` (-1 where no token is), or None for one document."""
         if self.segments is None:
@@ -185,6 +203,7 @@ class Span:
             self._journey.found[key] = extended
         return self._journey.found[key]
 
+    @_verb
     def by_channel(self, fn: Callable[[Whole], Tensor], x: Tensor, reach: int | None = 0) -> Tensor:
         """A function of the whole sequence, run by each rank on its slice of the channels.
 

@@ -98,6 +98,7 @@ def _rank(rank: int, ranks: int, store: str, pipe: Connection, call: tuple[str, 
         spec = importlib.util.spec_from_file_location(f"world_{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
         answer = (True, getattr(module, name)(rank, *args))
     except BaseException:

@@ -37,7 +37,8 @@ def backward(
     dtaps = _empty(kernel, kernel.shape, torch.float32)
     _call(grad, x, kernel, skip, past, ids, centre, dtokens, dtaps)
     dskip = None if skip is None else dtaps[:, centre].to(skip.dtype)
-    return dtokens[:, num_past:], dtaps.to(kernel.dtype), dskip, dtokens[:, :num_past].to(past.dtype)
+    dpast = dtokens[:, :num_past].clone()  # in memory of its own, as a custom op must
+    return dtokens[:, num_past:], dtaps.to(kernel.dtype), dskip, dpast.to(past.dtype)
 
 
 def _room(x: Tensor, length: int, ids: Tensor | None) -> Tensor:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_distributed
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
+from worlds import run_world
 
+from longreach.framework.config import load
 from longreach.framework.model import ModelConfig, build_model
+from longreach.framework.trainer import train
+from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span
 
 BATCH, LENGTH, VOCAB = 2, 20, 17
@@ -81,3 +87,56 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
     assert ("longreach.long_conv" in called) == (name == "taps")
     for mine, theirs in zip(got, expected, strict=True):
         assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def eager_and_compiled(axis: Axis, lengths: list[int]) -> tuple[list[Tensor], list[Tensor], int]:
+    """Losses and gradients of this rank's piece, and the number of graphs."""
+    torch.manual_seed(1)
+    mixers = ["elementwise", "chela", "feedforward_kernel"]
+    model = build_model(ModelConfig(vocab=VOCAB, width=16, depth=len(mixers), mixers=mixers))
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, lengths[axis.rank]))
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        losses, penalty = model(tokens, Span(axis=axis, lengths=lengths), labels)
+        (losses.mean() + penalty).backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        return [losses.detach(), *(grad.clone() for grad in grads if grad is not None)]
+
+    expected = run()
+    torch.compiler.reset()
+    counters.clear()
+    model.compile(backend="aot_eager")
+    return expected, run(), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("lengths", [[10, 9], [7, 7, 6]], ids=str)
+def test_ranks_compile_what_lies_between_their_exchanges(lengths: list[int]) -> None:
+    for expected, got, graphs in run_distributed(eager_and_compiled, len(lengths), lengths):
+        assert graphs > 3
+        for mine, theirs in zip(got, expected, strict=True):
+            assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm())
+
+
+def train_twice(rank: int, source: str, directory: str, ranks: int) -> list[float]:
+    """The held-out losses of an eager and of a compiled run."""
+    small = [f"data.source={source}", "data.seq_len=64", "model.width=16", "train.steps=3", "optim.warmup_steps=1"]
+    small += [
+        "train.validate_batches=1",
+        "monitor.sample_len=0",
+        f"parallel.ranks={ranks}",
+        f"parallel.sequence={ranks}",
+    ]
+    held_out = []
+    for compile in ("false", "true"):
+        result = train(load("quickstart", [*small, f"train.compile={compile}", f"run.dir={directory}/{compile}"]))
+        assert result.held_out is not None
+        held_out.append(result.held_out)
+    return held_out
+
+
+@pytest.mark.timeout(400)
+def test_training_with_compile(corpus: Path, tmp_path: Path) -> None:
+    """By torch's own compiler, with DeepSpeed around it and two ranks."""
+    for eager, compiled in run_world(train_twice, 2, str(corpus), str(tmp_path), 2, timeout=360):
+        assert compiled == pytest.approx(eager, rel=1e-5)
