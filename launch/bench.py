@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -211,6 +210,21 @@ class Bench:
         self.add("long_conv", "forward", forward, "its 3 FFTs", 2 * to + back, "<= 1.2")
         self.add("long_conv", GRADIENT, gradient, "its 8 FFTs", 5 * to + 3 * back, "<= 1.2")
 
+    def stretched(self, longest: int) -> None:
+        """Whether a token of a long sequence takes as long as one of a short sequence; both are timed in turns."""
+        lengths = self.sizes.length, longest
+        runs = [
+            partial(elementwise_attention, *(self.random(1, n, self.sizes.width) for _ in range(3))) for n in lengths
+        ]
+        times: tuple[list[float], ...] = [], []
+        self._once(runs[1])
+        for _ in range(3):
+            times[0].append(self.seconds(runs[0]) * longest / lengths[0])
+            times[1].append(self._once(runs[1]))
+        short, long = (sorted(some)[1] for some in times)
+        against = f"{longest / lengths[0]:g} times {lengths[0]:,} tokens"
+        self.add("elementwise", f"forward, {longest:,} tokens", long, against, short, "<= 1.15")
+
     def by_length(self, longest: int) -> dict[str, list[tuple[int, float]]]:
         """Seconds of a forward pass at each length, softmax attention only as long as it takes seconds."""
         s = self.sizes
@@ -334,9 +348,15 @@ def _resident(length: int, width: int) -> int:
     small, grad = _memory_inputs(128, width, torch.float32, "cpu")
     torch.autograd.grad(elementwise_attention(*small)[0], small, grad)  # what the first call loads
     leaves, upstream = _memory_inputs(length, width, torch.float32, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_resident()
     torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    """Bytes. Not `getrusage`: that of a new process begins with the peak of its parent."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def slope(points: list[tuple[int, float]], start: int = 8192) -> float | None:
@@ -458,6 +478,7 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     for measure in (bench.elementwise, bench.linear, bench.short, bench.long):
         measure()
     with torch.no_grad():
+        bench.stretched(longest)
         lengths = bench.by_length(longest)
     for name, points in lengths.items():
         print(f"  {name}: seconds ~ {_law(points)}")
