@@ -37,21 +37,24 @@ FLAGS = (
 LINK = ("-shared", "-fPIC", "-fopenmp")
 
 
-def lacks(source: Path, device: str, *dtypes: torch.dtype) -> str:
+def lacks(source: Path, device: str, *dtypes: torch.dtype, define: str = "") -> str:
     """Why the kernels of ``source`` do not run on tensors of such a device and dtypes; "" if they do."""
     if device != "cpu":
         return f"tensors on the cpu, not on {device}"
     for dtype in dtypes:
         if dtype not in (torch.float32, torch.bfloat16):
             return f"fp32 or bf16, not {dtype}"
-    return _no_compiler() or _failure(source)
+    return _no_compiler() or _failure(source, define)
 
 
 @cache
-def load(source: Path) -> ctypes.CDLL:
-    """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked."""
+def load(source: Path, define: str = "") -> ctypes.CDLL:
+    """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked.
+
+    ``define`` is a macro ``NAME=VALUE``: what is not asked for takes no time to compile.
+    """
     text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
-    words = " ".join((*compiler(), *FLAGS, *LINK)).encode()
+    words = " ".join((*compiler(), *FLAGS, *LINK, define)).encode()
     key = hashlib.sha256(b"\0".join([text, words, _machine()])).hexdigest()[:20]
     library = _cache_dir() / f"{source.parent.name}-{key}.so"
     if library.exists():
@@ -59,16 +62,26 @@ def load(source: Path) -> ctypes.CDLL:
             return ctypes.CDLL(str(library))
         except OSError:
             log.warning("%s is damaged and is made again", library)
-    _compile(source, library)
+    _compile(source, define, library)
     return ctypes.CDLL(str(library))
 
 
-def _compile(source: Path, library: Path) -> None:
+def _compile(source: Path, define: str, library: Path) -> None:
     log.info("compiling the CPU kernels of %s, once, a few seconds", source.parent.name)
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        words = [*compiler(), *FLAGS, *LINK, "-I", str(Path(__file__).parent), str(source), "-o", made]
+        words = [
+            *compiler(),
+            *FLAGS,
+            *LINK,
+            *(["-D" + define] if define else []),
+            "-I",
+            str(Path(__file__).parent),
+            str(source),
+            "-o",
+            made,
+        ]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace")
         if done.returncode:
             what = f"{source.parent.name}/{source.name} does not compile with {' '.join(compiler())}"
@@ -90,10 +103,10 @@ def _no_compiler() -> str:
 
 
 @cache
-def _failure(source: Path) -> str:
+def _failure(source: Path, define: str) -> str:
     """Why ``source`` cannot be compiled or loaded, said once; "" if it can."""
     try:
-        load(source)
+        load(source, define)
     except (RuntimeError, OSError) as error:
         return _said(f"CPU kernels need a C++ compiler that works: {' '.join(str(error).split())[:300]}")
     return ""

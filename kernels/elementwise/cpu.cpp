@@ -4,6 +4,8 @@
 // up in fp64. A block of W channels stays in the first-level cache, so backward walks it twice, first to the right for
 // what its tokens have seen (y, den, dq), then to the left for who has seen them (dk, dv), at the cost of one reading from
 // memory. README.md has the formulas; the guards are those of reference.py.
+//
+// Compiled for one order: -DORDER=6.
 #include "native.h"
 
 namespace {
@@ -388,25 +390,22 @@ void run(const Call<X>& x, bool causal, bool gradients) {
 }
 
 template <class X>
-void run(int order, const int64_t* shape, const void* const* data, const int64_t* strides, bool causal, bool gradients) {
+void run(const int64_t* shape, const void* const* data, const int64_t* strides, bool causal, bool gradients) {
   auto input = [&](int n) { return Tokens<const X>{(const X*)data[n], strides[2 * n], strides[2 * n + 1]}; };
   auto output = [&](int n) { return Tokens<X>{(X*)data[n], strides[2 * n], strides[2 * n + 1]}; };
   Call<X> x{shape[0], shape[1], shape[2], input(0), input(1), input(2), input(3), output(4), output(5), output(6), output(7),
             (const uint8_t*)data[8], (const float*)data[9], (const float*)data[10], (float*)data[11], (float*)data[12]};
-  if (order == 2) run<2>(x, causal, gradients);
-  if (order == 4) run<4>(x, causal, gradients);
-  if (order == 6) run<6>(x, causal, gradients);
-  if (order == 8) run<8>(x, causal, gradients);
+  run<ORDER>(x, causal, gradients);
 }
 
 }  // namespace
 
 // shape: B, L, D. data: q k v g y dq dk dv begins past future end states, null where not wanted; strides: of the first
 // eight, over rows and over tokens, in elements.
-extern "C" void elementwise(int order, int is_bf16, int causal, int gradients, const int64_t* shape, const void* const* data,
+extern "C" void elementwise(int is_bf16, int causal, int gradients, const int64_t* shape, const void* const* data,
                             const int64_t* strides) {
   if (is_bf16)
-    run<bf16>(order, shape, data, strides, causal, gradients);
+    run<bf16>(shape, data, strides, causal, gradients);
   else
-    run<float>(order, shape, data, strides, causal, gradients);
+    run<float>(shape, data, strides, causal, gradients);
 }

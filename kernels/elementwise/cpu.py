@@ -28,7 +28,7 @@ def lacks(device: str, dtype: torch.dtype, order: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
     if order not in ORDERS:
         return f"one of the orders {ORDERS}, not {order}"
-    return native.lacks(SOURCE, device, dtype)
+    return native.lacks(SOURCE, device, dtype, define=f"ORDER={order}")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ class Native(Chunked):
         assert all(x is None or (x.shape == self._shape(inputs[0]) and x.dtype == torch.float32) for x in (*ends, end))
         tokens = native.rows(*inputs, grad, *outputs)
         begins = native.begins(segments)
-        native.load(SOURCE).elementwise(
-            self.order,
+        native.load(SOURCE, f"ORDER={self.order}").elementwise(
             inputs[0].dtype == torch.bfloat16,
             self.causal,
             gradients,
