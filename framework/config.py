@@ -43,12 +43,15 @@ class ParallelConfig:
     Args:
         ranks: processes in all.
         sequence: ranks that share one sequence; 0 means all of them.
-        block_len: tokens of a streamed block on each rank; 0 processes its piece whole.
+        block_len: tokens of a streamed block on each rank, so that memory does not grow with the sequence; 0 processes
+            it whole.
+        park_carries: keep what waits between streamed blocks in host memory.
     """
 
     ranks: int = 1
     sequence: int = 0
     block_len: int = 0
+    park_carries: bool = False
 
     @property
     def num_sequence_ranks(self) -> int:
@@ -217,9 +220,9 @@ def validate(config: RunConfig) -> None:
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
         raise InputError("deepspeed", config.deepspeed, allowed)
-    if parallel.block_len:
-        allowed = "streaming is not available yet"
-        raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0")
+    if parallel.block_len and not config.model.causal:
+        allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
+        raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")
     if parallel.ranks % parallel.num_sequence_ranks:
         allowed = f"must divide parallel.ranks = {parallel.ranks} (ranks = data ranks x sequence ranks)"
         raise InputError("parallel.sequence", parallel.sequence, allowed)

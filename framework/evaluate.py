@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.errors import InputError
+from ..parallel import streaming
+from ..parallel.mesh import Mesh
 from ..parallel.span import Span
 from .data import Index, packed_dir, validation_batches
 from .data.progress import progress
@@ -82,28 +84,28 @@ def score(
         num_bins: stretches of positions told apart.
         progress: called with the number of tokens just read.
     """
-    device = next(model.parameters()).device
+    mesh = Mesh(device=next(model.parameters()).device)
     total = torch.zeros(2, dtype=torch.float64)
     bins: dict[int, Tensor] = {}
     for tokens, labels, segments in sequences:
         length = tokens.shape[1]
-        block_len = PROMPT_BLOCK if model.config.causal else length
         stretch = max(1, -(-length // num_bins))
-        span = Span(keep_carry=model.config.causal)
-        for first in range(0, length, block_len):
-            block = slice(first, first + block_len)
-            span.segments = None if segments is None else segments[:, block].to(device)
-            wanted = labels[:, block].to(device=device, dtype=torch.int64)
-            losses, _ = model(tokens[:, block].to(device=device, dtype=torch.int64), span, wanted)
-            span = span.following(wanted.shape[1])
-            losses, counted = losses.double().sum(0).cpu(), (wanted != IGNORED).double().sum(0).cpu()
-            total += torch.stack([losses.sum(), counted.sum()])
-            place = (first + torch.arange(len(losses))) // stretch
+
+        def losses(span: Span, tokens: Tensor = tokens, labels: Tensor = labels) -> Tensor:
+            """Nats and labelled tokens ``[n, 2]`` at each position of a block."""
+            ids, wanted = (span.take(x).to(device=mesh.device, dtype=torch.int64) for x in (tokens, labels))
+            nll = model(ids, span, wanted)[0].double()
+            return torch.stack([nll.sum(0), (wanted != IGNORED).double().sum(0)], dim=1).cpu()
+
+        spans = streaming.blocks(mesh, length, PROMPT_BLOCK if model.config.causal else 0, segments=segments)
+        for span, found in zip(spans, streaming.read(spans, losses), strict=True):
+            total += found.sum(0)
+            place = (span.position + torch.arange(len(found))) // stretch
             for number in place.unique().tolist():
-                here = torch.stack([losses[place == number].sum(), counted[place == number].sum()])
+                here = found[place == number].sum(0)
                 bins[number * stretch] = bins.get(number * stretch, torch.zeros(2, dtype=torch.float64)) + here
             if progress is not None:
-                progress(wanted.numel())
+                progress(len(found) * len(tokens))
     if not total[1]:
         raise InputError("source", "no tokens", "at least one token with a next one")
     by_position = [(first, float(nll / count)) for first, (nll, count) in sorted(bins.items()) if count]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,13 +38,16 @@ def load_run(run_dir: str | Path) -> tuple[RunConfig, Model]:
 
 
 @torch.no_grad()
-def read_prompt(model: Model, prompt: Tensor, span: Span | None = None) -> tuple[Tensor, Span]:
-    """Read a prompt, block by block.
+def read_prompt(
+    model: Model, prompt: Tensor, span: Span | None = None, progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, Span]:
+    """Read a prompt, block by block: memory does not grow with its length.
 
     Args:
         model: causal.
         prompt: ``[B, L]`` int64 tokens, L >= 1.
         span: where the prompt continues; None at the beginning.
+        progress: called with the number of tokens just read.
 
     Returns:
         Logits ``[B, vocab]`` of the token that follows, and the span at which it stands.
@@ -60,6 +63,8 @@ def read_prompt(model: Model, prompt: Tensor, span: Span | None = None) -> tuple
     for block in prompt.split(PROMPT_BLOCK, dim=1):
         features = model.features(block, span)[0]
         span = span.following(block.shape[1])
+        if progress is not None:
+            progress(block.numel())
     return model.head(features[:, -1]), span
 
 
@@ -72,6 +77,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Continue a prompt, one token at a time.
 
@@ -82,13 +88,14 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw among so many of the most likely tokens; 0 among all.
         seed: of the draws.
+        progress: called with the number of tokens of the prompt just read.
 
     Yields:
         ``[B]`` int64, the next token of each row. The cost of a token does not depend on its position, unless a
         mixer's state grows (``softmax``).
     """
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    logits, span = read_prompt(model, prompt)
+    logits, span = read_prompt(model, prompt, progress=progress)
     for number in range(num_tokens):
         token = _draw(logits.float(), temperature, top_k, generator)
         yield token

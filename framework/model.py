@@ -131,7 +131,7 @@ class Model(nn.Module):
                 nn.init.normal_(module.weight, std=std)
 
     def forward(
-        self, tokens: Tensor, span: Span | None = None, labels: Tensor | None = None
+        self, tokens: Tensor, span: Span | None = None, labels: Tensor | None = None, *, head: bool = True
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict every next token of this piece.
 
@@ -139,15 +139,16 @@ class Model(nn.Module):
             tokens: ``[B, L]`` int64 ids of this rank's piece.
             span: the piece and the way to the rest of its sequence; None for a whole sequence.
             labels: ``[B, L]`` int64 wanted ids, `IGNORED` where there is none.
+            head: False returns what the head would see, ``[B, L, D]``; enough to move the span's carry on.
 
         Returns:
             Logits ``[B, L, vocab]``; with labels, the negative log-likelihoods ``[B, L]`` in nats (0 where ignored)
             and the penalty on the weights, a scalar to be added to the loss once.
         """
         x, penalty = self.features(tokens, span if span is not None else Span())
-        if labels is None:
-            return self.head(x)
-        return self.head(x, labels), penalty
+        if not head:
+            return x
+        return self.head(x) if labels is None else (self.head(x, labels), penalty)
 
     def features(self, tokens: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """What the head sees, ``[B, L, D]``, and the penalty on the weights (a scalar)."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.errors import InputError
+from ..parallel import streaming
 from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> Result:
     """
     config.parallel.ranks = world_size()
     validate(config)
+    _check_compile(config)
     settings = deepspeed_settings(
         config.deepspeed,
         precision=config.train.precision,
@@ -171,15 +173,22 @@ def train_step(
     for number, micro in enumerate(batch):
         first = consumed + mesh.data.rank * share + number * config.train.micro_batch_size
         rows = torch.arange(first, first + len(micro.tokens), device=mesh.device)
-        span = piece_of(micro, mesh, noise=rows * 1_000_003 + config.run.seed, traffic=traffic)
-        nll, penalty = engine(
-            span.take(micro.tokens).to(mesh.device), span=span, labels=span.take(micro.labels).to(mesh.device)
-        )
-        # The penalty counts once: each of the summands that ranks and micro-batches add carries its part of it.
-        part = penalty / (mesh.world.size * len(batch))
-        engine.backward(nll.sum() / count + part)
-        nll_sum += float(nll.detach().double().sum())
-        penalty_sum += float(part.detach())
+        spans = blocks_of(micro, config, mesh, noise=rows * 1_000_003 + config.run.seed, traffic=traffic)
+        # The penalty counts once: each of the summands that ranks, micro-batches and blocks add carries its part of it.
+        summands = mesh.world.size * len(batch) * len(spans)
+
+        def advance(span: Span, micro: Batch = micro) -> None:
+            engine(span.take(micro.tokens).to(mesh.device), span=span, head=False)
+
+        def summand(span: Span, micro: Batch = micro, summands: int = summands) -> Tensor:
+            nonlocal nll_sum, penalty_sum
+            tokens, labels = (span.take(x).to(mesh.device) for x in (micro.tokens, micro.labels))
+            nll, penalty = engine(tokens, span=span, labels=labels)
+            nll_sum += float(nll.detach().double().sum())
+            penalty_sum += float(penalty.detach()) / summands
+            return nll.sum() / count + penalty / summands
+
+        streaming.train(spans, advance, summand, engine.backward, park=config.parallel.park_carries)
     grad_norm = engine.step(lr)
     rows_all = gather_values([nll_sum, penalty_sum, _peak_memory(mesh)], mesh.world)
     loss = sum(row[0] for row in rows_all) / count
@@ -193,12 +202,10 @@ def train_step(
     }
 
 
-def piece_of(batch: Batch, mesh: Mesh, noise: Tensor | None, traffic: Traffic) -> Span:
-    """This rank's span of a micro-batch of whole sequences."""
-    span = Span.of(mesh, batch.tokens.shape[1], noise=noise, traffic=traffic)
-    if batch.segments is not None:
-        span.segments = span.take(batch.segments).to(mesh.device)
-    return span
+def blocks_of(batch: Batch, config: RunConfig, mesh: Mesh, noise: Tensor | None, traffic: Traffic) -> list[Span]:
+    """This rank's spans of a micro-batch of whole sequences: one a block, a single one where nothing is streamed."""
+    length, block_len = batch.tokens.shape[1], config.parallel.block_len
+    return streaming.blocks(mesh, length, block_len, segments=batch.segments, noise=noise, traffic=traffic)
 
 
 @torch.no_grad()
@@ -220,13 +227,17 @@ def validate_model(
     bins = torch.zeros(2, POSITION_BINS, dtype=torch.float64)
     engine.eval()
     for micro in batches.iterate(num_steps=config.train.validate_batches or None):
-        span = piece_of(micro, mesh, noise=None, traffic=Traffic())
-        labels = span.take(micro.labels)
-        nll, _ = engine(span.take(micro.tokens).to(mesh.device), span=span, labels=labels.to(mesh.device))
-        place = torch.arange(span.position, span.position + labels.shape[1])
-        place = (place * POSITION_BINS // config.data.seq_len).expand_as(labels).flatten()
-        bins[0].index_add_(0, place, nll.double().cpu().flatten())
-        bins[1].index_add_(0, place, (labels != IGNORED).double().flatten())
+
+        def add(span: Span, micro: Batch = micro) -> None:
+            labels = span.take(micro.labels)
+            nll, _ = engine(span.take(micro.tokens).to(mesh.device), span=span, labels=labels.to(mesh.device))
+            place = torch.arange(span.position, span.position + labels.shape[1])
+            place = (place * POSITION_BINS // config.data.seq_len).expand_as(labels).flatten()
+            bins[0].index_add_(0, place, nll.double().cpu().flatten())
+            bins[1].index_add_(0, place, (labels != IGNORED).double().flatten())
+
+        for _ in streaming.read(blocks_of(micro, config, mesh, noise=None, traffic=Traffic()), add):
+            pass
     engine.train()
     rows = gather_values(bins.flatten().tolist(), mesh.world)
     totals = torch.tensor(rows, dtype=torch.float64).sum(0).view(2, POSITION_BINS)
@@ -279,6 +290,14 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
 
 def _num_micro_batches(config: RunConfig) -> int:
     return config.data.batch_size // (config.parallel.num_data_ranks * config.train.micro_batch_size)
+
+
+def _check_compile(config: RunConfig) -> None:
+    """Refuse what torch's compiler of CPU code would end in a page of its linker's words."""
+    home = Path(torch.__file__).parent
+    if config.train.compile and not torch.cuda.is_available() and " " in str(home):
+        allowed = f"false where torch lies in a path with a space, to which its compiler cannot link: {home}"
+        raise InputError("train.compile", True, allowed, "set it to false, or make .venv in another place")
 
 
 def _set_threads(threads: int) -> None:

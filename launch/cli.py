@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from .. import __version__
@@ -90,6 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from ..framework.data.progress import progress
     from ..framework.generate import decode_stream, encode, generate, load_run
 
     for name, value, low in (
@@ -102,16 +104,19 @@ def _generate(arguments: argparse.Namespace) -> int:
             raise InputError(name, value, f"at least {low}")
     prompt = _prompt(arguments.prompt)
     _, model = load_run(arguments.run_dir)
-    tokens = generate(
-        model,
-        encode(prompt),
-        arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
+    with progress("reading the prompt", len(prompt)) as advance:
+        tokens = generate(
+            model,
+            encode(prompt),
+            arguments.tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+            progress=advance,
+        )
+        first = next(tokens)
     sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-    for text in decode_stream(int(token) for token in tokens):
+    for text in decode_stream(int(token) for token in chain([first], tokens)):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

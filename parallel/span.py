@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from itertools import accumulate
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -129,22 +128,22 @@ class Span:
         return self._journey.carry_out
 
     def take(self, x: Tensor) -> Tensor:
-        """This rank's tokens of a whole ``x [B, L, ...]``."""
-        if self.lengths is None:
-            return x
-        stop = list(accumulate(self.lengths))[self.axis.rank]
-        return x[:, stop - self.lengths[self.axis.rank] : stop]
+        """This rank's tokens of ``x [B, L, ...]``, all tokens from position 0 on."""
+        return x if self.lengths is None else x[:, self.position : self.position + self.lengths[self.axis.rank]]
 
     def at(self, layer: str) -> Span:
         """The view of this span for one layer: its verbs' carries and bytes go under that name."""
         return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, _calls=0)
 
-    def following(self, length: int, **fields: Any) -> Span:
+    def entered(self, carry: Mapping[str, Carry], **fields: Any) -> Span:
+        """This span with what came before it, and nothing yet of what it leaves."""
+        return replace(self, carry=carry, **fields, _journey=_Journey(), _calls=0)
+
+    def following(self, length: int) -> Span:
         """The span of the next tokens: it starts where this one (of ``length`` tokens over all ranks) ends, with
         its carry.
         """
-        after: dict[str, Any] = {"start": self.start + length, "carry": self.carry_out, "segments": None}
-        return replace(self, **after | fields, _journey=_Journey(), _calls=0)
+        return self.entered(self.carry_out, start=self.start + length, segments=None)
 
     @_verb
     def scan(self, op: StatefulOp, *inputs: Tensor) -> Tensor:

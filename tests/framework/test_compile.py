@@ -17,6 +17,7 @@ from worlds import run_world
 from longreach.framework.config import load
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.trainer import train
+from longreach.kernels.errors import InputError
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span
 
@@ -135,6 +136,14 @@ def train_twice(rank: int, source: str, directory: str, ranks: int) -> list[floa
     return held_out
 
 
+def test_a_path_that_the_compiler_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler of CPU code hands the linker its own folder, cut at each space."""
+    monkeypatch.setattr(torch, "__file__", "/home/me/my projects/torch/__init__.py")
+    with pytest.raises(InputError, match=r"^train.compile = True: .*/home/me/my projects/torch; set it to false"):
+        train(load("quickstart", ["train.compile=true", "parallel.ranks=1", "parallel.sequence=1"]))
+
+
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler cannot link to a path with a space")
 @pytest.mark.timeout(400)
 def test_training_with_compile(corpus: Path, tmp_path: Path) -> None:
     """By torch's own compiler, with DeepSpeed around it and two ranks."""

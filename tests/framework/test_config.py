@@ -262,7 +262,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         (["optim.min_lr_ratio=2"], "between 0 and 1"),
         (["optim.warmup_steps=10"], "less than optim.schedule_steps = 10"),
         (["data.valid_fraction=1"], "must be less than 1"),
-        (["parallel.block_len=128"], "not available yet"),
+        (["parallel.block_len=128", "model.causal=false"], "only a causal model can be streamed"),
         (
             ["parallel.ranks=4", "parallel.sequence=3"],
             "parallel.ranks = 4 (ranks = data ranks x sequence ranks)",

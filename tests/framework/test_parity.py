@@ -1,4 +1,4 @@
-"""Every mixer and a whole model: split over ranks against one process. Outputs and all gradients."""
+"""Every mixer split over ranks against one process: outputs, carries and all gradients; and decoding token by token."""
 
 from __future__ import annotations
 
@@ -165,46 +165,6 @@ def test_mixer_over_ranks_equals_one_process(name: str, lengths: list[int]) -> N
     for number, spec in enumerate(specs):
         whole = run_mixer(Axis(), *spec[:-1], [sum(lengths)])
         assert_parts_make(whole, [rank[number] for rank in ranks], spec[3])
-
-
-def run_model(
-    axis: Axis, mixers: list[str], causal: bool, packed: bool, dtype: torch.dtype, lengths: list[int]
-) -> dict[str, tuple[str, Tensor]]:
-    torch.manual_seed(1)
-    config = ModelConfig(vocab=17, width=WIDTH, depth=len(mixers), mixers=mixers, causal=causal)
-    config.chela.heads = config.feedforward_kernel.heads = config.softmax.heads = 3
-    config.elementwise.norm_group = 5
-    model = build_model(config).to(dtype)
-    length = sum(lengths)
-    torch.manual_seed(2)
-    tokens, labels = torch.randint(0, 17, (2, 2, length))
-    labels[:, :2] = -100
-    ids = documents(length, dtype) if packed else None
-    stop = list(accumulate(lengths))[axis.rank]
-    mine = slice(stop - lengths[axis.rank], stop)
-    segments = None if ids is None else ids[:, mine]
-    span = Span(axis=axis, lengths=lengths, segments=segments, noise=torch.tensor([5, 6]))
-    nll, penalty = model(tokens[:, mine], span, labels[:, mine])
-    (nll.sum() / (labels != -100).sum() + penalty / axis.size).backward()
-    results = {"nll": ("tokens", nll.detach()), "penalty": ("same", penalty.detach())}
-    with torch.no_grad():
-        span = Span(axis=axis, lengths=lengths, segments=segments)
-        results["logits"] = ("tokens", model(tokens[:, mine], span))
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        results[f"{key}.grad"] = ("sum", parameter.grad)
-    return results
-
-
-@pytest.mark.parametrize("lengths", SHARES, ids=str)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("packed", [False, True])
-def test_model_over_ranks_equals_one_process(lengths: list[int], causal: bool, packed: bool) -> None:
-    mixers = ["elementwise", "chela", "feedforward_kernel", "softmax"]
-    for dtype in (torch.float64, torch.float32):
-        ranks = run_distributed(run_model, len(lengths), mixers, causal, packed, dtype, lengths)
-        whole = run_model(Axis(), mixers, causal, packed, dtype, [sum(lengths)])
-        assert_parts_make(whole, ranks, dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

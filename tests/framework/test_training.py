@@ -35,7 +35,13 @@ optim: {lr: 1.0e-2, warmup_steps: 4, clip: 0.5}
 train: {steps: 10, threads: 1, validate_batches: 2}
 monitor: {tensorboard: false, plot: false}
 """
-LAYOUTS = {"1": (1, 1), "2 of a sequence": (2, 2), "4 of a sequence": (4, 4), "2 x 2": (4, 2)}  # ranks, of a sequence
+LAYOUTS = {  # ranks, and how many of them share a sequence
+    "1": (1, 1),
+    "2 of a sequence": (2, 2),
+    "4 of a sequence": (4, 4),
+    "2 x 1": (2, 1),
+    "2 x 2": (4, 2),
+}
 Rows = list[dict[str, Any]]
 
 
@@ -70,7 +76,9 @@ def close(rows: Rows, expected: Rows, keys: tuple[str, ...] = ("loss", "grad_nor
 
 @pytest.fixture(scope="module")
 def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Rows, float | None]]]:
-    """What `train_each` gives on each layout: for the four ZeRO stages, then for packed documents in one of them."""
+    """What `train_each` gives on each layout: for the four ZeRO stages, for packed documents in one of them, then
+    streamed in the four stages.
+    """
     results = {}
     for name, (ranks, sequence) in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("runs")
@@ -81,6 +89,11 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             runs[-1].append(f"train.micro_batch_size={1 + stage % 2}")
         runs.append([*layout, "deepspeed=zero2", f"run.dir={directory}/documents", "data.packing=documents"])
         runs[-1] += ["train.steps=5", "optim.schedule_steps=10"]
+        for stage in range(4):
+            runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/streamed-{stage}"])
+            runs[-1] += ["train.steps=3", "optim.schedule_steps=10", "data.packing=documents"]
+            runs[-1] += [f"train.micro_batch_size={1 + stage % 2}", f"parallel.block_len={40 // sequence}"]
+            runs[-1] += [f"parallel.park_carries={'true' if stage else 'false'}"]
         results[name] = run_world(train_each, ranks, config, runs, timeout=280)[0]
     return results
 
@@ -104,6 +117,8 @@ def test_ten_steps_are_the_same_on_every_layout_and_stage(
         assert found_held_out == pytest.approx(held_out, rel=1e-5)
     close(everywhere[layout][4][0], document_rows)
     assert everywhere[layout][4][1] == pytest.approx(held_out_documents, rel=1e-5)
+    for streamed, _ in everywhere[layout][5:]:
+        close(streamed, document_rows[:3], ("loss", "grad_norm", "penalty"))
 
 
 def train_in_two_halves(rank: int, config: str, directory: str) -> None:
