@@ -92,6 +92,8 @@ class TrainConfig:
         threads: intra-op threads of a rank; 0 shares the cores among the ranks of a machine.
         compile: run the model through ``torch.compile``, which fuses what lies between the operators; the first step
             takes minutes. Exchanges between ranks stay outside of its graphs.
+        recompute: keep only the input of each block of the model for backward, and compute the block again then: less
+            memory for one more forward pass. States and halos are exchanged once.
     """
 
     steps: int = MISSING
@@ -102,6 +104,7 @@ class TrainConfig:
     validate_batches: int = 0
     threads: int = 0
     compile: bool = False
+    recompute: bool = False
 
 
 @dataclass

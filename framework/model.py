@@ -103,12 +103,16 @@ def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
-    """A sequence model over token ids."""
+    """A sequence model over token ids.
+
+    Attributes:
+        recompute: keep only each block's input for backward, and compute the block again then.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         _check(config)
-        self.config = config
+        self.config, self.recompute = config, False
         self.embedding = nn.Embedding(config.vocab, config.width)
         hidden = int(-(-config.width * config.ffn_ratio // 8)) * 8
         self.blocks = nn.ModuleList()
@@ -155,9 +159,19 @@ class Model(nn.Module):
         x = self.embedding(tokens) * self.config.width**0.5
         penalty = x.new_zeros(())
         for number, block in enumerate(self.blocks):
-            x, cost = block(x, span.at(f"blocks.{number}"))
+            x, cost = self._run(block, x, span, f"blocks.{number}")
             penalty = penalty + cost
         return x, penalty
+
+    def _run(self, block: nn.Module, x: Tensor, span: Span, name: str) -> tuple[Tensor, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(x, span.at(name))
+
+        def again(x: Tensor) -> tuple[Tensor, Tensor]:
+            return block(x, span.at(name, remember=True))
+
+        # Dropout is a hash of positions, so no state of a random generator is kept.
+        return checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def build_model(config: ModelConfig) -> Model:

@@ -73,6 +73,7 @@ def train(config: RunConfig) -> Result:
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model).to(mesh.device)
+    model.recompute = config.train.recompute
     if config.train.compile:
         model.compile(dynamic=False)
     num_parameters = sum(p.numel() for p in model.parameters())

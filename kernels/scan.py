@@ -15,9 +15,9 @@ for a piece in which a document begins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import InputError
 
+T = TypeVar("T")
 NO_TOKENS = -1  # the document id that an empty piece reports
 
 
@@ -182,6 +183,10 @@ class Relay(Protocol):
         """Every piece's tensors, in the order of the sequence. Shapes and dtypes agree between pieces."""
         ...
 
+    def once(self, exchange: Callable[[], T]) -> T:
+        """What ``exchange`` gives; where a piece is computed again for its gradients, what it gave the first time."""
+        ...
+
 
 class Alone:
     """The relay of a piece that is the whole sequence."""
@@ -191,6 +196,9 @@ class Alone:
 
     def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         return [tuple(tensors)]
+
+    def once(self, exchange: Callable[[], T]) -> T:
+        return exchange()
 
 
 @dataclass(frozen=True)
@@ -315,8 +323,11 @@ class _Scan(torch.autograd.Function):
             past, y, saved, decay, end = op.advance(inputs, segments, start)
             carry_out, pieces = Carry(end, last_id), Pieces([through(decay, segments, end)], [gate], True, False)
         else:
-            summary = Summary(*transition(op, inputs, segments), first, last)
-            past, carry_out, pieces = fold(relay, summary, carry, op)
+
+            def exchange() -> tuple[Tensor, Carry, Pieces]:
+                return fold(relay, Summary(*transition(op, inputs, segments), first, last), carry, op)
+
+            past, carry_out, pieces = relay.once(exchange)
             y, saved = op.attend(inputs, segments, past)
         ctx.save_for_backward(segments, past, *inputs, *saved)
         ctx.op, ctx.relay, ctx.pieces, ctx.num_inputs = op, relay, pieces, len(inputs)

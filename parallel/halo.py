@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .mesh import Axis, as_bytes
-from .traffic import Note, unnoted
+from .traffic import Note, Once, every_time, unnoted
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,14 @@ def plan(lengths: Sequence[int], left: int, right: int) -> list[Move]:
 
 
 def borrow(
-    x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, fill: float, note: Note = unnoted
+    x: Tensor,
+    axis: Axis,
+    lengths: Sequence[int],
+    left: int,
+    right: int,
+    fill: float,
+    note: Note = unnoted,
+    once: Once = every_time,
 ) -> Tensor:
     """``x [B, n, ...]`` with its neighbours, ``[B, left + n + right, ...]``; ``fill`` beyond the sequence's ends.
     No autograd.
@@ -62,9 +69,8 @@ def borrow(
     targets = [
         (m.owner, extended[:, m.start - first + left : m.stop - first + left]) for m in moves if m.borrower == axis.rank
     ]
-    for (_, target), received in zip(
-        targets, _exchange(sends, [(rank, t.shape) for rank, t in targets], x, axis, note), strict=True
-    ):
+    arrived = once(lambda: _exchange(sends, [(rank, t.shape) for rank, t in targets], x, axis, note))
+    for (_, target), received in zip(targets, arrived, strict=True):
         target.copy_(received)
     return extended
 
@@ -105,25 +111,36 @@ def _exchange(
         dist.P2POp(dist.irecv, tensor.view(-1).view(torch.uint8), axis.ranks[rank], group=axis.group)
         for tensor, (rank, _) in zip(arrived, receives, strict=True)
     ]
-    note(sum(data.numel() for data in outgoing))
-    for request in dist.batch_isend_irecv(operations) if operations else []:
+    with note(sum(data.numel() for data in outgoing)):
+        requests = dist.batch_isend_irecv(operations) if operations else []
+    for request in requests:
         request.wait()
     return arrived
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, note: Note) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, note: Note, once: Once
+    ) -> Tensor:
         ctx.plan = (axis, lengths, left, right, note)
-        return borrow(x, axis, lengths, left, right, 0.0, note)
+        return borrow(x, axis, lengths, left, right, 0.0, note, once)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return give_back(grad.contiguous(), *ctx.plan), None, None, None, None, None
+        return give_back(grad.contiguous(), *ctx.plan), None, None, None, None, None, None
 
 
-def halo(x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int = 0, note: Note = unnoted) -> Tensor:
+def halo(
+    x: Tensor,
+    axis: Axis,
+    lengths: Sequence[int],
+    left: int,
+    right: int = 0,
+    note: Note = unnoted,
+    once: Once = every_time,
+) -> Tensor:
     """This rank's piece with the tokens beside it; differentiable.
 
     Args:
@@ -135,14 +152,22 @@ def halo(x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int = 
     Returns:
         ``[B, left + n + right, ...]``, zero beyond the sequence's ends (everywhere beside an empty piece).
     """
-    return _Halo.apply(x, axis, lengths, left, right, note)
+    return _Halo.apply(x, axis, lengths, left, right, note, once)
+
+
+def total(x: Tensor, axis: Axis, note: Note = unnoted) -> Tensor:
+    """The sum of all ranks' ``x``, which it may overwrite."""
+    if axis.size > 1:
+        with note(x.numel() * x.element_size()):
+            dist.all_reduce(x, group=axis.group)
+    return x
 
 
 class _WithPast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, extended: Tensor, past: Tensor, first: int, left: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, extended: Tensor, past: Tensor, first: int, left: int, axis: Axis, note: Note) -> Tensor:
         reach = max(0, left - first) if extended.shape[1] else 0
-        ctx.where, ctx.axis = (reach, first, left), axis
+        ctx.where, ctx.axis, ctx.note = (reach, first, left), axis, note
         out = extended.clone()
         out[:, :reach] = past[:, first : first + reach]
         return out
@@ -153,36 +178,37 @@ class _WithPast(torch.autograd.Function):
         reach, first, left = ctx.where
         to_past = grad.new_zeros(grad.shape[0], left, *grad.shape[2:])
         to_past[:, first : first + reach] = grad[:, :reach]
-        if ctx.axis.size > 1:
-            dist.all_reduce(to_past, group=ctx.axis.group)
         own = grad.clone()
         own[:, :reach] = 0
-        return own, to_past, None, None, None
+        return own, total(to_past, ctx.axis, ctx.note), None, None, None, None
 
 
-def with_past(extended: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], left: int) -> Tensor:
+def with_past(
+    extended: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], left: int, note: Note = unnoted
+) -> Tensor:
     """``extended`` of `halo` with tokens from before the sequence, ``past [B, left, ...]``, put where they belong.
 
     ``past`` is the same on every rank, and so is its gradient (a collective, run by all ranks).
     """
     first = sum(lengths[: axis.rank]) if lengths[axis.rank] else left
-    return _WithPast.apply(extended, past.to(extended.dtype), first, left, axis)
+    return _WithPast.apply(extended, past.to(extended.dtype), first, left, axis, note)
 
 
 class _Tail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], reach: int) -> Tensor:
-        total, first, own = sum(lengths), sum(lengths[: axis.rank]), lengths[axis.rank]
-        start, stop = max(first, total - reach), first + own  # this rank's tokens in the tail
+    def forward(
+        ctx: Any, x: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], reach: int, note: Note
+    ) -> Tensor:
+        length, first, own = sum(lengths), sum(lengths[: axis.rank]), lengths[axis.rank]
+        start, stop = max(first, length - reach), first + own  # this rank's tokens in the tail
         out = x.new_zeros(x.shape[0], reach, *x.shape[2:])
         slots, tokens = slice(0, 0), slice(0, 0)
         if start < stop:
-            slots = slice(start - total + reach, stop - total + reach)
+            slots = slice(start - length + reach, stop - length + reach)
             tokens = slice(start - first, own)
             out[:, slots] = x[:, tokens]
-        if axis.size > 1:
-            dist.all_reduce(out, group=axis.group)
-        kept = max(0, reach - total)
+        out = total(out, axis, note)
+        kept = max(0, reach - length)
         if kept:
             out[:, :kept] = past[:, past.shape[1] - kept :]
         ctx.where = (slots, tokens, kept, x.shape, past.shape)
@@ -196,10 +222,12 @@ class _Tail(torch.autograd.Function):
         to_x[:, tokens] = grad[:, slots]
         if kept:
             to_past[:, past_shape[1] - kept :] = grad[:, :kept]
-        return to_x, to_past, None, None, None
+        return to_x, to_past, None, None, None, None
 
 
-def tail(x: Tensor, past: Tensor | None, axis: Axis, lengths: Sequence[int], reach: int) -> Tensor:
+def tail(
+    x: Tensor, past: Tensor | None, axis: Axis, lengths: Sequence[int], reach: int, note: Note = unnoted
+) -> Tensor:
     """The last ``reach`` tokens of (``past``, whole sequence), ``[B, reach, ...]``, on every rank; zeros where
     there are none.
 
@@ -207,4 +235,4 @@ def tail(x: Tensor, past: Tensor | None, axis: Axis, lengths: Sequence[int], rea
     """
     if past is None:
         past = x.new_zeros(x.shape[0], reach, *x.shape[2:])
-    return _Tail.apply(x, past.to(x.dtype), axis, lengths, reach)
+    return _Tail.apply(x, past.to(x.dtype), axis, lengths, reach, note)

@@ -31,8 +31,9 @@ def _all_to_all(parts: list[Tensor], shapes: list[tuple[int, ...]], axis: Axis, 
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = parts[0].new_empty(sum(sizes))
     splits = [part.numel() * width for part in parts]
-    note(sum(splits) - splits[axis.rank])
-    dist.all_to_all_single(received.view(torch.uint8), sent, [size * width for size in sizes], splits, group=axis.group)
+    arriving = [size * width for size in sizes]
+    with note(sum(splits) - splits[axis.rank]):
+        dist.all_to_all_single(received.view(torch.uint8), sent, arriving, splits, group=axis.group)
     return [flat.view(shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from . import halo as neighbours
 from . import reshard
 from .mesh import Axis, Mesh
 from .relay import GatherRelay, gather
-from .traffic import Note, Traffic
+from .traffic import Note, Once, Traffic, every_time
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,10 +69,13 @@ def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, 
 
 @dataclass
 class _Journey:
-    """What all layers' views of one span share: the outgoing carry, and what is worth finding out once."""
+    """What all layers' views of one span share: the outgoing carry, what is worth finding out once, and what exchanges
+    brought.
+    """
 
     carry_out: dict[str, Carry] = field(default_factory=dict)
     found: dict[Any, Tensor | None] = field(default_factory=dict)
+    brought: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Span:
         segments: ``[B, n]`` int64 non-decreasing document ids >= 0 of this rank's tokens; None for one document.
         carry: what came before ``start``, by layer and verb; empty at the beginning. The same on every rank.
         keep_carry: whether the verbs write the outgoing carry (streaming, decoding).
+        remember: keep what small exchanges bring: layers will be computed again for their gradients (`at`).
         noise: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
         traffic: counts the bytes exchanged.
         layer: name of the layer that uses this view.
@@ -97,6 +101,7 @@ class Span:
     segments: Tensor | None = None
     carry: Mapping[str, Carry] = field(default_factory=dict)
     keep_carry: bool = False
+    remember: bool = False
     noise: Tensor | None = None
     traffic: Traffic = field(default_factory=Traffic)
     layer: str = ""
@@ -131,9 +136,13 @@ class Span:
         """This rank's tokens of ``x [B, L, ...]``, all tokens from position 0 on."""
         return x if self.lengths is None else x[:, self.position : self.position + self.lengths[self.axis.rank]]
 
-    def at(self, layer: str) -> Span:
-        """The view of this span for one layer: its verbs' carries and bytes go under that name."""
-        return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, _calls=0)
+    def at(self, layer: str, **fields: Any) -> Span:
+        """The view of this span for one layer: its verbs' carries and bytes go under that name.
+
+        A layer that is computed again takes a new view of the same name, with ``remember=True`` both times: then ranks
+        exchange states and halos once, and the carry is that of the first time.
+        """
+        return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, **fields, _calls=0)
 
     def entered(self, carry: Mapping[str, Carry], **fields: Any) -> Span:
         """This span with what came before it, and nothing yet of what it leaves."""
@@ -157,10 +166,9 @@ class Span:
             This piece's output.
         """
         key, note = self._call("scan")
-        relay = GatherRelay(self.axis, note) if self.axis.size > 1 else None
+        relay = GatherRelay(self.axis, note, self._once(key)) if self.axis.size > 1 else None
         y, after = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=relay)
-        if self.keep_carry:
-            self.carry_out[key] = after
+        self._leave(key, lambda: after)
         return y
 
     @_verb
@@ -178,12 +186,15 @@ class Span:
         key, note = self._call("halo")
         lengths = self._lengths(x)
         past = self.carry.get(key)
-        extended = neighbours.halo(x, self.axis, lengths, left, right, note)
+        extended = neighbours.halo(x, self.axis, lengths, left, right, note, self._once(key))
         if past is not None and left:
-            extended = neighbours.with_past(extended, past.state, self.axis, lengths, left)
-        if self.keep_carry:
-            state = neighbours.tail(x, None if past is None else past.state, self.axis, lengths, left)
-            self.carry_out[key] = Carry(state, self._tail_segments(past, left))
+            extended = neighbours.with_past(extended, past.state, self.axis, lengths, left, note)
+
+        def leaving() -> Carry:
+            state = neighbours.tail(x, None if past is None else past.state, self.axis, lengths, left, note)
+            return Carry(state, self._tail_segments(past, left))
+
+        self._leave(key, leaving)
         return extended
 
     @_verb
@@ -198,7 +209,7 @@ class Span:
             extended = neighbours.borrow(ids, self.axis, lengths, left, right, -1, note)
             past = self._carried_ids(left)
             if past is not None:
-                extended = neighbours.with_past(extended, past, self.axis, lengths, left)
+                extended = neighbours.with_past(extended, past, self.axis, lengths, left, note)
             self._journey.found[key] = extended
         return self._journey.found[key]
 
@@ -228,13 +239,13 @@ class Span:
                 segments = torch.cat([past.segment, segments], dim=1)
         before = sum(reshard.channel_shares(units, self.axis.size)[: self.axis.rank])
         y = fn(Whole(tokens, num_past, slice(before, before + tokens.shape[2]), segments))
-        if self.keep_carry:
-            kept = tokens.shape[1] if reach is None else min(reach, tokens.shape[1])
-            first = tokens.shape[1] - kept
-            self.carry_out[key] = Carry(
-                reshard.all_channels(tokens[:, first:], self.axis, units, note),
-                None if segments is None else segments[:, first:],
-            )
+
+        def leaving() -> Carry:
+            first = 0 if reach is None else max(0, tokens.shape[1] - reach)
+            state = reshard.all_channels(tokens[:, first:], self.axis, units, note)
+            return Carry(state, None if segments is None else segments[:, first:])
+
+        self._leave(key, leaving)
         return reshard.to_tokens(y, self.axis, lengths, units, note)
 
     def _call(self, verb: str) -> tuple[str, Note]:
@@ -242,6 +253,23 @@ class Span:
         key = f"{self.layer}.{verb}{self._calls}"
         self._calls += 1
         return key, self.traffic.note(self.layer, verb)
+
+    def _leave(self, key: str, carry: Callable[[], Carry]) -> None:
+        """Write what a verb leaves to the tokens that follow, if they are wanted; the first time, not when a layer is
+        computed again.
+        """
+        if self.keep_carry and key not in self.carry_out:
+            self.carry_out[key] = carry()
+
+    def _once(self, key: str) -> Once:
+        """How a verb makes an exchange that is small enough to be remembered."""
+        return partial(self._remembered, key) if self.remember else every_time
+
+    def _remembered(self, key: str, exchange: Callable[[], Any]) -> Any:
+        brought = self._journey.brought
+        if key not in brought:
+            brought[key] = exchange()
+        return brought[key]
 
     def _lengths(self, x: Tensor) -> Sequence[int]:
         lengths = [x.shape[1]] if self.lengths is None else self.lengths
@@ -262,8 +290,9 @@ class Span:
         if key not in self._journey.found:
             ids = None if past is None or past.segment is None else past.segment + 1
             lengths = self._lengths(self.segments)
+            note = self.traffic.note("segments", "halo")
             # Shifted by one, because a missing token is 0 in a tail and -1 among ids.
-            self._journey.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach) - 1
+            self._journey.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach, note) - 1
         return self._journey.found[key]
 
     def _whole_segments(self) -> Tensor | None:

@@ -44,6 +44,7 @@ class Case:
         lengths: tokens of each rank; empty for the usual shares.
         dtype: of weights and activations.
         causal: direction of the model.
+        recompute: compute blocks of the model again in backward.
     """
 
     pattern: str
@@ -53,6 +54,7 @@ class Case:
     lengths: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float64
     causal: bool = True
+    recompute: bool = False
 
     @property
     def segments(self) -> Tensor | None:
@@ -75,6 +77,7 @@ def run(axis: Axis, case: Case) -> dict[str, Tensor]:
     for parameter in model.parameters():  # so that no gradient is small only by what the weights begin with
         parameter.data += 0.1 * torch.randn_like(parameter)
     model = model.to(case.dtype)
+    model.recompute = case.recompute
     torch.manual_seed(2)
     tokens, labels = torch.randint(0, 17, (2, 2, case.length))
     labels[:, :2] = IGNORED
@@ -109,22 +112,24 @@ def check(cases: list[Case], ranks: int) -> None:
     parts = run_distributed(run_all, ranks, cases) if ranks > 1 else [run_all(Axis(), cases)]
     wholes: dict[Case, dict[str, Tensor]] = {}
     for number, case in enumerate(cases):
-        plain = replace(case, block_len=0, lengths=())
+        plain = replace(case, block_len=0, lengths=(), recompute=False)
         if plain not in wholes:
             wholes[plain] = run(Axis(), plain)
         for name, wanted in wholes[plain].items():
             found = torch.stack([part[number][name] for part in parts]).sum(0)
-            error = (found - wanted).norm() / wanted.norm()
+            # Where only a document's first token counts, some gradients are nothing but rounding.
+            error = (found - wanted).norm() / wanted.norm().clamp(min=1e-3)
             assert error <= TOLERANCE[case.dtype], f"{case}: {name}: relative RMS error {float(error):.2e}"
 
 
 def layouts(pattern: str) -> list[Case]:
-    """{dense, documents, uneven} x {whole, streamed} x {fp64, fp32}, and non-causal where nothing is streamed."""
+    """{dense, documents, uneven} x {whole, streamed} x {fp64, fp32}; non-causal ones whole; some recomputed."""
     dense = Case(pattern, 24)
     # Documents that begin on a rank's edge (12 of 2 ranks, 8 of 3, 6 of 4), several in one share, one over all.
     documents = Case(pattern, 24, ((6, 7, 9, 12, 16), ()))
     uneven = Case(pattern, 23, ((1, 22), (8,)))
     cases = [replace(case, causal=False) for case in (dense, documents, uneven)]
+    cases += [replace(uneven, causal=False, recompute=True), replace(uneven, block_len=5, recompute=True)]
     for case in (dense, documents, uneven):
         cases += [replace(case, block_len=block_len) for block_len in (0, 3, 5)]
         cases += [replace(case, block_len=block_len, dtype=torch.float32) for block_len in (0, 5)]
@@ -162,6 +167,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
             draw(st.none() | st.tuples(starts, starts)),
             0 if split else draw(st.integers(0, 9)),
             lengths,
+            recompute=draw(st.booleans()),
         ),
         ranks,
     )

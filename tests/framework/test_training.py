@@ -93,7 +93,7 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/streamed-{stage}"])
             runs[-1] += ["train.steps=3", "optim.schedule_steps=10", "data.packing=documents"]
             runs[-1] += [f"train.micro_batch_size={1 + stage % 2}", f"parallel.block_len={40 // sequence}"]
-            runs[-1] += [f"parallel.park_carries={'true' if stage else 'false'}"]
+            runs[-1] += [f"parallel.park_carries={stage > 0}", f"train.recompute={stage % 2 == 1}"]
         results[name] = run_world(train_each, ranks, config, runs, timeout=280)[0]
     return results
 
