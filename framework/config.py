@@ -45,12 +45,16 @@ class ParallelConfig:
         sequence: ranks that share one sequence; 0 means all of them.
         block_len: tokens of a streamed block on each rank, so that memory does not grow with the sequence; 0 processes
             it whole.
+        relay: how states travel along the ranks of a sequence: ``gather`` (all to all ranks), ``two_level`` (within
+            nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``auto`` (the fastest by
+            `parallel.cost`).
         park_carries: keep what waits between streamed blocks in host memory.
     """
 
     ranks: int = 1
     sequence: int = 0
     block_len: int = 0
+    relay: Literal["auto", "gather", "two_level", "pipeline"] = "auto"
     park_carries: bool = False
 
     @property
@@ -117,11 +121,18 @@ class CheckpointConfig:
 
 @dataclass
 class MonitorConfig:
-    """What is shown: TensorBoard, plots, and ``sample_len`` tokens of generated text at each validation."""
+    """What is shown.
+
+    Args:
+        tensorboard, plot: write TensorBoard's events, and the loss curve at the end.
+        sample_len: tokens of generated text at the end.
+        record_exchanges: of so many first steps, every exchange of every rank, in ``exchanges/rank-N.jsonl``.
+    """
 
     tensorboard: bool = True
     plot: bool = True
     sample_len: int = 0
+    record_exchanges: int = 0
 
 
 @dataclass
@@ -244,7 +255,8 @@ _AT_LEAST = {
     0: (
         "run.seed model.vocab parallel.sequence parallel.block_len data.workers data.valid_fraction "
         "optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
-        "train.validate_every train.validate_batches train.threads checkpoint.every monitor.sample_len"
+        "train.validate_every train.validate_batches train.threads checkpoint.every monitor.sample_len "
+        "monitor.record_exchanges"
     ),
     1: (
         "model.width model.depth data.seq_len data.batch_size parallel.ranks "

@@ -7,12 +7,15 @@ micro-batches.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from ..kernels.errors import InputError
 from ..parallel import streaming
 from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
+from ..parallel.recorder import Recorder
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
 from . import checkpoint
@@ -68,7 +72,7 @@ def train(config: RunConfig) -> Result:
     )
     _set_threads(config.train.threads)
     join_world()
-    mesh = init_mesh(config.parallel.num_sequence_ranks)
+    mesh = init_mesh(config.parallel.num_sequence_ranks, relay=config.parallel.relay)
     index = open_corpus(config, mesh)
     run_dir = Path(config.run.dir)
     torch.manual_seed(config.run.seed)
@@ -122,7 +126,8 @@ def _loop(
         batch = list(islice(micro_batches, batches.num_micro_batches))
         waited = time.monotonic() - started
         lr = learning_rate(config.optim, state["step"], train.steps)
-        row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
+        with _recorder(config, mesh, run_dir, traffic, state["step"]):
+            row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
         state["step"] += 1
         state["consumed"] += config.data.batch_size
         if monitor is not None:
@@ -291,6 +296,21 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
 
 def _num_micro_batches(config: RunConfig) -> int:
     return config.data.batch_size // (config.parallel.num_data_ranks * config.train.micro_batch_size)
+
+
+@contextmanager
+def _recorder(config: RunConfig, mesh: Mesh, run_dir: Path, traffic: Traffic, step: int) -> Iterator[None]:
+    """Writes down the exchanges of this rank, if those of this step are wanted."""
+    if step >= config.monitor.record_exchanges:
+        yield
+        return
+    with Recorder(traffic) as recorder:
+        yield
+    path = run_dir / "exchanges" / f"rank-{mesh.world.rank}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="ascii") as file:
+        for event in recorder.events:
+            file.write(json.dumps({"step": step + 1, **asdict(event)}) + "\n")
 
 
 def _check_compile(config: RunConfig) -> None:

@@ -163,24 +163,41 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
     return values.to(dtype).view(-1, *(1 for _ in range(like.dim() - 1)))
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One piece as the others see it: ``(A, B)`` and the ids of its first and last document (``[B]``, or None)."""
+class Flow(NamedTuple):
+    """States that flow past all pieces in one direction; each piece adds to them.
 
-    decay: Tensor
+    Attributes:
+        state: ``[B, ...]``, what this piece adds: the B of its map.
+        start: what enters the first piece (the last one if ``reverse``), the same everywhere; None for zeros.
+        reverse: from right to left.
+    """
+
     state: Tensor
-    first: Tensor | None = None
-    last: Tensor | None = None
+    start: Tensor | None
+    reverse: bool
 
 
 class Relay(Protocol):
-    """Reaches the other pieces of the sequence. `gather` is a collective: all pieces call it in the same order."""
+    """Reaches the other pieces of the sequence. What it does is a collective: all pieces ask in the same order."""
 
     rank: int
     size: int
 
-    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Every piece's tensors, in the order of the sequence. Shapes and dtypes agree between pieces."""
+    def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every piece's first and last document ``[B]``, in the order of the sequence."""
+        ...
+
+    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Send states past all pieces, each of which maps them to ``decay * state + flow.state``.
+
+        Args:
+            decay: the A of this piece's map, the same for all flows.
+            flows: shapes and directions agree between pieces.
+            adjoint: of an earlier sweep, whose decays are these, conjugated.
+
+        Returns:
+            For each flow what reaches this piece, and what leaves the last one.
+        """
         ...
 
     def once(self, exchange: Callable[[], T]) -> T:
@@ -194,77 +211,70 @@ class Alone:
     rank = 0
     size = 1
 
-    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        return [tuple(tensors)]
+    def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(first, last)]
+
+    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for state, start, _ in flows:
+            start = torch.zeros_like(state) if start is None else start
+            found.append((start, decay * start + state))
+        return found
 
     def once(self, exchange: Callable[[], T]) -> T:
         return exchange()
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What the fold over all pieces needs to run again backward: decays, and which piece continues its predecessor."""
+class Place:
+    """Where a piece lies among the others: what its fold needs again backward.
 
-    decays: list[Tensor]
-    gates: list[Tensor | None]
+    Attributes:
+        relay: reaches the others.
+        decay: A of this piece's map, 0 where a document begins in it or at its first token.
+        gate: ``[B]`` whether it continues its predecessor's document; None for always.
+        causal: whether states flow to the right only.
+        shared: whether one sum stands for what flows left and what flows right.
+    """
+
+    relay: Relay
+    decay: Tensor
+    gate: Tensor | None
     causal: bool
-    shared: bool  # one sum stands for what flows left and what flows right
+    shared: bool
 
-    def gate(self, piece: int, state: Tensor) -> Tensor:
-        """``state`` as it crosses the edge between ``piece - 1`` and ``piece``."""
-        gate = self.gates[piece]
-        return state if gate is None else per_row(gate, state) * state
-
-    def from_left(self, states: Sequence[Tensor], start: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The state that enters each piece from the left, and the one that leaves the last."""
-        entering = []
-        for piece, state in enumerate(states):
-            entering.append(self.gate(piece, start))
-            start = self.decays[piece] * entering[-1] + state
-        return entering, start
-
-    def from_right(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The state that enters each piece from the right."""
-        entering = [torch.zeros_like(states[-1])]
-        for piece in range(len(states) - 1, 0, -1):
-            entering.append(self.gate(piece, states[piece] + self.decays[piece] * entering[-1]))
-        return entering[::-1]
-
-    def grad_from_right(self, grads: Sequence[Tensor], end: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Adjoint of `from_left`: the gradient of the state that leaves each piece, and that of ``start``."""
-        leaving = []
-        for piece in range(len(grads) - 1, -1, -1):
-            leaving.append(end)
-            end = self.gate(piece, self.decays[piece].conj() * end + grads[piece])
-        return leaving[::-1], end
-
-    def grad_from_left(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Adjoint of `from_right`: the gradient of the state that leaves each piece to the left."""
-        leaving = [torch.zeros_like(grads[0])]
-        for piece in range(len(grads) - 1):
-            leaving.append(self.gate(piece + 1, grads[piece] + self.decays[piece].conj() * leaving[-1]))
-        return leaving
+    def at_edge(self, state: Tensor) -> Tensor:
+        """``state`` as it crosses the edge between this piece and the one before."""
+        return state if self.gate is None else per_row(self.gate, state) * state
 
 
-def fold(relay: Relay, summary: Summary, carry: Carry | None, op: StatefulOp) -> tuple[Tensor, Carry, Pieces]:
-    """The state from outside this piece, the carry behind the last piece, and the fold's memory."""
-    documents = summary.first is not None and summary.last is not None
+def fold(
+    relay: Relay, op: StatefulOp, summary: tuple[Tensor, Tensor], segments: Tensor | None, carry: Carry | None
+) -> tuple[Tensor, Carry, Place]:
+    """The state from outside this piece, the carry behind the last piece, and the piece's place."""
+    decay, state = summary
+    entries, last = gates([] if segments is None else relay.ends(*edges(segments)), carry)
+    gate = entries[relay.rank] if entries else None
     # A plain sum flows to both sides alike where no document ends, so one crosses.
-    shared = not op.causal and op.plain_sum and not documents
-    state = summary.state[0] if shared else summary.state
-    ids = [] if summary.first is None or summary.last is None else [summary.first, summary.last]
-    gathered = relay.gather([summary.decay, state, *ids])
-    entries, last = gates([(row[2], row[3]) for row in gathered] if documents else [], carry)
-    pieces = Pieces([row[0] for row in gathered], entries or [None] * len(gathered), op.causal, shared)
-
-    states = [row[1] for row in gathered]
-    to_right = states if op.causal or shared else [pair[0] for pair in states]
-    entering, end = pieces.from_left(to_right, _start(carry, to_right[0]))
-    past = entering[relay.rank]
+    shared = not op.causal and op.plain_sum and segments is None
+    to_right = state if op.causal else state[0]
+    place = Place(relay, decay if gate is None else per_row(gate, to_right) * decay, gate, op.causal, shared)
+    flows = [Flow(to_right, None if carry is None else carry.state.to(to_right.dtype), False)]
     if not op.causal:
-        to_left = states if shared else [pair[1] for pair in states]
-        past = torch.stack([past, pieces.from_right(to_left)[relay.rank]])
-    return past, Carry(end, last), pieces
+        flows.append(Flow(to_right if shared else place.at_edge(state[1]), None, True))
+    (past, end), *from_right = relay.sweep(place.decay, flows)
+    past = place.at_edge(past)
+    return torch.stack([past, from_right[0][0]]) if from_right else past, Carry(end, last), place
+
+
+def fold_grad(place: Place, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Adjoint of `fold`: the gradient of this piece's own state, and that of the incoming carry."""
+    to_left = grad if place.causal else grad[0]
+    flows = [Flow(place.at_edge(to_left), end, True)]
+    if not place.causal:
+        flows.append(Flow(flows[0].state if place.shared else grad[1], None, False))
+    (future, start), *from_left = place.relay.sweep(place.decay.conj(), flows, adjoint=True)
+    return torch.stack([future, place.at_edge(from_left[0][0])]) if from_left else future, start
 
 
 def edges(segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,23 +295,6 @@ def gates(ends: list[tuple[Tensor, Tensor]], carry: Carry | None) -> tuple[list[
     return found, last
 
 
-def _start(carry: Carry | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if carry is None else carry.state.to(like.dtype)
-
-
-def fold_grad(relay: Relay, pieces: Pieces, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Adjoint of `fold`: the gradient of this piece's own state, and that of the incoming carry."""
-    grads = [row[0] for row in relay.gather([grad[0] if pieces.shared else grad])]
-    paired = not pieces.causal and not pieces.shared
-    from_right = [pair[0] for pair in grads] if paired else grads
-    leaving, start = pieces.grad_from_right(from_right, torch.zeros_like(from_right[0]) if end is None else end)
-    future = leaving[relay.rank]
-    if not pieces.causal:
-        from_left = [pair[1] for pair in grads] if paired else grads
-        future = torch.stack([future, pieces.grad_from_left(from_left)[relay.rank]])
-    return future, start
-
-
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -313,24 +306,25 @@ class _Scan(torch.autograd.Function):
         carry_state: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        first, last = (None, None) if segments is None else edges(segments)
         carry = None if carry_state is None else Carry(carry_state, carry_segment)
         if op.causal and relay.size == 1:
-            entries, last_id = gates([] if first is None or last is None else [(first, last)], carry)
+            entries, last = gates([] if segments is None else [edges(segments)], carry)
             gate, start = entries[0] if entries else None, carry_state
             if gate is not None and start is not None:
                 start = per_row(gate, start) * start
             past, y, saved, decay, end = op.advance(inputs, segments, start)
-            carry_out, pieces = Carry(end, last_id), Pieces([through(decay, segments, end)], [gate], True, False)
+            decay = through(decay, segments, end)
+            place = Place(relay, decay if gate is None else per_row(gate, end) * decay, gate, True, False)
+            carry_out = Carry(end, last)
         else:
 
-            def exchange() -> tuple[Tensor, Carry, Pieces]:
-                return fold(relay, Summary(*transition(op, inputs, segments), first, last), carry, op)
+            def exchange() -> tuple[Tensor, Carry, Place]:
+                return fold(relay, op, transition(op, inputs, segments), segments, carry)
 
-            past, carry_out, pieces = relay.once(exchange)
+            past, carry_out, place = relay.once(exchange)
             y, saved = op.attend(inputs, segments, past)
         ctx.save_for_backward(segments, past, *inputs, *saved)
-        ctx.op, ctx.relay, ctx.pieces, ctx.num_inputs = op, relay, pieces, len(inputs)
+        ctx.op, ctx.place, ctx.num_inputs = op, place, len(inputs)
         ctx.carry_dtype = None if carry_state is None else carry_state.dtype
         if segments is not None:
             ctx.mark_non_differentiable(carry_out.segment)
@@ -345,11 +339,11 @@ class _Scan(torch.autograd.Function):
         with full_precision(past):
             if grad is None:
                 grad = ctx.op.attend(inputs, segments, past)[0].zero_()
-            if ctx.relay.size == 1 and ctx.carry_dtype is None:
+            if ctx.place.relay.size == 1 and ctx.carry_dtype is None:
                 to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
             else:
                 to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
-            future, start = fold_grad(ctx.relay, ctx.pieces, to_past, grad_carry)
+            future, start = fold_grad(ctx.place, to_past, grad_carry)
             grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
         start_grad = None if ctx.carry_dtype is None else start.to(ctx.carry_dtype)
         return None, None, None, None, start_grad, *grads

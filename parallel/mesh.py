@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -23,12 +23,18 @@ class Axis:
         size: how many ranks the axis has.
         ranks: their global ranks, in order.
         group: their process group; None where the axis has one rank.
+        node: those of them on this rank's node, where several nodes hold as many each; else None.
+        peers: those in the same place on every node; else None.
+        relay: how states travel along the axis: one of `parallel.relay.WAYS`.
     """
 
     rank: int = 0
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    node: Axis | None = None
+    peers: Axis | None = None
+    relay: str = "gather"
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,13 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def init_mesh(sequence: int = 1) -> Mesh:
+def init_mesh(sequence: int = 1, *, relay: str = "auto", node_size: int | None = None) -> Mesh:
     """Lay the joined world out as data x sequence.
 
     Args:
         sequence: ranks that share one sequence; rank ``d * sequence + s`` is part s of data rank d.
+        relay: how states travel along a sequence: gather, two_level, pipeline or auto (the fastest by `parallel.cost`).
+        node_size: ranks of a node; None to take it from the launcher.
 
     Raises:
         InputError: ``sequence`` does not divide the number of ranks.
@@ -105,7 +113,27 @@ def init_mesh(sequence: int = 1) -> Mesh:
     rows = [tuple(range(start, start + sequence)) for start in range(0, ranks, sequence)]
     columns = [tuple(range(part, ranks, sequence)) for part in range(sequence)]
     world = Axis(dist.get_rank(), ranks, tuple(range(ranks)), dist.group.WORLD)
-    return Mesh(data=_join(columns), sequence=_join(rows), world=world, device=device)
+    node, peers = levels(rows, node_size or local_size() or ranks)
+    if relay == "two_level" and node is None:
+        allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
+        raise InputError("parallel.relay", relay, allowed, "choose auto, gather or pipeline")
+    axis = replace(_join(rows), relay=relay, node=node, peers=peers)
+    return Mesh(data=_join(columns), sequence=axis, world=world, device=device)
+
+
+def local_size() -> int:
+    """Ranks of this node, as the launcher's environment says (torchrun and deepspeed by different names); 0 if not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "0")
+
+
+def levels(rows: list[tuple[int, ...]], node_size: int) -> tuple[Axis | None, Axis | None]:
+    """`Axis.node` and `Axis.peers` for ``rows`` of ranks, if each row takes several whole nodes; a collective."""
+    sequence = len(rows[0])
+    if sequence <= node_size or sequence % node_size or node_size == 1:
+        return None, None
+    nodes = [row[first : first + node_size] for row in rows for first in range(0, sequence, node_size)]
+    peers = [row[place::node_size] for row in rows for place in range(node_size)]
+    return _join(nodes), _join(peers)
 
 
 def _join(layout: list[tuple[int, ...]]) -> Axis:

@@ -1,29 +1,156 @@
-"""States across ranks: gather every rank's summary; `kernels.scan` folds what lies before (or after) this rank.
+"""States across ranks: three ways to send them past all pieces of a sequence, all exact (see `kernels.scan.Relay`).
 
-A gather moves one payload a rank, whatever the length of the sequence, and needs no rank to wait for its neighbour's
-result: exclusive prefix forward, exclusive suffix backward, each after a single exchange.
+- gather: every rank gets every summary and folds what lies before it. One exchange, no rank waits for another's result;
+  what a rank receives grows with the number of ranks.
+- two_level: ranks of a node gather, then nodes do. What crosses between nodes does not grow with the ranks in a node.
+- pipeline: each rank maps what it gets from its neighbour and sends it on, slice by slice. What a rank sends and
+  receives does not depend on the number of ranks; the last slice arrives after a walk along all of them.
+
+`parallel.cost` says which is the fastest for so many bytes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache, reduce
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.scan import Flow
+from . import cost
 from .mesh import Axis, all_gather, as_bytes
 from .traffic import Note, Once, every_time, unnoted
 
+log = logging.getLogger("longreach.parallel")
+WAYS = ("auto", "gather", "two_level", "pipeline")
+SLICES = 4  # of a state that goes from neighbour to neighbour
+Map = tuple[Tensor, Tensor]
+"""(A, B) of ``x -> A x + B``."""
 
-class GatherRelay:
-    """The relay of one sequence split over the ranks of an axis (see `kernels.scan.Relay`)."""
 
-    def __init__(self, axis: Axis, note: Note = unnoted, once: Once = every_time) -> None:
-        self.rank, self.size = axis.rank, axis.size
-        self._axis, self._note, self.once = axis, note, once
+class AxisRelay:
+    """The relay of one sequence split over the ranks of an axis; ``axis.relay`` says by which way.
 
-    def gather(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        return gather(tensors, self._axis, self._note)
+    Args:
+        axis: the ranks that share the sequence.
+        note: counts the bytes of states.
+        once: see `kernels.scan.Relay.once`.
+        note_ends: counts the bytes of document ids.
+        ends_once: remembers them, which are the same for all layers.
+    """
+
+    def __init__(
+        self,
+        axis: Axis,
+        note: Note = unnoted,
+        once: Once = every_time,
+        note_ends: Note = unnoted,
+        ends_once: Once = every_time,
+    ) -> None:
+        self.rank, self.size, self.once = axis.rank, axis.size, once
+        self._axis, self._note = axis, note
+        self._note_ends, self._ends_once = note_ends, ends_once
+        self._decays: list[Tensor] = []
+
+    def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found: list[Any] = self._ends_once(lambda: gather([first, last], self._axis, self._note_ends))
+        return found
+
+    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+        way = self._axis.relay
+        if way == "auto":
+            way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)), decay.device.type)
+        if way == "gather":
+            return self._gather(decay, flows, adjoint)
+        return self._two_level(decay, flows) if way == "two_level" else self._pipeline(decay, flows)
+
+    def _gather(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool) -> list[tuple[Tensor, Tensor]]:
+        own = [] if adjoint else [decay]  # backward, the others' decays are known
+        rows = gather([*own, *_distinct(flows)], self._axis, self._note)
+        if not adjoint:
+            self._decays = [row[0] for row in rows]
+        decays = [a.conj() for a in self._decays] if adjoint else self._decays
+        return [
+            _walk([(a, row[len(own) + column]) for a, row in zip(decays, rows, strict=True)], flow, self.rank)
+            for flow, column in zip(flows, _columns(flows), strict=True)
+        ]
+
+    def _two_level(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+        node, peers = self._axis.node, self._axis.peers
+        assert node is not None and peers is not None
+        near = gather([decay, *_distinct(flows)], node, self._note)
+        before: list[Map | None] = []
+        totals: list[Map] = []
+        for flow, column in zip(flows, _columns(flows), strict=True):
+            maps = [(row[0], row[1 + column]) for row in near]
+            place = node.rank
+            if flow.reverse:
+                maps, place = maps[::-1], node.size - 1 - place
+            before.append(reduce(_then, maps[:place]) if place else None)
+            totals.append(reduce(_then, maps))
+        # The product of a node's decays is the same whichever way it is taken.
+        far = gather([totals[0][0], *(b for _, b in totals)], peers, self._note)
+        found = []
+        for number, (flow, inside) in enumerate(zip(flows, before, strict=True)):
+            start, end = _walk([(row[0], row[1 + number]) for row in far], flow, peers.rank)
+            found.append((start if inside is None else inside[0] * start + inside[1], end))
+        return found
+
+    def _pipeline(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+        # One flow after the other: two against each other would each wait for the other's receiver.
+        passed = [self._pass_on(decay, flow) for flow in flows]
+        return [
+            (before, self._from_last(leaving, flow.reverse))
+            for (before, leaving), flow in zip(passed, flows, strict=True)
+        ]
+
+    def _pass_on(self, decay: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
+        """What reaches this rank and what leaves it, slice by slice: one is sent while the next one arrives."""
+        step = -1 if flow.reverse else 1
+        source, target = self.rank - step, self.rank + step
+        state = flow.state.contiguous()
+        before = torch.zeros_like(state) if flow.start is None else flow.start.contiguous().clone()
+        leaving = torch.empty_like(state)
+        lines = decay.expand_as(state).reshape(-1), state.view(-1), before.view(-1), leaving.view(-1)
+        slices = list(zip(*(line.chunk(SLICES) for line in lines), strict=True))
+        arriving, sending = [], []
+        if 0 <= source < self.size:
+            arriving = [self._post(dist.irecv, one[2], source) for one in slices]
+        for number, (a, b, x, y) in enumerate(slices):
+            if arriving:
+                arriving[number].wait()
+            torch.addcmul(b, a, x, out=y)
+            if 0 <= target < self.size:
+                with self._note(y.numel() * y.element_size()):
+                    sending.append(self._post(dist.isend, y, target))
+        for request in sending:
+            request.wait()
+        return before, leaving
+
+    def _from_last(self, leaving: Tensor, reverse: bool) -> Tensor:
+        """What leaves the last rank of a flow."""
+        last = 0 if reverse else self.size - 1
+        with self._note(leaving.numel() * leaving.element_size() if self.rank == last else 0):
+            dist.broadcast(_real(leaving), self._axis.ranks[last], group=self._axis.group)
+        return leaving
+
+    def _post(self, operation: Any, x: Tensor, rank: int) -> Any:
+        return operation(_real(x), self._axis.ranks[rank], group=self._axis.group)
+
+
+@cache
+def _fastest(axis: Axis, num_bytes: int, device: str) -> str:
+    """By the cost model; said once for each size of states."""
+    near, far = cost.links(device)
+    node_size = None if axis.node is None else axis.node.size
+    way = cost.fastest(num_bytes, axis.size, SLICES, near, far, node_size)
+    if axis.rank == 0:
+        log.info("states of %s bytes travel along %d ranks by %s", f"{num_bytes:,}", axis.size, way)
+    return way
 
 
 def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[tuple[Tensor, ...]]:
@@ -39,3 +166,36 @@ def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[
         tuple(part.clone().view(t.dtype).view(t.shape) for part, t in zip(row.split(sizes), tensors, strict=True))
         for row in rows
     ]
+
+
+def _distinct(flows: Sequence[Flow]) -> list[Tensor]:
+    """What the flows add, once where they add the same."""
+    return list({id(flow.state): flow.state for flow in flows}.values())
+
+
+def _columns(flows: Sequence[Flow]) -> list[int]:
+    """Which of `_distinct` each flow adds."""
+    keys = list({id(flow.state): None for flow in flows})
+    return [keys.index(id(flow.state)) for flow in flows]
+
+
+def _then(first: Map, second: Map) -> Map:
+    """The map of two neighbouring pieces."""
+    return first[0] * second[0], second[0] * first[1] + second[1]
+
+
+def _walk(maps: list[Map], flow: Flow, rank: int) -> tuple[Tensor, Tensor]:
+    """What reaches the piece of ``rank``, and what leaves the last one."""
+    x = torch.zeros_like(flow.state) if flow.start is None else flow.start
+    found = x
+    order = range(len(maps))
+    for place in reversed(order) if flow.reverse else order:
+        if place == rank:
+            found = x
+        x = maps[place][0] * x + maps[place][1]
+    return found, x
+
+
+def _real(x: Tensor) -> Tensor:
+    """What can be sent: complex numbers as pairs of real ones."""
+    return torch.view_as_real(x) if x.is_complex() else x

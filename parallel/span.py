@@ -24,7 +24,7 @@ from ..kernels.scan import Carry, StatefulOp, scan
 from . import halo as neighbours
 from . import reshard
 from .mesh import Axis, Mesh
-from .relay import GatherRelay, gather
+from .relay import AxisRelay, gather
 from .traffic import Note, Once, Traffic, every_time
 
 P = ParamSpec("P")
@@ -166,7 +166,10 @@ class Span:
             This piece's output.
         """
         key, note = self._call("scan")
-        relay = GatherRelay(self.axis, note, self._once(key)) if self.axis.size > 1 else None
+        relay = None
+        if self.axis.size > 1:
+            ends_once = partial(self._remembered, "ends")
+            relay = AxisRelay(self.axis, note, self._once(key), self.traffic.note("segments", "scan"), ends_once)
         y, after = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=relay)
         self._leave(key, lambda: after)
         return y

@@ -6,6 +6,7 @@ What it must equal is the same model run once, on the whole sequence, by one pro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from longreach.framework.model import IGNORED, ModelConfig, build_model
 from longreach.parallel import streaming
-from longreach.parallel.mesh import Axis, Mesh
+from longreach.parallel.mesh import Axis, Mesh, levels
 from longreach.parallel.span import Span
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -45,6 +46,7 @@ class Case:
         dtype: of weights and activations.
         causal: direction of the model.
         recompute: compute blocks of the model again in backward.
+        relay: how states travel; two_level (of 4 ranks) as on two nodes of two ranks.
     """
 
     pattern: str
@@ -55,6 +57,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     causal: bool = True
     recompute: bool = False
+    relay: str = "gather"
 
     @property
     def segments(self) -> Tensor | None:
@@ -64,8 +67,16 @@ class Case:
         return torch.tensor(rows)
 
 
+@cache
+def two_nodes(axis: Axis) -> Axis:
+    node, peers = levels([axis.ranks], 2)
+    return replace(axis, relay="two_level", node=node, peers=peers)
+
+
 def run(axis: Axis, case: Case) -> dict[str, Tensor]:
     """This rank's summand of the loss and of every parameter's gradient."""
+    if axis.size > 1:
+        axis = two_nodes(axis) if case.relay == "two_level" else replace(axis, relay=case.relay)
     torch.manual_seed(1)
     mixers, chela = PATTERNS[case.pattern]
     config = ModelConfig(vocab=17, width=16, depth=max(2, len(mixers)), mixers=mixers, causal=case.causal)
@@ -112,7 +123,7 @@ def check(cases: list[Case], ranks: int) -> None:
     parts = run_distributed(run_all, ranks, cases) if ranks > 1 else [run_all(Axis(), cases)]
     wholes: dict[Case, dict[str, Tensor]] = {}
     for number, case in enumerate(cases):
-        plain = replace(case, block_len=0, lengths=(), recompute=False)
+        plain = replace(case, block_len=0, lengths=(), recompute=False, relay="gather")
         if plain not in wholes:
             wholes[plain] = run(Axis(), plain)
         for name, wanted in wholes[plain].items():
@@ -168,6 +179,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
             0 if split else draw(st.integers(0, 9)),
             lengths,
             recompute=draw(st.booleans()),
+            relay=draw(st.sampled_from(["gather", "pipeline", "two_level" if ranks == 4 else "auto"])),
         ),
         ranks,
     )

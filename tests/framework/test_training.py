@@ -196,6 +196,7 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
     """A run in bf16 over two ranks, with everything switched on."""
     overrides = ["parallel.ranks=2", "train.precision=bf16", "train.validate_every=5", "train.steps=12"]
     overrides += [f"run.dir={tmp_path / 'run'}", "monitor.tensorboard=true", "monitor.plot=true"]
+    overrides += ["monitor.record_exchanges=2"]
     ((rows, held_out),) = run_world(train_each, 2, config, [overrides])[0]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
@@ -206,7 +207,17 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
 
     run_dir = tmp_path / "run"
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots"}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots", "exchanges",
+    }  # fmt: skip
+    ours, theirs = (rows_of(run_dir / "exchanges", f"rank-{rank}.jsonl") for rank in (0, 1))
+    assert {row["step"] for row in ours} == {1, 2}
+    for step in (1, 2):  # what the recorder saw of a verb is what `metrics.jsonl` counts
+        for verb in ("scan", "halo", "by_channel"):
+            seen = sum(row["num_bytes"] for row in ours if row["step"] == step and row["verb"] == verb)
+            assert seen == rows[step - 1][f"bytes_{verb}"] > 0
+    collectives = [[row["kind"] for row in x if row["kind"] not in ("send", "receive")] for x in (ours, theirs)]
+    assert collectives[0] == collectives[1] and "all_reduce" in collectives[0]  # DeepSpeed's too
     assert load(run_dir / "config.yaml").model.vocab == 256
     assert (run_dir / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step-00000012"

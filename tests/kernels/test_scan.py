@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -10,8 +11,8 @@ from helpers import run_distributed
 from torch import Tensor
 
 from longreach.kernels.scan import Carry, StatefulOp, entering_states, scan
-from longreach.parallel.mesh import Axis
-from longreach.parallel.relay import GatherRelay
+from longreach.parallel.mesh import Axis, levels
+from longreach.parallel.relay import AxisRelay
 
 
 class GatedAverage(StatefulOp):
@@ -85,7 +86,7 @@ def _case(two_sided: bool, length: int, documents: bool, seed: int) -> tuple[lis
 
 
 def _run(
-    axis: Axis, two_sided: bool, length: int, lengths: list[int], documents: bool, seed: int
+    axis: Axis, two_sided: bool, length: int, lengths: list[int], documents: bool, seed: int, way: str = "gather"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """This rank's outputs and gradients (per token), and the replicated ones (carry out, gradient of carry in)."""
     inputs, segments, carry = _case(two_sided, length, documents, seed)
@@ -93,7 +94,11 @@ def _run(
     mine = slice(stop - lengths[axis.rank], stop)
     leaves = [x[:, mine].clone().requires_grad_() for x in inputs]
     state = carry.state.clone().requires_grad_()
-    relay = GatherRelay(axis) if axis.size > 1 else None
+    axis = replace(axis, relay=way)
+    if way == "two_level":  # two nodes of two ranks
+        node, peers = levels([axis.ranks], 2)
+        axis = replace(axis, node=node, peers=peers)
+    relay = AxisRelay(axis) if axis.size > 1 else None
     ids = None if segments is None else segments[:, mine]
     op = TwoSided() if two_sided else GatedAverage()
     y, after = scan(op, *leaves, segments=ids, carry=Carry(state, carry.segment), relay=relay)
@@ -104,11 +109,19 @@ def _run(
 
 @pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("lengths", [[5, 1], [4, 4, 3], [3, 0, 1], [2, 2, 1, 0], [5, 1, 8, 9]])
-def test_pieces_equal_the_whole(two_sided: bool, documents: bool, lengths: list[int]) -> None:
-    """Catches a fold that skips a piece, mixes documents, or misses a decay on the way there or back."""
+@pytest.mark.parametrize(
+    ("way", "lengths"),
+    [
+        *(("gather", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [2, 2, 1, 0], [5, 1, 8, 9])),
+        *(("two_level", lengths) for lengths in ([2, 2, 1, 0], [5, 1, 8, 9], [0, 3, 0, 1])),
+        *(("pipeline", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
+        ("auto", [4, 4, 3]),
+    ],
+)
+def test_pieces_equal_the_whole(two_sided: bool, documents: bool, way: str, lengths: list[int]) -> None:
+    """Catches a sweep that skips a piece, mixes documents, or misses a decay on the way there or back."""
     for seed in range(3):
-        args = (two_sided, sum(lengths), lengths, documents, seed)
+        args = (two_sided, sum(lengths), lengths, documents, seed, way)
         whole, carried = _run(Axis(), two_sided, sum(lengths), [sum(lengths)], documents, seed)
         rows = run_distributed(_run, len(lengths), *args)
         for part, expected in zip(zip(*(row[0] for row in rows), strict=True), whole, strict=True):

@@ -1,0 +1,74 @@
+"""What an exchange costs, by a latency and a bandwidth; enough to choose between the ways and to plan a run.
+
+A message of n bytes takes ``latency + n / bandwidth`` seconds. Groups exchange as rings do: P ranks gather in P - 1
+such steps, each of one rank's payload.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between two ranks.
+
+    Attributes:
+        latency: seconds.
+        bandwidth: bytes a second.
+    """
+
+    latency: float
+    bandwidth: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """For one message."""
+        return self.latency + num_bytes / self.bandwidth
+
+
+# Rough figures to choose by where nothing was measured: an NVLink, a network adapter of 400 Gbit/s, gloo over loopback.
+LINKS = {
+    "nvlink": Link(5e-6, 200e9),
+    "network": Link(15e-6, 40e9),
+    "loopback": Link(100e-6, 2e9),
+}
+
+
+def links(device: str) -> tuple[Link, Link]:
+    """Within a node and between nodes, for tensors on such a device."""
+    return (LINKS["nvlink"], LINKS["network"]) if device == "cuda" else (LINKS["loopback"], LINKS["loopback"])
+
+
+def gather_seconds(num_bytes: float, ranks: int, link: Link) -> float:
+    """Every rank gets the ``num_bytes`` of every other one."""
+    return (ranks - 1) * link.seconds(num_bytes)
+
+
+def two_level_seconds(num_bytes: float, ranks: int, node_size: int, near: Link, far: Link) -> float:
+    """Within nodes of ``node_size`` ranks, then between them; the ranks of a node share its way out."""
+    shared = Link(far.latency, far.bandwidth / node_size)
+    return gather_seconds(num_bytes, node_size, near) + gather_seconds(num_bytes, ranks // node_size, shared)
+
+
+def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> float:
+    """From rank to rank in ``slices``, then a broadcast of the end (as a tree)."""
+    walk = (ranks - 2 + slices) * link.seconds(num_bytes / slices)
+    return walk + math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
+
+
+def all_to_all_seconds(num_bytes: float, ranks: int, link: Link) -> float:
+    """Each rank deals out ``num_bytes``, its own part included, to all."""
+    return (ranks - 1) * link.seconds(num_bytes / ranks)
+
+
+def fastest(num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None) -> str:
+    """The relay for so many bytes: gather, pipeline, or two_level where ``node_size`` ranks share a node."""
+    link = near if node_size is None else far
+    found = {
+        "gather": gather_seconds(num_bytes, ranks, link),
+        "pipeline": pipeline_seconds(num_bytes, ranks, slices, link),
+    }
+    if node_size is not None:
+        found["two_level"] = two_level_seconds(num_bytes, ranks, node_size, near, far)
+    return min(found, key=lambda name: found[name])
