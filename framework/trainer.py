@@ -61,34 +61,20 @@ def train(config: RunConfig) -> Result:
     config.parallel.ranks = world_size()
     validate(config)
     _check_compile(config)
-    settings = deepspeed_settings(
-        config.deepspeed,
-        precision=config.train.precision,
-        batch_size=config.data.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        accumulation=_num_micro_batches(config),
-        clip=config.optim.clip,
-        world_size=config.parallel.ranks,
-    )
+    settings = settings_of(config)
     _set_threads(config.train.threads)
     join_world()
     mesh = init_mesh(config.parallel.num_sequence_ranks, relay=config.parallel.relay)
     index = open_corpus(config, mesh)
     run_dir = Path(config.run.dir)
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model).to(mesh.device)
-    model.recompute = config.train.recompute
-    if config.train.compile:
-        model.compile(dynamic=False)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    engine = Engine(model, _optimizer(model, config.optim), settings, mesh)
+    engine = start_engine(config, settings, mesh)
     saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None
     state = {"step": 0, "consumed": 0} if saved is None else checkpoint.load(engine, saved)
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
     first_alone(lambda: _start_run_dir(run_dir, config), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
-        monitor.say(_introduction(config, index, num_parameters, mesh))
+        monitor.say(_introduction(config, index, engine.num_parameters, mesh))
         if saved is not None:
             monitor.say(_continuation(saved, state["step"], config.train.steps))
     try:
@@ -99,6 +85,29 @@ def train(config: RunConfig) -> Result:
             monitor.close()
     engine.close()
     return Result(state["step"], held_out, run_dir, plot)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's settings for a run."""
+    return deepspeed_settings(
+        config.deepspeed,
+        precision=config.train.precision,
+        batch_size=config.data.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=num_micro_batches(config),
+        clip=config.optim.clip,
+        world_size=config.parallel.ranks,
+    )
+
+
+def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Engine:
+    """The model, freshly drawn, with its optimizer and DeepSpeed."""
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model).to(mesh.device)
+    model.recompute = config.train.recompute
+    if config.train.compile:
+        model.compile(dynamic=False)
+    return Engine(model, _optimizer(model, config.optim), settings, mesh)
 
 
 def _loop(
@@ -196,7 +205,7 @@ def train_step(
 
         streaming.train(spans, advance, summand, engine.backward, park=config.parallel.park_carries)
     grad_norm = engine.step(lr)
-    rows_all = gather_values([nll_sum, penalty_sum, _peak_memory(mesh)], mesh.world)
+    rows_all = gather_values([nll_sum, penalty_sum, peak_memory(mesh)], mesh.world)
     loss = sum(row[0] for row in rows_all) / count
     return {
         "loss": loss,
@@ -294,7 +303,8 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps)
 
 
-def _num_micro_batches(config: RunConfig) -> int:
+def num_micro_batches(config: RunConfig) -> int:
+    """Micro-batches that a data rank adds up in a step."""
     return config.data.batch_size // (config.parallel.num_data_ranks * config.train.micro_batch_size)
 
 
@@ -337,7 +347,7 @@ def _start_run_dir(run_dir: Path, config: RunConfig) -> None:
         raise InputError("run.dir", str(run_dir), f"a writable directory ({error.strerror})", "set run.dir") from None
 
 
-def _peak_memory(mesh: Mesh) -> float:
+def peak_memory(mesh: Mesh) -> float:
     """Bytes: of the device on a GPU, resident on a CPU."""
     if mesh.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())

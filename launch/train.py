@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or a name in configs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="replaces a value of CONFIG")
     parser.add_argument("--deepspeed_config", metavar="F", help="a DeepSpeed JSON; the same as deepspeed=F")
+    parser.add_argument("--dry-run", action="store_true", help="plan: run steps as one rank of many that are not there")
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: ranks in all (default parallel.ranks)")
+    parser.add_argument("--per-node", type=int, metavar="N", default=8, help="with --dry-run: ranks of a node (8)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
@@ -63,10 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if started:
         overrides.append(f"parallel.ranks={os.environ['WORLD_SIZE']}")
+    if arguments.world is not None:
+        if not arguments.dry_run:
+            raise InputError("--world", arguments.world, "only with --dry-run", "set parallel.ranks instead")
+        overrides.append(f"parallel.ranks={arguments.world}")
     config = load(arguments.config, overrides)
+    if arguments.dry_run:
+        return _plan(config, arguments.per_node)
     if not started and config.parallel.ranks > 1:
         return _start_ranks(config, [arguments.config, *overrides])
     return _train(config)
+
+
+def _plan(config: RunConfig, node_size: int) -> int:
+    from ..framework.plan import plan, tell
+
+    print(tell(plan(config, node_size=node_size)))
+    return 0
 
 
 def _train(config: RunConfig) -> int:

@@ -57,9 +57,19 @@ def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> f
     return walk + math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
 
 
-def all_to_all_seconds(num_bytes: float, ranks: int, link: Link) -> float:
-    """Each rank deals out ``num_bytes``, its own part included, to all."""
-    return (ranks - 1) * link.seconds(num_bytes / ranks)
+def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
+    """Of an exchange as `parallel.recorder.Event` describes it, between so many ranks."""
+    if ranks == 1 or kind == "receive":  # who receives waits while the sender sends
+        return 0.0
+    steps = {
+        "all_gather": (ranks - 1, num_bytes),
+        "all_to_all": (ranks - 1, num_bytes / (ranks - 1)),
+        "all_reduce": (2 * (ranks - 1), num_bytes / ranks),
+        "reduce_scatter": (ranks - 1, num_bytes / ranks),
+        "broadcast": (math.ceil(math.log2(ranks)), num_bytes),
+    }
+    number, size = steps.get(kind, (1, num_bytes))
+    return number * link.seconds(size)
 
 
 def fastest(num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None) -> str:

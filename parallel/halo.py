@@ -102,7 +102,7 @@ def _exchange(
 ) -> list[Tensor]:
     """Send tensors to ranks of the axis and receive tensors of known shapes from others, all at once."""
     outgoing = [as_bytes(tensor) for _, tensor in sends]
-    arrived = [like.new_empty(shape) for _, shape in receives]
+    arrived = [like.new_zeros(shape) for _, shape in receives]  # in a plan nobody sends
     operations = [
         dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
         for data, (rank, _) in zip(outgoing, sends, strict=True)

@@ -87,6 +87,14 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
     )
 
 
+def pretend_world(ranks: int, rank: int, node_size: int) -> None:
+    """Be one rank of a world without the others: what they would send is made up. For planning."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"LOCAL_WORLD_SIZE": str(node_size), "LOCAL_RANK": str(rank % node_size)}
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+
+
 def leave_world() -> None:
     """Leave the world, if one was joined."""
     if dist.is_initialized():
@@ -156,7 +164,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
 
 def as_bytes(x: Tensor) -> Tensor:
     """The elements of ``x`` in a row, as bytes: so every dtype travels on every backend."""
-    row = x.contiguous().view(-1)
+    row = x.resolve_conj().contiguous().view(-1)
     # A single element is contiguous whatever its stride says, but bytes are only seen where the stride is 1.
     return row.as_strided(row.shape, (1,)).view(torch.uint8)
 

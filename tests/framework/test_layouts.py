@@ -133,7 +133,7 @@ def check(cases: list[Case], ranks: int) -> None:
             assert error <= TOLERANCE[case.dtype], f"{case}: {name}: relative RMS error {float(error):.2e}"
 
 
-def layouts(pattern: str) -> list[Case]:
+def layouts(pattern: str, ranks: int) -> list[Case]:
     """{dense, documents, uneven} x {whole, streamed} x {fp64, fp32}; non-causal ones whole; some recomputed."""
     dense = Case(pattern, 24)
     # Documents that begin on a rank's edge (12 of 2 ranks, 8 of 3, 6 of 4), several in one share, one over all.
@@ -141,6 +141,8 @@ def layouts(pattern: str) -> list[Case]:
     uneven = Case(pattern, 23, ((1, 22), (8,)))
     cases = [replace(case, causal=False) for case in (dense, documents, uneven)]
     cases += [replace(uneven, causal=False, recompute=True), replace(uneven, block_len=5, recompute=True)]
+    for relay in ("pipeline", *(["two_level"] if ranks == 4 else [])):
+        cases += [replace(uneven, relay=relay), replace(dense, relay=relay, causal=False)]
     for case in (dense, documents, uneven):
         cases += [replace(case, block_len=block_len) for block_len in (0, 3, 5)]
         cases += [replace(case, block_len=block_len, dtype=torch.float32) for block_len in (0, 5)]
@@ -151,7 +153,7 @@ def layouts(pattern: str) -> list[Case]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_layout_gives_one_loss_and_one_gradient(pattern: str, ranks: int) -> None:
     """Catches a carry, halo, fold or all-to-all that loses, repeats or misplaces something at some edge."""
-    check(layouts(pattern), ranks)
+    check(layouts(pattern, ranks), ranks)
 
 
 def test_documents_matter() -> None:
