@@ -56,7 +56,7 @@ def load(source: Path, define: str = "") -> ctypes.CDLL:
     text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
     words = " ".join((*compiler(), *FLAGS, *LINK, define)).encode()
     key = hashlib.sha256(b"\0".join([text, words, _machine()])).hexdigest()[:20]
-    library = _cache_dir() / f"{source.parent.name}-{key}.so"
+    library = cache_dir() / f"{source.parent.name}-{key}.so"
     if library.exists():
         try:
             return ctypes.CDLL(str(library))
@@ -136,7 +136,7 @@ def _machine() -> bytes:
 
 
 @cache
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """A directory of this user's that lasts; a temporary one where none can be written."""
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach"

@@ -16,7 +16,7 @@ for a piece in which a document begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -187,16 +187,18 @@ class Relay(Protocol):
         """Every piece's first and last document ``[B]``, in the order of the sequence."""
         ...
 
-    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def sweep(
+        self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
         """Send states past all pieces, each of which maps them to ``decay * state + flow.state``.
 
         Args:
             decay: the A of this piece's map, the same for all flows.
             flows: shapes and directions agree between pieces.
-            adjoint: of an earlier sweep, whose decays are these, conjugated.
+            known: what an earlier sweep found out, of which this is the adjoint: its decays, conjugated.
 
         Returns:
-            For each flow what reaches this piece, and what leaves the last one.
+            For each flow what reaches this piece, and what leaves the last one; and what an adjoint wants to know.
         """
         ...
 
@@ -214,12 +216,14 @@ class Alone:
     def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(first, last)]
 
-    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def sweep(
+        self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
         found = []
         for state, start, _ in flows:
             start = torch.zeros_like(state) if start is None else start
             found.append((start, decay * start + state))
-        return found
+        return found, ()
 
     def once(self, exchange: Callable[[], T]) -> T:
         return exchange()
@@ -235,6 +239,7 @@ class Place:
         gate: ``[B]`` whether it continues its predecessor's document; None for always.
         causal: whether states flow to the right only.
         shared: whether one sum stands for what flows left and what flows right.
+        known: what the relay wants to know again.
     """
 
     relay: Relay
@@ -242,6 +247,7 @@ class Place:
     gate: Tensor | None
     causal: bool
     shared: bool
+    known: Sequence[Tensor] = ()
 
     def at_edge(self, state: Tensor) -> Tensor:
         """``state`` as it crosses the edge between this piece and the one before."""
@@ -262,9 +268,10 @@ def fold(
     flows = [Flow(to_right, None if carry is None else carry.state.to(to_right.dtype), False)]
     if not op.causal:
         flows.append(Flow(to_right if shared else place.at_edge(state[1]), None, True))
-    (past, end), *from_right = relay.sweep(place.decay, flows)
+    ((past, end), *from_right), known = relay.sweep(place.decay, flows)
     past = place.at_edge(past)
-    return torch.stack([past, from_right[0][0]]) if from_right else past, Carry(end, last), place
+    past = torch.stack([past, from_right[0][0]]) if from_right else past
+    return past, Carry(end, last), replace(place, known=known)
 
 
 def fold_grad(place: Place, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -273,7 +280,7 @@ def fold_grad(place: Place, grad: Tensor, end: Tensor | None) -> tuple[Tensor, T
     flows = [Flow(place.at_edge(to_left), end, True)]
     if not place.causal:
         flows.append(Flow(flows[0].state if place.shared else grad[1], None, False))
-    (future, start), *from_left = place.relay.sweep(place.decay.conj(), flows, adjoint=True)
+    ((future, start), *from_left), _ = place.relay.sweep(place.decay.conj(), flows, place.known)
     return torch.stack([future, place.at_edge(from_left[0][0])]) if from_left else future, start
 
 
@@ -382,7 +389,8 @@ def scan(
         return library.alone(op, inputs, segments, carry)
     state, segment = carry if carry is not None else (None, None)
     with full_precision(inputs[0]):
-        y, end, last = _Scan.apply(op.on(inputs), relay or Alone(), segments, segment, state, *inputs)
+        alone = relay is None or relay.size == 1
+        y, end, last = _Scan.apply(op.on(inputs), Alone() if alone else relay, segments, segment, state, *inputs)
     return y, Carry(end, last if last is not None else segment)
 
 

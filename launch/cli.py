@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..kernels.errors import InputError
@@ -61,11 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
     pack.set_defaults(command=_pack)
 
-    bench = commands.add_parser("bench", help="check the operators and time them on this machine")
-    bench.add_argument("name", metavar="NAME", nargs="?", default="kernels", choices=["kernels"], help="kernels")
+    bench = commands.add_parser(
+        "bench",
+        help="check and measure on this machine: kernels, memory or parallel",
+        description=_BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        default="kernels",
+        choices=list(_BENCH_OPTIONS),
+        help=", ".join(_BENCH_OPTIONS),
+    )
     bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the results go")
-    bench.add_argument("--threads", type=int, default=0, help="processor threads; 0 takes all")
-    bench.add_argument("--longest", type=int, default=2**20, help="tokens up to which time is measured by length")
+    bench.add_argument("--threads", type=int, help="kernels, memory: processor threads; 0, the default, takes all")
+    bench.add_argument("--longest", type=int, help="kernels, memory: tokens up to which it measures (default 2^20)")
+    bench.add_argument("--seconds", type=float, help="memory: what a step that is not streamed may take (300)")
+    bench.add_argument("--memory-gib", type=float, help="memory: and its resident memory (12)")
     bench.set_defaults(command=_bench)
 
     doctor = commands.add_parser("doctor", help="check this machine before a job")
@@ -75,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
 
 _TRAIN = """Train as CONFIG says. Starts parallel.ranks local ranks itself; under torchrun or deepspeed
 (`torchrun ... -m longreach.launch.train CONFIG`) it joins the world that they started."""
+
+_BENCH = """Measure on this machine: a table, a JSON and a plot, with machine, commit and date. NAME is one of
+
+  kernels   checks the operators, then times them against what bounds them and what they replace (the default)
+  memory    peak memory of a training step against the sequence's length: softmax, whole, and streamed in blocks
+  parallel  ranks on gloo: training speed of two against one, and the bytes and time that a layer exchanges, beside
+            DeepSpeed's Ulysses and ring attention"""
+_BENCH_OPTIONS: dict[str, dict[str, int]] = {  # the options of each, and their least values
+    "kernels": {"threads": 0, "longest": 16_384},
+    "memory": {"threads": 0, "longest": 1, "seconds": 1, "memory_gib": 0},
+    "parallel": {},
+}
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -162,12 +189,28 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import kernels
+    options: dict[str, Any] = {}
+    for name in sorted(set().union(*_BENCH_OPTIONS.values())):
+        value, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if name not in _BENCH_OPTIONS[arguments.name]:
+            raise InputError(option, value, f"an option that `bench {arguments.name}` does not have", "leave it out")
+        low = _BENCH_OPTIONS[arguments.name][name]
+        if not value >= low:  # NaN is not either
+            raise InputError(option, value, f"at least {low}")
+        options[name] = value
+    if arguments.name == "memory":
+        from .bench.memory import memory
 
-    for name, value, low in (("--threads", arguments.threads, 0), ("--longest", arguments.longest, 16_384)):
-        if value < low:
-            raise InputError(name, value, f"at least {low}")
-    return kernels(arguments.out, arguments.threads, arguments.longest)
+        return memory(arguments.out, **options)
+    if arguments.name == "parallel":
+        from .bench.parallel import parallel
+
+        return parallel(arguments.out, **options)
+    from .bench.kernels import kernels
+
+    return kernels(arguments.out, **options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

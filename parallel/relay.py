@@ -54,30 +54,32 @@ class AxisRelay:
         self.rank, self.size, self.once = axis.rank, axis.size, once
         self._axis, self._note = axis, note
         self._note_ends, self._ends_once = note_ends, ends_once
-        self._decays: list[Tensor] = []
 
     def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         found: list[Any] = self._ends_once(lambda: gather([first, last], self._axis, self._note_ends))
         return found
 
-    def sweep(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def sweep(
+        self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
         way = self._axis.relay
         if way == "auto":
             way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)), decay.device.type)
         if way == "gather":
-            return self._gather(decay, flows, adjoint)
-        return self._two_level(decay, flows) if way == "two_level" else self._pipeline(decay, flows)
+            return self._gather(decay, flows, known)
+        return (self._two_level(decay, flows) if way == "two_level" else self._pipeline(decay, flows)), ()
 
-    def _gather(self, decay: Tensor, flows: Sequence[Flow], adjoint: bool) -> list[tuple[Tensor, Tensor]]:
-        own = [] if adjoint else [decay]  # backward, the others' decays are known
+    def _gather(
+        self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
+        own = [decay] if known is None else []  # backward, the others' decays are known
         rows = gather([*own, *_distinct(flows)], self._axis, self._note)
-        if not adjoint:
-            self._decays = [row[0] for row in rows]
-        decays = [a.conj() for a in self._decays] if adjoint else self._decays
-        return [
+        decays = [row[0] for row in rows] if known is None else [a.conj() for a in known]
+        found = [
             _walk([(a, row[len(own) + column]) for a, row in zip(decays, rows, strict=True)], flow, self.rank)
             for flow, column in zip(flows, _columns(flows), strict=True)
         ]
+        return found, decays
 
     def _two_level(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
         node, peers = self._axis.node, self._axis.peers

@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import to_blocks
-from ..gpu import TYPES, Variant, launch
+from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
 from ..scan import Advance
 from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
@@ -540,13 +540,20 @@ def _elementwise_key_grad_kernel(
                 sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
 
 
-# Tokens asked for at once, and channels per program of one warp: four channels per thread share the arithmetic of
-# addresses, where the registers hold them at every order.
-SHAPES = {
-    "_elementwise_totals_kernel": {"ROWS": 4, "COLS": 128},
-    "_elementwise_output_kernel": {"ROWS": 2, "COLS": 128},
-    "_elementwise_query_grad_kernel": {"ROWS": 2, "COLS": 64},
-    "_elementwise_key_grad_kernel": {"ROWS": 2, "COLS": 128},
+def _tilings(rows: int, cols: int) -> tuple[Tiling, ...]:
+    """Of one warp, which asks for that many tokens at once.
+
+    ``cols`` are as many channels per thread as share the arithmetic of addresses and fit its registers at every order;
+    half as many leave the registers to about twice as many warps, which hide each other's loads.
+    """
+    return tuple(Tiling({"ROWS": rows, "COLS": num}, num_warps=1) for num in (cols, cols // 2))
+
+
+TILINGS = {
+    "_elementwise_totals_kernel": _tilings(4, 128),
+    "_elementwise_output_kernel": _tilings(2, 128),
+    "_elementwise_query_grad_kernel": _tilings(2, 64),
+    "_elementwise_key_grad_kernel": _tilings(2, 128),
 }
 ENTERING = {"ROWS": 16, "COLS": 32}
 ONE_WARP = {"num_warps": 1, "num_stages": 1}
@@ -789,11 +796,11 @@ class _Walk:
 
     def _launch(self, kernel: Any, tensors: tuple[Tensor, ...], strides: Sequence[int], flags: dict[str, Any]) -> None:
         batch, length, width = self.inputs[0].shape
-        blocks = SHAPES[kernel.__name__]
-        programs = triton.cdiv(width, blocks["COLS"]) * self.num_chunks * batch
         sizes = (self.num_chunks, length, width)
-        settings = {**flags, "ORDER": self.order, "CHUNK": CHUNK, **blocks, **ONE_WARP}
-        launch(kernel, programs, *tensors, *sizes, *strides, **settings)
+        launch_fastest(
+            kernel, TILINGS[kernel.__name__], lambda tile: triton.cdiv(width, tile["COLS"]) * self.num_chunks * batch,
+            *tensors, *sizes, *strides, **flags, ORDER=self.order, CHUNK=CHUNK,
+        )  # fmt: skip
 
     def _ids(self) -> Tensor:
         """`begins`, or any tensor where no kernel reads it."""
@@ -809,7 +816,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel as it is launched: causal; with documents; from both sides; and with one state for all tokens."""
+    """Every kernel as it is launched: causal; with documents; from both sides; and with one state for all tokens.
+
+    The tilings that are not the usual ones: with the highest order, and with all that a kernel can do.
+    """
     for order in (6, 8):
         yield from _variants(torch.bfloat16, order, running=True, documents=False, parts=False)
     yield from _variants(torch.float32, 6, running=True, documents=True, parts=False)
@@ -835,13 +845,13 @@ def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool,
         cases.append(("query grad", _elementwise_query_grad_kernel, sums | {"REVERSE": reverse}))
     for reverse in (False, True) if parts else (True,):
         cases.append(("key grad", _elementwise_key_grad_kernel, sums | {"REVERSE": reverse}))
+    told = f"{str(dtype)[6:]} order={order} running={running} documents={documents} parts={parts}"
     for name, kernel, constants in cases:
-        constants = constants | SHAPES[kernel.__name__]
         keys = constants.get("KEYS", True)
         wide = {"states", "totals", "part", "a", "y"}
         signature = {}
         for arg in kernel.arg_names:
-            if arg in constants:
+            if arg in constants or arg in ("ROWS", "COLS"):
                 signature[arg] = "constexpr"
             elif arg in ("num_chunks", "length", "width"):
                 signature[arg] = "i32"
@@ -853,5 +863,7 @@ def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool,
                 signature[arg] = "*fp32"
             else:
                 signature[arg] = TYPES[dtype]
-        told = f"{name} {str(dtype)[6:]} order={order} running={running} documents={documents} parts={parts}"
-        yield Variant(f"{told} reverse={constants['REVERSE']}", kernel, signature, constants, 1, 1)
+        tilings = TILINGS[kernel.__name__]
+        for tiling, num_warps, num_stages in tilings if order > 6 or parts else tilings[:1]:
+            full = f"{name} {told} reverse={constants['REVERSE']} cols={tiling['COLS']}"
+            yield Variant(full, kernel, signature, constants | tiling, num_warps, num_stages)

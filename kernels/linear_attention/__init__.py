@@ -31,7 +31,7 @@ def _triton_lacks(device: str, q: torch.dtype, v: torch.dtype, width: int, value
     most = {torch.bfloat16: 256, torch.float16: 128}.get(q, 64) if q == v else 64
     fits = min(width, values) > 0 and max(width, values) <= most
     size = "" if fits else f"K and V of 1 to {most}, not {width} and {values}"
-    return gpu.lacks(device, q) or gpu.lacks(device, v) or size
+    return gpu.lacks(device, q, v) or size
 
 
 BACKENDS: Backends[Callable[..., StatefulOp]] = Backends(

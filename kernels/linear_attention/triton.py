@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import TYPES, Variant, launch
+from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
 from ..scan import Advance, StatefulOp
 from .settings import Settings
 
@@ -565,6 +565,8 @@ class _Tiles(NamedTuple):
 
     With nothing but products to do, chunks of 32 tokens fit beside the state; decays, documents, a divisor, operands of
     32 bits or keys of 256 leave room for 16. Then sm_80, sm_90 and gfx942 spill nothing but for fp32 wider than 64.
+
+    Tiles of 64 columns have an alternative of 32: twice the programs, each with half the state, which read keys twice.
     """
 
     chunk: int
@@ -580,6 +582,12 @@ class _Tiles(NamedTuple):
         roomy = narrow and plain and max(block_k, block_v) <= 128
         widest = 64 if narrow and block_k <= 128 else 32
         return cls(32 if roomy else 16, block_k, min(block_v, widest), 4 if block_k <= 128 else 8, 3 if roomy else 2)
+
+    @property
+    def tilings(self) -> tuple[Tiling, ...]:
+        """What sums and reads are launched with."""
+        columns = (self.block_v, 32) if self.block_v == 64 else (self.block_v,)
+        return tuple(Tiling({"BLOCK_V": num}, self.num_warps, self.num_stages) for num in columns)
 
 
 @dataclass(frozen=True)
@@ -680,22 +688,22 @@ class _Piece:
         end = sums.new_empty(batch, heads, packed)
         start = None if start is None else self._pack(start)
         tiles = self._tiles(width, values)
-        flags = reverse, self.powers is not None, self.documents is not None
+        flags = {"REVERSE": reverse, "DECAY": self.powers is not None, "SEGMENTS": self.documents is not None}
         # The source's gradient holds the scale: in the weights, or else in the sums.
         scale = self._scale if source.adjoint and not mean else 1.0
         if sums.numel():
-            launch(
-                _sums_kernel, batch * num_spans * heads * triton.cdiv(values, tiles.block_v),
+            launch_fastest(
+                _sums_kernel, tiles.tilings, lambda tile: sums.shape[:3].numel() * triton.cdiv(values, tile["BLOCK_V"]),
                 keys, rows, source.weights, source.extras, self.documents, self.powers, sums,
                 *keys.stride()[:3], *rows.stride()[:3], heads, length, self.span, num_spans, scale,
-                width, values, tiles.chunk, tiles.block_k, tiles.block_v, self.operand, self.precision, *flags,
-                mean, source.adjoint, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                width, values, tiles.chunk, tiles.block_k, OPERAND=self.operand, PRECISION=self.precision, **flags,
+                MEAN=mean, ADJOINT=source.adjoint,
             )  # fmt: skip
         if end.numel():
             launch(
                 _scan_kernel, batch * heads * triton.cdiv(packed, SCAN_BLOCK),
                 sums, start, end, self.documents, self.powers, heads, length, self.span, num_spans, packed,
-                tiles.chunk, SCAN_BLOCK, start is not None, *flags, num_warps=2,
+                tiles.chunk, SCAN_BLOCK, start is not None, **flags, num_warps=2,
             )  # fmt: skip
         return sums, self._unpack(end)
 
@@ -721,7 +729,7 @@ class _Piece:
         reader, keys, rows = _rows(reader), _rows(source.keys), _rows(source.values)
         tiles = self._tiles(width, values)
         num_spans = triton.cdiv(length, self.span)
-        programs = batch * num_spans * heads * triton.cdiv(values, tiles.block_v)
+        spans = batch * num_spans * heads
         # Without `normalize`, the scale multiplies what was read, and the gradient of the state has it already.
         scale = 1.0 if mean and role != "y" else self._scale
         enter = 1.0 / scale if adjoint else 1.0
@@ -730,15 +738,15 @@ class _Piece:
             ends = way == len(entering) - 1
             target = out if ends else torch.empty_like(out, dtype=torch.float32)
             divisors = states.new_empty(batch, length, heads) if mean and role == "y" else None
-            launch(
-                _read_kernel, programs,
+            launch_fastest(
+                _read_kernel, tiles.tilings, lambda tile: spans * triton.cdiv(values, tile["BLOCK_V"]),
                 reader, keys, rows, states, target, partial, divisors, partial_divisors, source.weights,
                 source.extras, self.documents, self.powers, *reader.stride()[:3], *keys.stride()[:3],
                 *rows.stride()[:3], heads, length, self.span,
-                num_spans, scale, enter, self.op.eps, width, values, tiles.chunk, tiles.block_k, tiles.block_v,
-                self.operand, self.precision, role, (way == 1) != adjoint, self.op.causal, self.walks,
-                self.walks and way == 0, way > 0, ends, self.powers is not None, self.documents is not None, mean,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                num_spans, scale, enter, self.op.eps, width, values, tiles.chunk, tiles.block_k,
+                OPERAND=self.operand, PRECISION=self.precision, ROLE=role, REVERSE=(way == 1) != adjoint,
+                CAUSAL=self.op.causal, WALK=self.walks, INSIDE=self.walks and way == 0, ADD=way > 0, DIVIDE=ends,
+                DECAY=self.powers is not None, SEGMENTS=self.documents is not None, MEAN=mean,
             )  # fmt: skip
             partial, partial_divisors = target, divisors
         return divisors
@@ -792,21 +800,24 @@ def variants() -> Iterator[Variant]:
     for dtype, size, label, role in roles:
         name = f"{dtype}-{size}-{label}".removeprefix("torch.")
         settings = flags | labels[label] | {"ROLE": role, "REVERSE": role in ("dv", "dk")}
-        yield _variant(f"{role}-{name}", _read_kernel, dtype, size, settings)
-        if role in ("y", "dk"):
+        first, *others = _variants(f"{role}-{name}", _read_kernel, dtype, size, settings)
+        yield first
+        if role in ("y", "dk"):  # dq and dv do not do more
             settings = labels[label] | {"REVERSE": role == "dk", "ADJOINT": role == "dk"}
-            yield _variant(f"{role}-sums-{name}", _sums_kernel, dtype, size, settings)
+            yield from others
+            yield from _variants(f"{role}-sums-{name}", _sums_kernel, dtype, size, settings)
     flags = mean | {"ROLE": "y", "CAUSAL": False, "INSIDE": False, "DIVIDE": True}
     back, still = {"WALK": True, "REVERSE": True, "ADD": True}, {"WALK": False, "REVERSE": False, "ADD": False}
-    yield _variant("y-from-the-right", _read_kernel, torch.bfloat16, 128, flags | back)
-    yield _variant("y-of-one-state", _read_kernel, torch.bfloat16, 128, flags | still | {"SEGMENTS": False})
+    yield from _variants("y-from-the-right", _read_kernel, bf16, 128, flags | back)
+    yield from _variants("y-of-one-state", _read_kernel, bf16, 128, flags | still | {"SEGMENTS": False})
     scan = decay | {"BLOCK": SCAN_BLOCK, "START": True, "REVERSE": True, "CHUNK": 16}
-    yield _variant("scan", _scan_kernel, torch.float32, 128, scan)
+    yield from _variants("scan", _scan_kernel, fp32, 128, scan)
     grads: dict[str, object] = {"V": 128, "ROWS": 32, "BLOCK_V": 128}
-    yield _variant("mean-grad", _mean_grad_kernel, torch.bfloat16, 128, grads)
+    yield from _variants("mean-grad", _mean_grad_kernel, bf16, 128, grads)
 
 
-def _variant(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: dict[str, object]) -> Variant:
+def _variants(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: dict[str, object]) -> Iterator[Variant]:
+    """In all of its tilings, the usual one first."""
     narrow = dtype == torch.bfloat16
     tiles = _Tiles.of(size, size, narrow, not any(constants.get(x) for x in ("DECAY", "SEGMENTS", "MEAN")))
     constants = {
@@ -814,14 +825,17 @@ def _variant(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: d
         "V": size,
         "CHUNK": tiles.chunk,
         "BLOCK_K": tiles.block_k,
-        "BLOCK_V": tiles.block_v,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32x3" if dtype == torch.float32 else None,
     } | constants
     given = dict.fromkeys(("readers", "keys", "values", "out", "grad", "y"), TYPES[dtype])
     fp32 = ("weights", "extras", "sums", "states", "partial", "divisors", "partial_divisors", "start", "end")
     given |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(("scale", "enter", "eps"), "fp32")
-    given |= {"segments": "*i32", "powers": "*fp64"} | dict.fromkeys(constants, "constexpr")
+    given |= {"segments": "*i32", "powers": "*fp64", "BLOCK_V": "constexpr"} | dict.fromkeys(constants, "constexpr")
     signature = {x: given.get(x, "i32") for x in kernel.arg_names}
     constants = {x: value for x, value in constants.items() if x in signature}
-    return Variant(name, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
+    if kernel not in (_sums_kernel, _read_kernel):
+        yield Variant(name, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
+        return
+    for tiling, num_warps, num_stages in tiles.tilings:
+        yield Variant(f"{name}-{tiling['BLOCK_V']}", kernel, signature, constants | tiling, num_warps, num_stages)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backends import Backends, Option
 from ..errors import InputError
 from ..scan import Carry
@@ -18,10 +19,18 @@ from .reference import reference_long_conv, reference_modal_conv
 
 __all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
 
+
+def _triton() -> LongConv:
+    from . import triton
+
+    return LongConv(triton.forward, triton.backward)
+
+
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "long_conv",
     {
         "cpu": Option(lambda: LongConv(fft.forward, fft.backward), fft.lacks),
+        "triton": Option(_triton, gpu.lacks),
         "chunked": Option(lambda: LongConv(chunked.forward, chunked.backward)),
         "reference": Option(lambda: reference_long_conv),
     },
@@ -54,7 +63,7 @@ def long_conv(
             and there may be fewer.
         segments: ``[B, L]`` int64 non-decreasing document ids of x, or None for one document. -1 marks a position
             without a token: no token sees it, and its own output means nothing.
-        backend: "auto", "cpu" (C++), "chunked" (portable PyTorch) or "reference" (the definition).
+        backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch) or "reference" (the definition).
 
     Returns:
         ``y [B, L, D]`` in x's dtype, and the carry for the tokens that follow: the last ``K - 1`` tokens, in x's dtype.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -19,10 +19,6 @@ from torch.autograd.function import once_differentiable
 from ..scan import NO_TOKENS, Carry
 from ..short_conv.past import read_carry, write_carry
 
-# Bytes of workspace for a slice of the channels. Smaller slices run the FFTs no faster, larger ones leave the cache.
-WORKSPACE = 1 << 27
-# Channels in a slice, whatever they take: copying fewer into and out of [B, L, D] wastes most of every cache line.
-MIN_CHANNELS = 4
 # Up to this many tokens, as in decoding, the sum of L K products is cheaper than FFTs of L + K - 1 points.
 DIRECT_LEN = 16
 
@@ -98,42 +94,154 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
     return y.to(x.dtype)
 
 
-def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens that are convolved alike: whole sequences, or documents of similar length.
+
+    Attributes:
+        size: points of the FFT.
+        taps: which taps of the kernel reach a token of a row.
+        centre: the tap among them that multiplies the current token.
+        num_past: T, the tokens before each sequence of the piece.
+        starts: ``[R]`` int64 the documents' first tokens, counted through ``[B * (T + L)]``; None where a row is a
+            sequence of T + L tokens.
+        lengths: ``[R]`` int64 their numbers of tokens.
+        longest: the greatest of these.
+    """
+
+    size: int
+    taps: slice
+    centre: int
+    num_past: int
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+    longest: int = 0
+
+    @property
+    def num_taps(self) -> int:
+        return self.taps.stop - self.taps.start
+
+    @cached_property
+    def documents(self) -> tuple[Tensor, Tensor] | None:
+        """``[R, longest]`` the documents' tokens, counted as `starts`, and whether one is a token or filling."""
+        if self.starts is None or self.lengths is None:
+            return None
+        position = torch.arange(self.longest, device=self.starts.device)
+        valid = position < self.lengths.unsqueeze(1)
+        return torch.where(valid, self.starts.unsqueeze(1) + position, 0), valid
+
+
+class Spectra:
+    """From tokens to the spectra of their rows, their products, and back.
+
+    Attributes:
+        workspace: bytes for a slice of the channels. Smaller slices run FFTs no faster, larger ones leave the cache.
+        min_channels: channels in a slice, whatever they take: copying fewer into and out of ``[B, L, D]`` wastes most
+            of every cache line.
+    """
+
+    workspace = 1 << 27
+    min_channels = 4
+
+    def of(self, batch: Batch, past: Tensor | None, x: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
+        """The spectrum ``[R, D_c, size // 2 + 1]`` of the tokens ``[B, T, D_c]``, None for zeros, and ``[B, L, D_c]``
+        behind ``first`` zeros.
+        """
+        parts = [x.new_zeros(x.shape[0], batch.num_past, x.shape[2]) if past is None else past, x]
+        if batch.documents is not None:
+            index, valid = batch.documents
+            parts = [torch.cat(parts, dim=1).flatten(0, 1)[index].mul_(valid.unsqueeze(-1))]
+        rows = x.new_zeros(parts[0].shape[0], x.shape[2], batch.size, dtype=dtype)
+        for part in parts:
+            rows[:, :, first : first + part.shape[1]] = part.transpose(1, 2)
+            first += part.shape[1]
+        return torch.fft.rfft(rows)
+
+    def put(self, batch: Batch, spectrum: Tensor, first: int, past: Tensor | None, x: Tensor) -> None:
+        """Write what ``spectrum`` stands for, from ``first`` on, to the tokens ``[B, T, D_c]``, unless they are None,
+        and ``[B, L, D_c]``.
+        """
+        rows, num_past = torch.fft.irfft(spectrum, batch.size), batch.num_past
+        if batch.documents is None:
+            if past is not None:
+                past.copy_(rows[:, :, first : first + num_past].transpose(1, 2))
+            x.copy_(rows[:, :, first + num_past : first + num_past + x.shape[1]].transpose(1, 2))
+            return
+        index, valid = batch.documents
+        tokens = rows[:, :, first : first + batch.longest].transpose(1, 2)[valid]
+        place, stretch = index[valid], num_past + x.shape[1]
+        row, token = place // stretch, place % stretch - num_past
+        for part, some, offset in ((past, token < 0, num_past), (x, token >= 0, 0)):
+            if part is not None:
+                part[row[some], token[some] + offset] = tokens[some].to(part.dtype)
+
+    def correlate(self, tokens: Tensor, upstream: Tensor, taps: Tensor) -> Tensor:
+        """``sum_r ~tokens_r upstream_r``; ``upstream`` becomes ``~taps upstream``, the other two are used up."""
+        products = tokens.conj_physical_().mul_(upstream)
+        upstream.mul_(taps.conj_physical_())
+        return products[0] if len(products) == 1 else products.sum(dim=0)
+
+
+PORTABLE = Spectra()
+
+
+def forward(
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    spectra: Spectra = PORTABLE,
+) -> Tensor:
     """``y [B, L, D]`` of ``x [B, L, D]`` behind ``past [B, T, D]``, ``kernel [D, K]``, ``ids [B, T + L]`` or None."""
     batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
     y = _like(x, ids)
-    for some in _slices(x, batches, dtype):
+    for some in _slices(x, batches, dtype, spectra):
         taps = _taps(kernel[some], skip if skip is None else skip[some], centre, dtype)
-        unread = torch.empty_like(past[:, :, some])
         for batch in batches:
-            tokens = batch.spectrum(past[:, :, some], x[:, :, some], dtype)
-            batch.put(tokens.mul_(batch.transfer(taps)), batch.centre, unread, y[:, :, some])
+            tokens = spectra.of(batch, past[:, :, some], x[:, :, some], dtype)
+            spectra.put(batch, tokens.mul_(_transfer(batch, taps, spectra)), batch.centre, None, y[:, :, some])
     return y
 
 
 def backward(
-    grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    spectra: Spectra = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The gradients of x, kernel, skip and past."""
     batches, dtype = list(_batches(x, past, ids, kernel.shape[1], centre)), _wide(x, kernel)
     dx, dpast = _like(x, ids), _like(past, ids)
     dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
     dskip = None if skip is None else torch.empty_like(skip)
-    for some in _slices(x, batches, dtype):
+    for some in _slices(x, batches, dtype, spectra):
         taps = _taps(kernel[some], skip if skip is None else skip[some], centre, dtype)
         dtaps = torch.zeros_like(taps)
-        unread = torch.zeros_like(past[:, :, some])
         for batch in batches:
-            upstream = batch.spectrum(unread, grad[:, :, some], dtype, batch.centre)
-            product = batch.spectrum(past[:, :, some], x[:, :, some], dtype).conj_physical_().mul_(upstream)
-            product = product[0] if len(product) == 1 else product.sum(dim=0)
-            dtaps[:, batch.taps] += torch.fft.irfft(product, batch.size)[:, : batch.num_taps]
-            upstream.mul_(batch.transfer(taps).conj_physical_())
-            batch.put(upstream, 0, dpast[:, :, some], dx[:, :, some])
+            upstream = spectra.of(batch, None, grad[:, :, some], dtype, batch.centre)
+            tokens = spectra.of(batch, past[:, :, some], x[:, :, some], dtype)
+            product = spectra.correlate(tokens, upstream, _transfer(batch, taps, spectra))
+            # GPUs divide by the size in a pass of its own, unless it is done here.
+            correlation = torch.fft.irfft(product, batch.size, norm="forward")
+            dtaps[:, batch.taps].add_(correlation[:, : batch.num_taps], alpha=1 / batch.size)
+            del tokens, product, correlation  # the workspace does not hold them and the rows of `put`
+            spectra.put(batch, upstream, 0, dpast[:, :, some], dx[:, :, some])
         dkernel[some] = dtaps
         if dskip is not None:
             dskip[some] = dtaps[:, centre]
     return dx, dkernel, dskip, dpast
+
+
+def _transfer(batch: Batch, taps: Tensor, spectra: Spectra) -> Tensor:
+    """The spectrum of those of ``taps [D_c, K]`` that reach a token: a row whose tokens are taps."""
+    row = Batch(batch.size, batch.taps, batch.centre, num_past=0)
+    return spectra.of(row, None, taps[:, batch.taps].t().unsqueeze(0), taps.dtype)[0]
 
 
 def _like(x: Tensor, ids: Tensor | None) -> Tensor:
@@ -166,74 +274,15 @@ class _LongConv(torch.autograd.Function):
         return None, *ctx.by.backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of tokens that are convolved alike: whole sequences, or documents of similar length.
-
-    Attributes:
-        size: points of the FFT.
-        taps: which taps of the kernel reach a token of a row.
-        centre: the tap among them that multiplies the current token.
-        index: ``[R, n]`` the rows' tokens, counted through ``[B * (T + L)]``; None where a row is a row of the piece.
-        valid: ``[R, n]`` whether that is a token of the row, or filling.
-    """
-
-    size: int
-    taps: slice
-    centre: int
-    index: Tensor | None = None
-    valid: Tensor | None = None
-
-    @property
-    def num_taps(self) -> int:
-        return self.taps.stop - self.taps.start
-
-    def transfer(self, taps: Tensor) -> Tensor:
-        """The spectrum of those of ``taps [D_c, K]`` that reach a token."""
-        rows = taps.new_zeros(taps.shape[0], self.size)
-        rows[:, : self.num_taps] = taps[:, self.taps]
-        return torch.fft.rfft(rows)
-
-    def spectrum(self, past: Tensor, x: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
-        """The spectrum ``[R, D_c, size // 2 + 1]`` of the tokens ``[B, T, D_c]`` and ``[B, L, D_c]`` behind ``first``
-        zeros.
-        """
-        parts = [past, x]
-        if self.index is not None and self.valid is not None:
-            tokens = torch.cat(parts, dim=1).flatten(0, 1)[self.index]
-            parts = [tokens.mul_(self.valid.unsqueeze(-1))]
-        rows = x.new_zeros(parts[0].shape[0], x.shape[2], self.size, dtype=dtype)
-        for part in parts:
-            rows[:, :, first : first + part.shape[1]] = part.transpose(1, 2)
-            first += part.shape[1]
-        return torch.fft.rfft(rows)
-
-    def put(self, spectrum: Tensor, first: int, past: Tensor, x: Tensor) -> None:
-        """Write what ``spectrum`` stands for, from ``first`` on, to the tokens ``[B, T, D_c]`` and ``[B, L, D_c]``."""
-        rows, num_past = torch.fft.irfft(spectrum, self.size), past.shape[1]
-        if self.index is None or self.valid is None:
-            for part in (past, x):
-                part.copy_(rows[:, :, first : first + part.shape[1]].transpose(1, 2))
-                first += part.shape[1]
-            return
-        tokens = rows[:, :, first : first + self.index.shape[1]].transpose(1, 2)[self.valid]
-        place, stretch = self.index[self.valid], num_past + x.shape[1]
-        row, token = place // stretch, place % stretch - num_past
-        for part, some, offset in ((past, token < 0, num_past), (x, token >= 0, 0)):
-            part[row[some], token[some] + offset] = tokens[some].to(part.dtype)
-
-
-def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[_Batch]:
+def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[Batch]:
     """Everything that is to be convolved: the rows of the piece, or its documents by length."""
     if ids is None:
         yield _batch(num_taps, centre, x.shape[1], past.shape[1])
         return
     for starts, lengths in documents(ids):
         longest = int(lengths.max())
-        position = torch.arange(longest, device=x.device)
-        valid = position < lengths.unsqueeze(1)
-        index = torch.where(valid, starts.unsqueeze(1) + position, 0)
-        yield replace(_batch(num_taps, centre, longest, 0), index=index, valid=valid)
+        alike = _batch(num_taps, centre, longest, 0)
+        yield replace(alike, num_past=past.shape[1], starts=starts, lengths=lengths, longest=longest)
 
 
 def documents(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -260,17 +309,17 @@ def fit(num_taps: int, centre: int, length: int, num_past: int) -> tuple[slice, 
     return taps, centre, max(num_past + length + centre, length + taps.stop - taps.start - 1 - centre)
 
 
-def _batch(num_taps: int, centre: int, length: int, num_past: int) -> _Batch:
+def _batch(num_taps: int, centre: int, length: int, num_past: int) -> Batch:
     taps, centre, points = fit(num_taps, centre, length, num_past)
-    return _Batch(fft_size(points), taps, centre)
+    return Batch(fft_size(points), taps, centre, num_past)
 
 
-def _slices(x: Tensor, batches: list[_Batch], dtype: torch.dtype) -> Iterator[slice]:
+def _slices(x: Tensor, batches: list[Batch], dtype: torch.dtype, spectra: Spectra) -> Iterator[slice]:
     """The channels, as many at a time as the workspace holds."""
-    rows = [(x.shape[0] if batch.index is None else batch.index.shape[0]) + 1 for batch in batches]
+    rows = [len(x if batch.starts is None else batch.starts) + 1 for batch in batches]
     # Two spectra, their product and its inverse; tokens, their gradients and the outputs', at most half as long each.
     points = 6 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
-    width = max(MIN_CHANNELS, WORKSPACE // (points * dtype.itemsize))
+    width = max(spectra.min_channels, spectra.workspace // (points * dtype.itemsize))
     width -= width % 16 if width > 16 else 0  # whole cache lines
     for start in range(0, x.shape[2], width):
         yield slice(start, min(start + width, x.shape[2]))

@@ -26,7 +26,7 @@ def _triton() -> Local:
 
 
 def _triton_lacks(device: str, x: torch.dtype, weight: torch.dtype, taps: int) -> str:
-    return gpu.lacks(device, x) or gpu.lacks(device, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
+    return gpu.lacks(device, x, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
 
 
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(

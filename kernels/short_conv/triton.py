@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import TYPES, Variant, launch
+from ..gpu import TYPES, Tiling, Variant, launch_fastest
 from .function import Piece
 
 MIN_TAPS, MAX_TAPS = 2, 8
@@ -307,16 +307,16 @@ class _Launch:
         self.num_runs = max(1, triton.cdiv(length, run))  # one for the past alone
         self.programs = batch * self.num_runs * blocks
         self.sizes = past.shape[1], length, width, run, self.num_runs
-        self.flags = bias is not None, silu, documents
+        self.flags = {"BIAS": bias is not None, "SILU": silu, "SEGMENTS": documents}
         self.taps, self.itemsize = weight.shape[1], x.element_size()
 
     def __call__(self, kernel: Any, upstream: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         """Run ``kernel`` from the gradient of the output, if any, to ``outputs``."""
         strides = [stride for grad in upstream for stride in grad.stride()[:2]]
-        step, num_warps = _shape(kernel, self.itemsize, self.taps)
-        launch(
-            kernel, self.programs, *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes,
-            self.left, self.taps, CHANNELS, step, *self.flags, num_warps=num_warps,
+        launch_fastest(
+            kernel, _tilings(kernel, self.itemsize, self.taps), lambda _: self.programs,
+            *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes,
+            LEFT=self.left, TAPS=self.taps, BLOCK=CHANNELS, **self.flags,
         )  # fmt: skip
 
 
@@ -324,14 +324,17 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _shape(kernel: Any, itemsize: int, taps: int) -> tuple[int, int]:
+def _tilings(kernel: Any, itemsize: int, taps: int) -> tuple[Tiling, ...]:
     """Tokens whose loads are under way together, and warps.
 
-    A thread loads 16 bytes at once where its windows of as many channels leave it the registers.
+    A thread loads 16 bytes at once where its windows of as many channels leave it the registers. With twice the warps
+    it loads half as much, and twice as many wait for their loads at once.
     """
     if kernel is _forward_kernel:
-        return 4, 1 if itemsize == 2 and taps <= 4 else 2
-    return 3 if taps <= 4 else 2, 2
+        step, num_warps = 4, 1 if itemsize == 2 and taps <= 4 else 2
+    else:
+        step, num_warps = 3 if taps <= 4 else 2, 2
+    return tuple(Tiling({"STEP": step}, num) for num in (num_warps, 2 * num_warps))
 
 
 def variants() -> Iterator[Variant]:
@@ -339,12 +342,14 @@ def variants() -> Iterator[Variant]:
     for dtype, taps in ((torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float32, 4), (torch.float32, 8)):
         for everything in (False, True):
             flags = {"BIAS": everything, "SILU": everything, "SEGMENTS": everything}
-            constants = {"LEFT": taps - 1, "TAPS": taps, "BLOCK": CHANNELS, "STEP": None} | flags
+            constants = {"LEFT": taps - 1, "TAPS": taps, "BLOCK": CHANNELS} | flags
             types = dict.fromkeys(("grad", "x", "weight", "bias", "past", "y", "dx", "dpast"), TYPES[dtype])
-            types |= {"past_ids": "*i64", "segments": "*i64", "sums": "*fp32"} | dict.fromkeys(constants, "constexpr")
+            types |= {"past_ids": "*i64", "segments": "*i64", "sums": "*fp32", "STEP": "constexpr"}
+            types |= dict.fromkeys(constants, "constexpr")
             for kernel in (_forward_kernel, _backward_kernel):
                 signature = {x: types.get(x, "i32") for x in kernel.arg_names}
                 name = f"{kernel.__name__[1:-7]}-{dtype}-{taps}-{'all' if everything else 'plain'}"
-                step, num_warps = _shape(kernel, dtype.itemsize, taps)
-                settings = constants | {"STEP": step}
-                yield Variant(name.replace("torch.", ""), kernel, signature, settings, num_warps, 1)
+                tilings = _tilings(kernel, dtype.itemsize, taps)
+                for tiling, num_warps, num_stages in tilings if everything else tilings[:1]:
+                    full = f"{name}-{num_warps}".replace("torch.", "")
+                    yield Variant(full, kernel, signature, constants | tiling, num_warps, num_stages)

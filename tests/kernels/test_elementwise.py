@@ -22,7 +22,8 @@ from longreach.kernels.elementwise import (
 from longreach.kernels.errors import InputError
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
-from longreach.parallel.relay import GatherRelay
+from longreach.parallel.relay import AxisRelay
+from longreach.parallel.traffic import Traffic
 
 BATCH, WIDTH = 2, 3
 LENGTHS = [1, 2, 63, 64, 65, 128, 129, 500]
@@ -426,7 +427,7 @@ def piece(
     for shares, causal, inputs, (y_grad, state_grad), carry, segments in cases:
         first = sum(shares[: axis.rank])
         mine = slice(first, first + shares[axis.rank])
-        sent: list[int] = []
+        traffic = Traffic()
         leaves = [x[:, mine].clone().requires_grad_() for x in inputs]
         if carry is not None:
             leaves.append(carry.state.clone().requires_grad_())
@@ -437,10 +438,10 @@ def piece(
             causal=causal,
             carry=carry,
             segments=None if segments is None else segments[:, mine],
-            relay=GatherRelay(axis, sent.append),
+            relay=AxisRelay(axis, traffic.note("", "scan")),
         )
         grads = torch.autograd.grad([y, end.state], leaves, [y_grad[:, mine], state_grad])
-        results.append(([y.detach(), end.state.detach(), *grads], sum(sent)))
+        results.append(([y.detach(), end.state.detach(), *grads], traffic.bytes["", "scan"]))
     return results
 
 
@@ -472,7 +473,7 @@ def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
         for part in parts:  # the carry and its gradient are the same, and whole, on every rank
             assert_close([part[1], *part[5:]], [want[1], *want[5:]], 1e-10)
         ways = 2 if segments is not None and not causal else 1
-        sent = 2 * ways * state_bytes + (8 if segments is None else (8 + 16) * BATCH)  # independent of the length
+        sent = 2 * ways * state_bytes + (8 if segments is None else 8 * BATCH)  # independent of the length
         assert all(answers[rank][case][1] == sent for rank in range(ranks)), share
 
 

@@ -22,7 +22,7 @@ from longreach.kernels.linear_attention import (
 )
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
-from longreach.parallel.relay import GatherRelay
+from longreach.parallel.relay import AxisRelay
 from longreach.parallel.span import Span
 
 BATCH, HEADS, WIDTH, VALUES = 2, 3, 5, 7
@@ -335,7 +335,7 @@ def on_rank(axis: Axis, shares: list[int], cases: list[tuple[dict[str, Any], dic
         leaves.append(data["carry"].state.clone().requires_grad_())
         carry = Carry(leaves[3], data["carry"].segment)
         segments = None if data["segments"] is None else data["segments"][:, tokens]
-        relay = GatherRelay(axis)
+        relay = AxisRelay(axis)
         y, after = linear_attention(*leaves[:3], carry=carry, segments=segments, relay=relay, **settings)
         upstream = [data["grad"][:, tokens], data["grad_carry"]]
         grads = torch.autograd.grad([y, after.state], leaves, upstream)

@@ -26,7 +26,7 @@ from longreach.kernels.long_conv import (
 from longreach.kernels.long_conv.modal import BACKENDS as MODAL_BACKENDS
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
-from longreach.parallel.relay import GatherRelay
+from longreach.parallel.relay import AxisRelay
 
 BATCH, WIDTH, MODES = 2, 6, 4
 LENGTHS = [0, 1, 2, 3, 63, 64, 65, 500]
@@ -57,7 +57,7 @@ def unwritten_memory_shows() -> Iterator[None]:
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slices of the channels, and several stretches of blocks, the last of them incomplete."""
-    monkeypatch.setattr(chunked, "WORKSPACE", 1)
+    monkeypatch.setattr(chunked.Spectra, "workspace", 1)
     monkeypatch.setattr(modal, "CPU_STRETCH", 3 * modal.BLOCK_LEN * BATCH * WIDTH)
 
 
@@ -447,7 +447,7 @@ def modal_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> tuple[T
 
     def run(x: Tensor, *parameters: Tensor, **how: Any) -> tuple[Tensor, Carry]:
         # Upstream gradients are those of the whole sequence.
-        y, after = scan(ModalConv(), x, *parameters, relay=GatherRelay(axis), **how)
+        y, after = scan(ModalConv(), x, *parameters, relay=AxisRelay(axis), **how)
         whole = torch.zeros(BATCH, sum(lengths), WIDTH, dtype=y.dtype)
         return torch.cat([whole[:, :start], y, whole[:, stop:]], dim=1), after
 

@@ -131,6 +131,23 @@ def test_pieces_equal_the_whole(two_sided: bool, documents: bool, way: str, leng
                 torch.testing.assert_close(part, expected, rtol=0, atol=1e-13)
 
 
+def _twice(axis: Axis, lengths: list[int]) -> Tensor:
+    """The gradient of two scans, one behind the other, through one relay."""
+    inputs, _, carry = _case(False, sum(lengths), False, 0)
+    stop = list(accumulate(lengths))[axis.rank]
+    x, gate = (x[:, stop - lengths[axis.rank] : stop].clone().requires_grad_() for x in inputs)
+    relay = AxisRelay(axis)
+    first, _ = scan(GatedAverage(), x, gate, carry=carry, relay=relay)
+    second, _ = scan(GatedAverage(), first, gate * gate, relay=relay)
+    return torch.autograd.grad(second.square().sum(), x)[0]
+
+
+def test_a_relay_serves_several_scans() -> None:
+    """Catches a relay that remembers what belongs to one of them."""
+    whole = _twice(Axis(), [9])
+    torch.testing.assert_close(torch.cat(run_distributed(_twice, 2, [5, 4]), 1), whole, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_adjoints_equal_finite_differences(two_sided: bool, documents: bool) -> None:

@@ -18,6 +18,7 @@ import interpreted
 
 from longreach.kernels.elementwise import reference_elementwise_attention
 from longreach.kernels.elementwise.chunked import Chunked
+from longreach.kernels.gpu import Tiling
 from longreach.kernels.scan import Carry, StatefulOp, scan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -52,9 +53,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The interpreted kernels, with chunks and programs so small that a few tokens fill several."""
     module = interpreted.load("elementwise")
     monkeypatch.setattr(module, "CHUNK", 4)
-    for sizes in (*module.SHAPES.values(), module.ENTERING):
-        monkeypatch.setitem(sizes, "ROWS", 2)
-        monkeypatch.setitem(sizes, "COLS", 32)
+    tile = {"ROWS": 2, "COLS": 32}
+    monkeypatch.setattr(module, "TILINGS", dict.fromkeys(module.TILINGS, (Tiling(tile, num_warps=1),)))
+    monkeypatch.setattr(module, "ENTERING", tile)
     with np.errstate(over="ignore"):
         yield module
 
@@ -186,8 +187,8 @@ def test_passes_equal_the_portable_ones(tiny: ModuleType, causal: bool, document
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_finite_inputs_give_finite_results(tiny: ModuleType, causal: bool, dtype: torch.dtype) -> None:
     """Catches 0/0 where all weights underflow, 0*inf in powers and in gradients, and overflow of fp16."""
-    for sizes in tiny.SHAPES.values():
-        sizes["COLS"] = 128  # the cases, side by side
+    for name in tiny.TILINGS:
+        tiny.TILINGS[name] = (Tiling({"ROWS": 2, "COLS": 128}, num_warps=1),)  # the cases, side by side
     q, k, v, grad = extreme_inputs().to(dtype)
     state_grad = torch.randn(1, 2, 9, q.shape[2])
     got = differentiate(lambda *x, carry: scan(tiny.Triton(8, causal), *x), (q, k, v), None, grad, state_grad)

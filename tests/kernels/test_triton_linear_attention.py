@@ -18,6 +18,7 @@ import interpreted
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from longreach.kernels.gpu import Tiling
 from longreach.kernels.linear_attention import reference_linear_attention
 from longreach.kernels.linear_attention.reference import Reference
 from longreach.kernels.scan import Carry, StatefulOp, scan
@@ -182,6 +183,15 @@ def test_a_whole_sequence_with_a_carry(tiny: ModuleType, length: int) -> None:
 def test_a_scale_of_zero(tiny: ModuleType) -> None:
     """The gradient of the state, which the scale divides, comes from outside alone."""
     compare(tiny, "cpu", torch.float32, (1, 5, 1, 4, 4), "none", PLAIN, scale=0.0)
+
+
+@pytest.mark.parametrize("documents", ["none", "few"])
+def test_tilings_give_the_same(tiny: ModuleType, documents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow tiles, and values that are no multiple of either."""
+    for columns in (64, 32):
+        tiling = (Tiling({"BLOCK_V": columns}, num_warps=4, num_stages=3),)
+        monkeypatch.setattr(tiny._Tiles, "tilings", tiling)
+        compare(tiny, "cpu", torch.bfloat16, (1, 35, 2, 16, 72), documents, SETTINGS["decayed-mean"])
 
 
 def test_a_clamped_divisor_passes_no_gradient(tiny: ModuleType) -> None:

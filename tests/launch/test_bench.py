@@ -15,7 +15,7 @@ import torch
 from programs import longreach
 from torch import Tensor
 
-from longreach.launch import bench
+from longreach.launch.bench import kernels as bench
 from longreach.launch.cli import main
 
 TINY = bench.Sizes(256, 16, 1, 16, torch.float32)

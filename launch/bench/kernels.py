@@ -6,31 +6,27 @@ touched, the matrix products or FFTs inside, or what a user would run instead. b
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.elementwise import elementwise_attention
-from ..kernels.errors import InputError
-from ..kernels.linear_attention import linear_attention
-from ..kernels.long_conv import long_conv
-from ..kernels.long_conv.chunked import fft_size
-from ..kernels.short_conv import short_conv
+from ...kernels.elementwise import elementwise_attention
+from ...kernels.errors import InputError
+from ...kernels.linear_attention import linear_attention
+from ...kernels.long_conv import long_conv
+from ...kernels.long_conv.chunked import fft_size
+from ...kernels.short_conv import short_conv
+from . import check_out, environment, median, table_header, table_line, write_report
 
 BUDGET = 2.0  # seconds that a measurement may repeat for
 LENGTHS = [2**n for n in range(10, 21)]
@@ -83,7 +79,7 @@ class Bench:
             times.append(self._once(run))
             if times[-1] > 2 * BUDGET:
                 break
-        return sorted(times)[len(times) // 2]
+        return median(times)
 
     def _once(self, run: Callable[[], object]) -> float:
         if self.device == "cuda":
@@ -221,7 +217,7 @@ class Bench:
         for _ in range(3):
             times[0].append(self.seconds(runs[0]) * longest / lengths[0])
             times[1].append(self._once(runs[1]))
-        short, long = (sorted(some)[1] for some in times)
+        short, long = (median(some) for some in times)
         against = f"{longest / lengths[0]:g} times {lengths[0]:,} tokens"
         self.add("elementwise", f"forward, {longest:,} tokens", long, against, short, "<= 1.15")
 
@@ -265,9 +261,9 @@ def paper_formulation(q: Tensor, k: Tensor, v: Tensor, order: int = 6) -> Tensor
 
 def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     """Each operator's preferred implementation against its definition in fp64: relative RMS error, gradients too."""
-    from ..kernels.linear_attention import reference_linear_attention
-    from ..kernels.long_conv import reference_long_conv
-    from ..kernels.short_conv import reference_short_conv
+    from ...kernels.linear_attention import reference_linear_attention
+    from ...kernels.long_conv import reference_long_conv
+    from ...kernels.short_conv import reference_short_conv
 
     def r(*shape: int) -> Tensor:
         return (torch.randn(shape) * 0.5).to(dtype)
@@ -333,7 +329,7 @@ def memory(device: str) -> float:
         torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
         return (torch.cuda.max_memory_allocated() - before) / tensor
     # A process of its own: the peak of this one is long past.
-    code = f"from longreach.launch.bench import _resident; print(_resident({length}, {width}))"
+    code = f"from longreach.launch.bench.kernels import _resident; print(_resident({length}, {width}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout) / tensor
 
@@ -402,48 +398,10 @@ def as_line(row: Row) -> str:
         f"{row.other_seconds * 1e3:.2f} ms",
         ratio,
     ]
-    return f"| {' | '.join([*cells, row.wanted])} |"
+    return table_line([*cells, row.wanted])
 
 
-HEADER = "| operator | pass | time | against | its time | ratio | wanted |\n|---|---|---|---|---|---|---|"
-
-
-def environment(device: str) -> dict[str, str]:
-    """What the figures belong to."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    versions = {p: metadata.version(p) for p in ("torch", "triton", "flash-linear-attention") if _installed(p)}
-    return {
-        "device": name,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **versions,
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _commit() -> str:
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:  # git
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+HEADER = table_header(["operator", "pass", "time", "against", "its time", "ratio", "wanted"])
 
 
 def _optional(module: str):  # type: ignore[no-untyped-def]
@@ -461,12 +419,8 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise InputError("--out", str(out), f"a writable directory ({error.strerror})") from None
-    bench, where = Bench(device, SIZES[device]), environment(device)
+    check_out(out)
+    bench, where = Bench(device, SIZES[device]), environment(device, torch.get_num_threads())
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     checked = dict(check(device, bench.sizes.dtype))
     limit = 1e-5 if bench.sizes.dtype == torch.float32 else 1e-2
@@ -499,7 +453,7 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
         "errors_over_2^20_tokens": errors,
         "elementwise_extra_tensors": extra,
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, path)
     plot(lengths, path.with_suffix(".png"), where["device"])
     print(f"written: {path}, {path.with_suffix('.png')}")
     return 0

@@ -1,0 +1,268 @@
+"""`longreach bench parallel`: what ranks cost and what they exchange, on CPUs over gloo.
+
+First the quickstart's training on two ranks of one thread against one rank of two threads, in turns. Then, on 2, 4 and
+8 ranks of one thread, what each kind of layer exchanges over one long sequence, beside DeepSpeed's Ulysses and ring
+attention. All of it runs in real processes on this machine; more ranks than processors are said to be emulated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ...kernels.errors import InputError
+from . import (
+    Bound,
+    check_out,
+    cpu_only,
+    environment,
+    last_line,
+    median,
+    table_header,
+    table_line,
+    verdict,
+    write_report,
+)
+from .exchange import PEERS, STATES, Found, Job
+
+RANKS = (2, 4, 8)
+JOB = Job()
+SOURCE = "cpython"  # what is trained on, as in the quickstart
+TRAIN: list[str] = []  # further settings of the training
+LAYOUTS = {
+    "2 ranks of 1 thread": ["parallel.ranks=2", "parallel.sequence=2", "train.threads=1"],
+    "1 rank of 2 threads": ["parallel.ranks=1", "parallel.sequence=1", "train.threads=2"],
+}
+TURNS = 5
+STEPS, WARM_UP = 40, 10  # of a run, and those of them that are not counted
+RUN_SECONDS = 900.0  # that a run of training may take
+RANKS_SECONDS = 3600.0  # that all layers together may take on some ranks
+SPEED_LIMIT = 0.95
+BYTES_LIMIT = 1 / 100
+ERROR_LIMIT = 1e-5  # of any layer against one rank: relative RMS
+SPEED_HEADER = table_header(["training", "tokens/s, median of runs", "slowest", "fastest"])
+HEADER = table_header(
+    [
+        "layer",
+        "ranks",
+        "forward + backward",
+        "its exchanges alone",
+        "bytes forward",
+        "bytes backward",
+        "bytes received",
+        "of Ulysses",
+        "of the ring",
+    ]
+)
+
+
+def training_speeds(turns: int, steps: int) -> dict[str, list[float]]:
+    """Tokens a second of each run, by layout; the layouts take turns, so that what slows the machine meets both."""
+    speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    with tempfile.TemporaryDirectory() as directory:
+        packed = Path(directory) / "packed"
+        _run(["pack", SOURCE, str(packed), "--valid-fraction", "0"], Path(directory))
+        for turn in range(turns):
+            order = list(LAYOUTS) if turn % 2 == 0 else list(LAYOUTS)[::-1]
+            for name in order:
+                run_dir = Path(directory) / f"{name} {turn}"
+                words = [
+                    f"run.dir={run_dir}",
+                    f"data.source={packed}",
+                    "data.valid_fraction=0",
+                    f"train.steps={steps}",
+                    "train.validate_every=0",
+                    "monitor.sample_len=0",
+                    "monitor.plot=false",
+                    "monitor.tensorboard=false",
+                    *TRAIN,
+                    *LAYOUTS[name],
+                ]
+                _run(["train", "quickstart", *words], Path(directory))
+                rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+                speeds[name].append(median([row["tokens_per_second"] for row in rows[WARM_UP:]]))
+    return speeds
+
+
+def _run(words: list[str], directory: Path) -> None:
+    """Run ``longreach WORDS...`` to its end.
+
+    Raises:
+        InputError: it failed, or took more than `RUN_SECONDS`.
+    """
+    said = directory / "said"
+    with open(said, "wb") as file:
+        command = [sys.executable, "-m", "longreach", *words]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
+    try:
+        code: int | str = process.wait(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = f"none after {RUN_SECONDS:g} s"
+    finally:
+        _end([process])
+    if code:
+        raise InputError(f"exit code of longreach {words[0]}", code, f"must be 0; it said: {last_line(said)}")
+
+
+def exchanges(ranks: int, job: Job) -> list[Found]:
+    """Every layer on so many ranks, each a process of one thread.
+
+    Raises:
+        InputError: a rank failed, or all took more than `RANKS_SECONDS`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "job.json").write_text(json.dumps(asdict(job)))
+        processes = []
+        try:
+            for rank in range(ranks):
+                command = [sys.executable, "-m", f"{__package__}.exchange", name, str(rank), str(ranks)]
+                with open(directory / f"said{rank}", "wb") as file:
+                    environ = cpu_only(OMP_NUM_THREADS="1")
+                    processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environ))
+            failed = _first_failure(processes)
+        finally:
+            _end(processes)
+        if failed is not None:
+            rank, code = failed
+            said = last_line(directory / f"said{rank}")
+            raise InputError(f"exit code of rank {rank} of {ranks}", code, f"must be 0; it said: {said}")
+        return [Found(**one) for one in json.loads((directory / "found.json").read_text())]
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | str] | None:
+    """Wait until all ranks have ended; the first that failed, with its exit code, or one that is late."""
+    deadline = time.monotonic() + RANKS_SECONDS
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank, code
+        if None not in codes:
+            return None
+        if time.monotonic() > deadline:
+            return codes.index(None), f"none after {RANKS_SECONDS:g} s"
+        time.sleep(0.05)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: politely, because a launcher then ends its ranks too."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=45)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def shares(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, float]]:
+    """Each layer's bytes over those of either peer on as many ranks."""
+    peers = {(one.layer, one.ranks): one.num_bytes for one in found if one.layer in PEERS}
+    return {(one.layer, one.ranks): {peer: one.num_bytes / peers[peer, one.ranks] for peer in PEERS} for one in found}
+
+
+def as_line(one: Found, share: dict[str, float], cores: int) -> str:
+    """A row of the Markdown table."""
+    ratios = [f"1/{1 / share[peer]:,.0f}" if share[peer] < 0.5 else f"{share[peer]:.2f}" for peer in PEERS]
+    return table_line(
+        [
+            one.layer,
+            f"{one.ranks} (emulated)" if one.ranks > cores else one.ranks,
+            f"{one.seconds * 1e3:,.1f} ms",
+            f"{one.exchange_seconds * 1e3:,.1f} ms",
+            f"{one.forward_bytes:,}",
+            f"{one.backward_bytes:,}",
+            f"{one.received_bytes:,}",
+            *ratios,
+        ]
+    )
+
+
+def plot(found: Sequence[Found], path: Path, title: str, cores: int) -> None:
+    """Bytes and seconds of the exchanges of each layer, against the number of ranks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for name in dict.fromkeys(one.layer for one in found):
+        some = [one for one in found if one.layer == name]
+        ranks = [one.ranks for one in some]
+        style = "o--" if name in PEERS else "o-"
+        panels[0].loglog(ranks, [one.num_bytes for one in some], style, label=name)
+        panels[1].loglog(ranks, [one.exchange_seconds for one in some], style, label=name)
+    ticks = sorted({one.ranks for one in found})
+    for axes, label in zip(panels, ("bytes that a rank hands over", "seconds of the exchanges alone"), strict=True):
+        axes.set(xlabel=f"ranks (more than {cores} are emulated)", ylabel=f"{label}, forward + backward")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(True, which="major", alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parallel(out: Path) -> int:
+    """Measure ranks; writes ``parallel-cpu.json`` and ``.png`` into ``out``; the exit code, 1 if a bound is broken."""
+    check_out(out)
+    cores = len(os.sched_getaffinity(0))
+    where = environment("cpu", cores)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"{JOB.tokens:,} tokens, width {JOB.width}, {JOB.heads} heads, fp32")
+    speeds = training_speeds(TURNS, STEPS)
+    print(SPEED_HEADER)
+    for name, runs in speeds.items():
+        print(table_line([name, *(f"{f(runs):,.0f}" for f in (median, min, max))]), flush=True)
+    two, one_rank = (median(runs) for runs in speeds.values())
+    print(HEADER)
+    found: list[Found] = []
+    for ranks in RANKS:
+        layers = exchanges(ranks, JOB)
+        found += layers
+        by_layer = shares(layers)
+        for one in layers:
+            print(as_line(one, by_layer[one.layer, ranks], cores), flush=True)
+    bounds = [Bound("tokens/s on 2 ranks of 1 thread over those on 1 rank of 2", two / one_rank, ">=", SPEED_LIMIT)]
+    bounds += _bounds(found)
+    path = out / "parallel-cpu.json"
+    report = {
+        "command": "longreach bench parallel",
+        "environment": where,
+        "training": {"tokens_per_second": speeds, "ratio": two / one_rank, "steps": STEPS, "not_counted": WARM_UP},
+        "sizes": asdict(JOB),
+        "rows": [
+            {**asdict(one), "emulated": one.ranks > cores, "bytes_over": shares(found)[one.layer, one.ranks]}
+            for one in found
+        ],
+        "bounds": [bound.as_json() for bound in bounds],
+    }
+    write_report(report, path)
+    plot(found, path.with_suffix(".png"), f"{JOB.tokens:,} tokens, {where['device']}", cores)
+    print(f"written: {path}, {path.with_suffix('.png')}")
+    return verdict(bounds)
+
+
+def _bounds(found: Sequence[Found]) -> list[Bound]:
+    by_layer = shares(found)
+    bounds = []
+    for ranks in dict.fromkeys(one.ranks for one in found):
+        errors = [one.error for one in found if one.ranks == ranks]
+        worst = max(errors, key=lambda x: (math.isnan(x), x))
+        bounds.append(Bound(f"error of any layer on {ranks} ranks against one", worst, "<=", ERROR_LIMIT))
+        for layer in STATES:
+            most = max(by_layer[layer, ranks].values())
+            what = f"bytes of {layer} on {ranks} ranks over those of either peer"
+            bounds.append(Bound(what, most, "<=", BYTES_LIMIT))
+    return bounds
