@@ -60,6 +60,7 @@ class Shape:
             seconds = {
                 "gather": cost.gather_seconds(num_bytes, ranks, link),
                 "pipeline": cost.pipeline_seconds(num_bytes, ranks, SLICES, link),
+                "doubling": cost.doubling_seconds(num_bytes, ranks, link),
                 "two_level": cost.two_level_seconds(num_bytes, ranks, node_size or 1, near, far),
             }[way]
             ways.add(way)

@@ -46,15 +46,15 @@ class ParallelConfig:
         block_len: tokens of a streamed block on each rank, so that memory does not grow with the sequence; 0 processes
             it whole.
         relay: how states travel along the ranks of a sequence: ``gather`` (all to all ranks), ``two_level`` (within
-            nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``auto`` (the fastest by
-            `parallel.cost`).
+            nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``doubling`` (over 1, 2, 4, ... ranks
+            at a time), ``auto`` (the fastest by `parallel.cost`).
         park_carries: keep what waits between streamed blocks in host memory.
     """
 
     ranks: int = 1
     sequence: int = 0
     block_len: int = 0
-    relay: Literal["auto", "gather", "two_level", "pipeline"] = "auto"
+    relay: Literal["auto", "gather", "two_level", "pipeline", "doubling"] = "auto"
     park_carries: bool = False
 
     @property

@@ -57,6 +57,11 @@ def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> f
     return walk + math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
 
 
+def doubling_seconds(num_bytes: float, ranks: int, link: Link) -> float:
+    """Merging at distances 1, 2, 4, ..., a shift by one, then a broadcast of the end (as a tree)."""
+    return (2 * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
+
+
 def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
     """Of an exchange as `parallel.recorder.Event` describes it, between so many ranks."""
     if ranks == 1 or kind == "receive":  # who receives waits while the sender sends
@@ -73,11 +78,12 @@ def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
 
 
 def fastest(num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None) -> str:
-    """The relay for so many bytes: gather, pipeline, or two_level where ``node_size`` ranks share a node."""
+    """The relay for so many bytes: gather, pipeline, doubling, or two_level where ``node_size`` ranks share a node."""
     link = near if node_size is None else far
     found = {
         "gather": gather_seconds(num_bytes, ranks, link),
         "pipeline": pipeline_seconds(num_bytes, ranks, slices, link),
+        "doubling": doubling_seconds(num_bytes, ranks, link),
     }
     if node_size is not None:
         found["two_level"] = two_level_seconds(num_bytes, ranks, node_size, near, far)

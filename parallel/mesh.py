@@ -106,7 +106,7 @@ def init_mesh(sequence: int = 1, *, relay: str = "auto", node_size: int | None =
 
     Args:
         sequence: ranks that share one sequence; rank ``d * sequence + s`` is part s of data rank d.
-        relay: how states travel along a sequence: gather, two_level, pipeline or auto (the fastest by `parallel.cost`).
+        relay: how states travel along a sequence: one of `parallel.relay.WAYS`.
         node_size: ranks of a node; None to take it from the launcher.
 
     Raises:
@@ -124,7 +124,7 @@ def init_mesh(sequence: int = 1, *, relay: str = "auto", node_size: int | None =
     node, peers = levels(rows, node_size or local_size() or ranks)
     if relay == "two_level" and node is None:
         allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
-        raise InputError("parallel.relay", relay, allowed, "choose auto, gather or pipeline")
+        raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or doubling")
     axis = replace(_join(rows), relay=relay, node=node, peers=peers)
     return Mesh(data=_join(columns), sequence=axis, world=world, device=device)
 

@@ -1,10 +1,12 @@
-"""States across ranks: three ways to send them past all pieces of a sequence, all exact (see `kernels.scan.Relay`).
+"""States across ranks: four ways to send them past all pieces of a sequence, all exact (see `kernels.scan.Relay`).
 
 - gather: every rank gets every summary and folds what lies before it. One exchange, no rank waits for another's result;
   what a rank receives grows with the number of ranks.
 - two_level: ranks of a node gather, then nodes do. What crosses between nodes does not grow with the ranks in a node.
 - pipeline: each rank maps what it gets from its neighbour and sends it on, slice by slice. What a rank sends and
   receives does not depend on the number of ranks; the last slice arrives after a walk along all of them.
+- doubling: ranks at distances 1, 2, 4 and so on merge what they know (Hillis and Steele 1986), in as many steps as the
+  number of ranks has binary digits, each of one summary.
 
 `parallel.cost` says which is the fastest for so many bytes.
 """
@@ -26,7 +28,7 @@ from .mesh import Axis, all_gather, as_bytes
 from .traffic import Note, Once, every_time, unnoted
 
 log = logging.getLogger("longreach.parallel")
-WAYS = ("auto", "gather", "two_level", "pipeline")
+WAYS = ("auto", "gather", "two_level", "pipeline", "doubling")
 SLICES = 4  # of a state that goes from neighbour to neighbour
 Map = tuple[Tensor, Tensor]
 """(A, B) of ``x -> A x + B``."""
@@ -67,7 +69,8 @@ class AxisRelay:
             way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)), decay.device.type)
         if way == "gather":
             return self._gather(decay, flows, known)
-        return (self._two_level(decay, flows) if way == "two_level" else self._pipeline(decay, flows)), ()
+        ways = {"two_level": self._two_level, "pipeline": self._pipeline, "doubling": self._doubling}
+        return ways[way](decay, flows), ()
 
     def _gather(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None
@@ -133,6 +136,43 @@ class AxisRelay:
             request.wait()
         return before, leaving
 
+    def _doubling(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+        maps: list[Map] = [(decay, flow.state) for flow in flows]
+        distance = 1
+        while distance < self.size:
+            arrived = self._shift(maps, flows, distance)
+            maps = [mine if got is None else _then(got, mine) for got, mine in zip(arrived, maps, strict=True)]
+            distance *= 2
+        found = []
+        for flow, before, through in zip(flows, self._shift(maps, flows, 1), maps, strict=True):
+            start = torch.zeros_like(flow.state) if flow.start is None else flow.start
+            leaving = through[0] * start + through[1]
+            reached = start if before is None else before[0] * start + before[1]
+            found.append((reached, self._from_last(leaving.contiguous(), flow.reverse)))
+        return found
+
+    def _shift(self, maps: list[Map], flows: Sequence[Flow], distance: int) -> list[Map | None]:
+        """The maps of the ranks so far before this one in the direction of each flow; None where there is none."""
+        operations, arriving, num_bytes = [], [], 0
+        for (a, b), flow in zip(maps, flows, strict=True):
+            step = -distance if flow.reverse else distance
+            payload = torch.cat([as_bytes(a), as_bytes(b)])
+            into = torch.zeros_like(payload) if 0 <= self.rank - step < self.size else None
+            arriving.append(into)
+            if 0 <= self.rank + step < self.size:
+                num_bytes += payload.numel()
+                operations.append(self._peer(dist.isend, payload, self.rank + step))
+            if into is not None:
+                operations.append(self._peer(dist.irecv, into, self.rank - step))
+        with self._note(num_bytes):
+            requests = dist.batch_isend_irecv(operations) if operations else []
+        for request in requests:
+            request.wait()
+        return [None if into is None else _unpack(into, like) for into, like in zip(arriving, maps, strict=True)]
+
+    def _peer(self, operation: Any, x: Tensor, rank: int) -> dist.P2POp:
+        return dist.P2POp(operation, x, self._axis.ranks[rank], group=self._axis.group)
+
     def _from_last(self, leaving: Tensor, reverse: bool) -> Tensor:
         """What leaves the last rank of a flow."""
         last = 0 if reverse else self.size - 1
@@ -162,12 +202,14 @@ def gather(tensors: Sequence[Tensor], axis: Axis, note: Note = unnoted) -> list[
     payload = torch.cat([as_bytes(t) for t in tensors])
     with note(payload.numel()):
         rows = all_gather(payload, axis)
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    return [
-        # A clone, because a slice of bytes need not lie where its dtype may start.
-        tuple(part.clone().view(t.dtype).view(t.shape) for part, t in zip(row.split(sizes), tensors, strict=True))
-        for row in rows
-    ]
+    return [_unpack(row, tensors) for row in rows]
+
+
+def _unpack(row: Tensor, like: Sequence[Tensor]) -> Any:
+    """Tensors of the shapes and dtypes of ``like``, from their bytes laid end to end."""
+    sizes = [t.numel() * t.element_size() for t in like]
+    # A clone, because a slice of bytes need not lie where its dtype may start.
+    return tuple(part.clone().view(t.dtype).view(t.shape) for part, t in zip(row.split(sizes), like, strict=True))
 
 
 def _distinct(flows: Sequence[Flow]) -> list[Tensor]:

@@ -141,7 +141,7 @@ def layouts(pattern: str, ranks: int) -> list[Case]:
     uneven = Case(pattern, 23, ((1, 22), (8,)))
     cases = [replace(case, causal=False) for case in (dense, documents, uneven)]
     cases += [replace(uneven, causal=False, recompute=True), replace(uneven, block_len=5, recompute=True)]
-    for relay in ("pipeline", *(["two_level"] if ranks == 4 else [])):
+    for relay in ("pipeline", "doubling", *(["two_level"] if ranks == 4 else [])):
         cases += [replace(uneven, relay=relay), replace(dense, relay=relay, causal=False)]
     for case in (dense, documents, uneven):
         cases += [replace(case, block_len=block_len) for block_len in (0, 3, 5)]
@@ -181,7 +181,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
             0 if split else draw(st.integers(0, 9)),
             lengths,
             recompute=draw(st.booleans()),
-            relay=draw(st.sampled_from(["gather", "pipeline", "two_level" if ranks == 4 else "auto"])),
+            relay=draw(st.sampled_from(["gather", "pipeline", "doubling", "two_level" if ranks == 4 else "auto"])),
         ),
         ranks,
     )

@@ -115,6 +115,7 @@ def _run(
         *(("gather", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [2, 2, 1, 0], [5, 1, 8, 9])),
         *(("two_level", lengths) for lengths in ([2, 2, 1, 0], [5, 1, 8, 9], [0, 3, 0, 1])),
         *(("pipeline", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
+        *(("doubling", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
         ("auto", [4, 4, 3]),
     ],
 )
