@@ -20,7 +20,10 @@ from programs import Job, finish, longreach, python, start
 
 from longreach.launch.cli import main
 
-PROGRESS = re.compile(r"[\d,]+ parameters \(|\w+ on cpu runs \w+$|step \d+/\d+  loss |step \d+: held-out |continuing ")
+PROGRESS = re.compile(
+    r"[\d,]+ parameters \(|\w+ on cpu runs \w+$|states of [\d,]+ bytes travel along \d+ ranks by \w+$|"
+    r"step \d+/\d+  loss |step \d+: held-out |continuing "
+)
 
 
 @pytest.fixture(autouse=True)
