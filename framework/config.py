@@ -48,6 +48,8 @@ class ParallelConfig:
         relay: how states travel along the ranks of a sequence: ``gather`` (all to all ranks), ``two_level`` (within
             nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``doubling`` (over 1, 2, 4, ... ranks
             at a time), ``auto`` (the fastest by `parallel.cost`).
+        near, far: latency in seconds and bandwidth in bytes a second between ranks of a node, and between nodes, as
+            ``longreach doctor`` and `launch.links` measure them; empty for rough figures.
         park_carries: keep what waits between streamed blocks in host memory.
     """
 
@@ -55,6 +57,8 @@ class ParallelConfig:
     sequence: int = 0
     block_len: int = 0
     relay: Literal["auto", "gather", "two_level", "pipeline", "doubling"] = "auto"
+    near: list[float] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
     park_carries: bool = False
 
     @property
@@ -234,6 +238,10 @@ def validate(config: RunConfig) -> None:
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
         raise InputError("deepspeed", config.deepspeed, allowed)
+    for key, link in (("parallel.near", parallel.near), ("parallel.far", parallel.far)):
+        if link and not (len(link) == 2 and 0 <= link[0] < math.inf and 0 < link[1] < math.inf):
+            allowed = "must be a latency in seconds and a bandwidth in bytes a second"
+            raise InputError(key, link, allowed, f"measure it with longreach doctor, or write {key}=[1e-5,1e10]")
     if parallel.block_len and not config.model.causal:
         allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
         raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")

@@ -121,16 +121,14 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """``[B, L, D]`` -> ``[B, L, D]``."""
-        extended = span.halo(x, self.left, self.right)
-        y, _ = short_conv(
-            extended,
-            self.weight,
-            self.bias,
-            activation=self.activation,
-            causal=self.causal,
-            segments=span.halo_segments(self.left, self.right),
-        )
-        return y[:, self.left : self.left + x.shape[1]]
+
+        def convolve(tokens: Tensor, segments: Tensor | None) -> Tensor:
+            activation, causal = self.activation, self.causal
+            return short_conv(tokens, self.weight, self.bias, activation=activation, causal=causal, segments=segments)[
+                0
+            ]
+
+        return span.halo(x, self.left, self.right, convolve)
 
 
 def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.errors import InputError
 from ..parallel import cost
-from ..parallel.mesh import Mesh, init_mesh, leave_world, pretend_world
+from ..parallel.mesh import Mesh, leave_world, pretend_world
 from ..parallel.recorder import Event, Recorder
 from ..parallel.traffic import Traffic
 from .config import RunConfig, validate
 from .data import Batch
 from .engine import Engine, compare_with_nobody
-from .trainer import num_micro_batches, peak_memory, settings_of, start_engine, train_step
+from .trainer import mesh_of, num_micro_batches, peak_memory, settings_of, start_engine, train_step
 
 
 @dataclass
@@ -95,7 +95,7 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
     compare_with_nobody()
     pretend_world(world, rank, min(node_size, world))
     try:
-        mesh = init_mesh(config.parallel.num_sequence_ranks, relay=config.parallel.relay)
+        mesh = mesh_of(config)
         engine = start_engine(config, settings, mesh)
         _step(config, engine, mesh, Traffic())  # compiles kernels, fills caches
         traffic = Traffic()
@@ -139,7 +139,7 @@ def _step(config: RunConfig, engine: Engine, mesh: Mesh, traffic: Traffic) -> No
 
 
 def _lines(events: list[Event], mesh: Mesh, node_size: int) -> list[Line]:
-    near, far = cost.links(mesh.device.type)
+    near, far = mesh.sequence.near, mesh.sequence.far
     lines: dict[tuple[str, str, int], Line] = {}
     for event in events:
         purpose, ranks = event.verb or "ZeRO", len(event.ranks)

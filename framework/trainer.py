@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..kernels.errors import InputError
 from ..parallel import streaming
+from ..parallel.cost import Link
 from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
 from ..parallel.recorder import Recorder
 from ..parallel.span import Span
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> Result:
     settings = settings_of(config)
     _set_threads(config.train.threads)
     join_world()
-    mesh = init_mesh(config.parallel.num_sequence_ranks, relay=config.parallel.relay)
+    mesh = mesh_of(config)
     index = open_corpus(config, mesh)
     run_dir = Path(config.run.dir)
     engine = start_engine(config, settings, mesh)
@@ -98,6 +99,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         clip=config.optim.clip,
         world_size=config.parallel.ranks,
     )
+
+
+def mesh_of(config: RunConfig) -> Mesh:
+    """The joined world, laid out as the config says."""
+    parallel = config.parallel
+    near, far = (Link(*link) if link else None for link in (parallel.near, parallel.far))
+    return init_mesh(parallel.num_sequence_ranks, relay=parallel.relay, near=near, far=far)
 
 
 def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Engine:

@@ -144,6 +144,20 @@ def _exchange() -> Iterator[Finding]:
             yield Finding("note", "port", "29500, torchrun's default, is in use: give torchrun another --master-port")
 
 
+def _links() -> Iterator[Finding]:
+    """What lies between two ranks of this machine."""
+    import torch
+
+    from . import links
+    from .train import start_ranks
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < links.LOCAL_RANKS:
+        yield Finding("note", "links", "one GPU: nothing lies between two")
+        return
+    found = start_ranks(links.LOCAL_RANKS, links.join_and_measure)
+    yield Finding("ok", "links", f"between two ranks here {links.as_text(found[0], 'parallel.near')}")
+
+
 def _disk() -> Iterator[Finding]:
     for topic, path in (("disk", "."), ("shm", "/dev/shm")):
         if not os.path.isdir(path):
@@ -162,4 +176,4 @@ def _memory_bytes() -> int:
         return 0
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _devices, _backends, _exchange, _disk)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _devices, _backends, _exchange, _links, _disk)

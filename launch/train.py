@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..kernels.errors import InputError
 
@@ -103,25 +103,11 @@ def _train(config: RunConfig) -> int:
 
 def _start_ranks(config: RunConfig, words: list[str]) -> int:
     """Start the ranks on this machine through torchrun's Python interface."""
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.ERROR)  # torchrun's remarks: the ranks tell what went wrong
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.parallel.ranks,
-        run_id="longreach",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
     try:
-        elastic_launch(settings, sys.executable)("-m", "longreach.launch.train", *words)
+        start_ranks(config.parallel.ranks, sys.executable, "-m", "longreach.launch.train", *words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -131,6 +117,29 @@ def _start_ranks(config: RunConfig, words: list[str]) -> int:
         interrupted = error.sigval == signal.SIGINT
         return tell("interrupted" if interrupted else f"ended by {error.sigval.name}", 128 + error.sigval)
     return 0
+
+
+def start_ranks(number: int, what: Callable[[], Any] | str, *words: str) -> Any:
+    """Run a program with its words, or a function, as so many ranks on this machine; what each rank's function returns,
+    by rank.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.ERROR)  # torchrun's remarks: the ranks tell what went wrong
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id="longreach",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    return elastic_launch(settings, what)(*words)
 
 
 def tell(why: object, code: int = MISTAKE) -> int:

@@ -27,7 +27,7 @@ class Link:
         return self.latency + num_bytes / self.bandwidth
 
 
-# Rough figures to choose by where nothing was measured: an NVLink, a network adapter of 400 Gbit/s, gloo over loopback.
+# Rough figures: an NVLink, a network adapter of 400 Gbit/s, gloo over loopback.
 LINKS = {
     "nvlink": Link(5e-6, 200e9),
     "network": Link(15e-6, 40e9),
@@ -36,8 +36,16 @@ LINKS = {
 
 
 def links(device: str) -> tuple[Link, Link]:
-    """Within a node and between nodes, for tensors on such a device."""
+    """Within a node and between nodes, for tensors on such a device, where nothing was measured."""
     return (LINKS["nvlink"], LINKS["network"]) if device == "cuda" else (LINKS["loopback"], LINKS["loopback"])
+
+
+def through(small: tuple[float, float], large: tuple[float, float]) -> Link:
+    """The link on which messages of two sizes, (bytes, seconds), take so long."""
+    (few, soon), (many, late) = small, large
+    # A large message that is not slower than a small one says that latency is all that was seen.
+    bandwidth = (many - few) / max(late - soon, 1e-9)
+    return Link(max(soon - few / bandwidth, 0.0), bandwidth)
 
 
 def gather_seconds(num_bytes: float, ranks: int, link: Link) -> float:

@@ -1,12 +1,13 @@
-"""Neighbouring tokens: this rank's piece with the tokens just beside it, wherever they are.
+"""Neighbouring tokens: what lies just beside this rank's piece, wherever it is.
 
-Point to point, from the ranks that hold them: the next one, or several when pieces are shorter than the reach. The
-gradients of borrowed tokens travel back to their owners and add.
+Point to point, from the ranks that hold them: the next one, or several when pieces are shorter than the reach. They
+travel while work that needs no neighbour goes on. The gradients of borrowed tokens travel back to their owners in the
+same way, and add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -45,91 +46,169 @@ def plan(lengths: Sequence[int], left: int, right: int) -> list[Move]:
     return moves
 
 
-def borrow(
-    x: Tensor,
-    axis: Axis,
-    lengths: Sequence[int],
-    left: int,
-    right: int,
-    fill: float,
-    note: Note = unnoted,
-    once: Once = every_time,
-) -> Tensor:
-    """``x [B, n, ...]`` with its neighbours, ``[B, left + n + right, ...]``; ``fill`` beyond the sequence's ends.
-    No autograd.
+class Trip:
+    """Tensors on their way between ranks of an axis, all at once.
+
+    Args:
+        sends: (rank, tensor) for each to send.
+        receives: (rank, shape) for each to receive.
+        like: of the dtype and device of them all.
+        axis: the ranks.
+        note: counts the bytes sent.
     """
-    first = sum(lengths[: axis.rank])
-    pad = x.new_full((x.shape[0], left, *x.shape[2:]), fill)
-    tail = x.new_full((x.shape[0], right, *x.shape[2:]), fill)
-    extended = torch.cat([pad, x, tail], dim=1)
-    if axis.size == 1:
-        return extended
-    moves = plan(lengths, left, right)
-    sends = [(m.borrower, x[:, m.start - first : m.stop - first]) for m in moves if m.owner == axis.rank]
-    targets = [
-        (m.owner, extended[:, m.start - first + left : m.stop - first + left]) for m in moves if m.borrower == axis.rank
-    ]
-    arrived = once(lambda: _exchange(sends, [(rank, t.shape) for rank, t in targets], x, axis, note))
-    for (_, target), received in zip(targets, arrived, strict=True):
-        target.copy_(received)
-    return extended
+
+    def __init__(
+        self,
+        sends: list[tuple[int, Tensor]],
+        receives: list[tuple[int, torch.Size]],
+        like: Tensor,
+        axis: Axis,
+        note: Note,
+    ) -> None:
+        self._sent = [as_bytes(tensor) for _, tensor in sends]  # kept until they are there
+        self._received = [like.new_zeros(shape) for _, shape in receives]  # in a plan nobody sends
+        operations = [
+            dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
+            for data, (rank, _) in zip(self._sent, sends, strict=True)
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, tensor.view(-1).view(torch.uint8), axis.ranks[rank], group=axis.group)
+            for tensor, (rank, _) in zip(self._received, receives, strict=True)
+        ]
+        with note(sum(data.numel() for data in self._sent)):
+            self._requests = dist.batch_isend_irecv(operations) if operations else []
+
+    def arrived(self) -> list[Tensor]:
+        """What was received, once it is there."""
+        for request in self._requests:
+            request.wait()
+        self._requests, self._sent = [], []
+        return self._received
 
 
-def give_back(grad: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, note: Note = unnoted) -> Tensor:
-    """Adjoint of `borrow`: the gradient of ``x [B, n, ...]`` from that of the extended piece."""
-    first, length = sum(lengths[: axis.rank]), lengths[axis.rank]
-    own = grad[:, left : left + length].clone()
-    if axis.size == 1:
-        return own
-    moves = plan(lengths, left, right)
-    sends = [
-        (m.owner, grad[:, m.start - first + left : m.stop - first + left]) for m in moves if m.borrower == axis.rank
-    ]
-    targets = [(m.borrower, own[:, m.start - first : m.stop - first]) for m in moves if m.owner == axis.rank]
-    for (_, target), received in zip(
-        targets, _exchange(sends, [(rank, t.shape) for rank, t in targets], grad, axis, note), strict=True
-    ):
-        target += received
-    return own
+@dataclass
+class _Loan:
+    """One piece's neighbours: who lends what, and the exchanges that are under way.
+
+    Attributes:
+        lengths: tokens that each rank of ``axis`` holds; pieces may be empty.
+        left, right: tokens wanted before and after the piece.
+        note: counts the bytes.
+        once: makes the exchange of tokens, or remembers it.
+        forth, back: the tokens, and later their gradients.
+    """
+
+    axis: Axis
+    lengths: Sequence[int]
+    left: int
+    right: int
+    note: Note = unnoted
+    once: Once = every_time
+    forth: Trip | None = None
+    back: Trip | None = None
+
+    def __post_init__(self) -> None:
+        moves = plan(self.lengths, self.left, self.right) if self.axis.size > 1 else []
+        first, rank = sum(self.lengths[: self.axis.rank]), self.axis.rank
+        stop = first + self.lengths[rank]
+        # Of this piece, what each borrower gets; of its two sides, one after the other, what each owner lends.
+        self._lent = [(m.borrower, slice(m.start - first, m.stop - first)) for m in moves if m.owner == rank]
+        shift = {True: self.left - first, False: self.left - stop}
+        self._borrowed = [
+            (m.owner, slice(m.start + shift[m.start < first], m.stop + shift[m.start < first]))
+            for m in moves
+            if m.borrower == rank
+        ]
+
+    def depart(self, x: Tensor) -> None:
+        """Send what others borrow of ``x [B, n, ...]``."""
+
+        def exchange() -> Trip:
+            shapes = [(rank, _shape(x, place.stop - place.start)) for rank, place in self._borrowed]
+            return Trip([(rank, x[:, place]) for rank, place in self._lent], shapes, x, self.axis, self.note)
+
+        self.forth = self.once(exchange)
+
+    def sides(self, like: Tensor, fill: float) -> Tensor:
+        """The borrowed tokens ``[B, left + right, ...]``, ``fill`` beyond the sequence's ends."""
+        assert self.forth is not None
+        sides = like.new_full(_shape(like, self.left + self.right), fill)
+        for (_, place), tokens in zip(self._borrowed, self.forth.arrived(), strict=True):
+            sides[:, place] = tokens
+        return sides
+
+    def give_back(self, grad: Tensor) -> None:
+        """Send the gradients of the borrowed tokens ``[B, left + right, ...]`` to their owners."""
+        shapes = [(rank, _shape(grad, place.stop - place.start)) for rank, place in self._lent]
+        self.back = Trip([(rank, grad[:, place]) for rank, place in self._borrowed], shapes, grad, self.axis, self.note)
+
+    def take_back(self, grad: Tensor) -> None:
+        """Add the gradients of the lent tokens to ``grad [B, n, ...]``."""
+        if self.back is not None:
+            for (_, place), tokens in zip(self._lent, self.back.arrived(), strict=True):
+                grad[:, place] += tokens
 
 
-def _exchange(
-    sends: list[tuple[int, Tensor]],
-    receives: list[tuple[int, torch.Size]],
-    like: Tensor,
-    axis: Axis,
-    note: Note,
-) -> list[Tensor]:
-    """Send tensors to ranks of the axis and receive tensors of known shapes from others, all at once."""
-    outgoing = [as_bytes(tensor) for _, tensor in sends]
-    arrived = [like.new_zeros(shape) for _, shape in receives]  # in a plan nobody sends
-    operations = [
-        dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
-        for data, (rank, _) in zip(outgoing, sends, strict=True)
-    ]
-    operations += [
-        dist.P2POp(dist.irecv, tensor.view(-1).view(torch.uint8), axis.ranks[rank], group=axis.group)
-        for tensor, (rank, _) in zip(arrived, receives, strict=True)
-    ]
-    with note(sum(data.numel() for data in outgoing)):
-        requests = dist.batch_isend_irecv(operations) if operations else []
-    for request in requests:
-        request.wait()
-    return arrived
+def _shape(x: Tensor, length: int) -> torch.Size:
+    return torch.Size((x.shape[0], length, *x.shape[2:]))
 
 
-class _Halo(torch.autograd.Function):
+class _Depart(torch.autograd.Function):
+    """Begin a loan: x again, its first and last ``ends`` tokens, and a ticket for `_Arrive`."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, note: Note, once: Once
-    ) -> Tensor:
-        ctx.plan = (axis, lengths, left, right, note)
-        return borrow(x, axis, lengths, left, right, 0.0, note, once)
+    def forward(ctx: Any, x: Tensor, loan: _Loan, ends: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loan.depart(x)
+        ctx.loan, ctx.ends = loan, ends
+        return x.view_as(x), x[:, :ends].clone(), x[:, x.shape[1] - ends :].clone(), x.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, first: Tensor, last: Tensor, _: Tensor) -> tuple[Any, ...]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad[:, : ctx.ends] += first
+        grad[:, grad.shape[1] - ctx.ends :] += last
+        ctx.loan.take_back(grad)
+        return grad, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, x: Tensor, loan: _Loan) -> Tensor:
+        ctx.loan = loan
+        return loan.sides(x, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return give_back(grad.contiguous(), *ctx.plan), None, None, None, None, None, None
+        ctx.loan.give_back(grad.contiguous())
+        return grad.new_zeros(()), None, None
+
+
+class _Mend(torch.autograd.Function):
+    """Overwrite the first and the last tokens of ``y [B, n, ...]``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        ctx.where = slice(0, first.shape[1]), slice(y.shape[1] - last.shape[1], y.shape[1])
+        ctx.mark_dirty(y)
+        for place, tokens in zip(ctx.where, (first, last), strict=True):
+            y[:, place] = tokens
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        inner = grad.clone()
+        for place in ctx.where:
+            inner[:, place] = 0
+        return inner, *(grad[:, place] for place in ctx.where)
+
+
+Within = Callable[[Tensor, slice], Tensor]
+"""A function of tokens ``[B, m, ...]`` and of their places in the piece with its neighbours. It gives ``[B, m, ...]``,
+each of a token and of so many before and after it, with zeros beyond those it gets.
+"""
 
 
 def halo(
@@ -140,19 +219,65 @@ def halo(
     right: int = 0,
     note: Note = unnoted,
     once: Once = every_time,
+    past: Tensor | None = None,
+    within: Within | None = None,
 ) -> Tensor:
-    """This rank's piece with the tokens beside it; differentiable.
+    """This rank's piece with the tokens beside it, or a function of them; differentiable.
 
     Args:
         x: ``[B, lengths[axis.rank], ...]``.
         axis: the ranks that share the sequence.
         lengths: tokens that each of them holds; pieces may be empty.
         left, right: tokens wanted before and after the piece.
+        note: counts the bytes.
+        once: remembers the exchange of tokens.
+        past: ``[B, left, ...]``, the tokens before the whole sequence; None for zeros. They are the same on every
+            rank, and so is their gradient (a collective, run by all ranks).
+        within: what is wanted of piece and neighbours.
 
     Returns:
-        ``[B, left + n + right, ...]``, zero beyond the sequence's ends (everywhere beside an empty piece).
+        ``[B, left + n + right, ...]``, zero beyond the sequence's ends (everywhere beside an empty piece); with
+        ``within``, its ``[B, n, ...]``, which begins with the tokens that need no neighbour while those travel.
     """
-    return _Halo.apply(x, axis, lengths, left, right, note, once)
+    length, ends, alone = x.shape[1], left + right, axis.size == 1
+    if within is not None and (not ends or (alone and past is None)):
+        return within(x, slice(left, left + length))
+    inside = None
+    if alone:
+        sides = x.new_zeros(_shape(x, ends))
+    else:
+        inside_first = within is not None and length > 2 * ends
+        loan = _Loan(axis, lengths, left, right, note, once)
+        x, opening, closing, ticket = _Depart.apply(x, loan, ends if inside_first else 0)
+        if within is not None and inside_first:
+            inside = within(x, slice(left, left + length))
+        sides = _Arrive.apply(ticket, x, loan)
+    before, after = sides.split([left, right], dim=1)
+    if past is not None and left:
+        before = with_past(before, past, axis, lengths, left, note)
+    if within is None:
+        return torch.cat([before, x, after], dim=1)
+    if inside is None:
+        return within(torch.cat([before, x, after], dim=1), slice(0, ends + length))[:, left : left + length]
+    # At each end, the outputs that need a neighbour, from as many tokens as they see.
+    first = last = inside[:, :0]
+    if left:
+        first = within(torch.cat([before, opening], dim=1), slice(0, left + ends))[:, left : 2 * left]
+    if right:
+        last = within(torch.cat([closing, after], dim=1), slice(left + length - ends, length + ends))[:, left:ends]
+    return _Mend.apply(inside, first, last)
+
+
+def borrow(
+    x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, fill: float, note: Note = unnoted
+) -> Tensor:
+    """``x [B, n, ...]`` with its neighbours, ``[B, left + n + right, ...]``; ``fill`` beyond the sequence's ends. No
+    autograd.
+    """
+    loan = _Loan(axis, lengths, left, right, note)
+    loan.depart(x)
+    before, after = loan.sides(x, fill).split([left, right], dim=1)
+    return torch.cat([before, x, after], dim=1)
 
 
 def total(x: Tensor, axis: Axis, note: Note = unnoted) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.errors import InputError
+from . import cost
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Axis:
         node: those of them on this rank's node, where several nodes hold as many each; else None.
         peers: those in the same place on every node; else None.
         relay: how states travel along the axis: one of `parallel.relay.WAYS`.
+        near, far: what lies between ranks of a node, and between nodes.
     """
 
     rank: int = 0
@@ -35,6 +37,8 @@ class Axis:
     node: Axis | None = None
     peers: Axis | None = None
     relay: str = "gather"
+    near: cost.Link = cost.LINKS["loopback"]
+    far: cost.Link = cost.LINKS["loopback"]
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,21 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def init_mesh(sequence: int = 1, *, relay: str = "auto", node_size: int | None = None) -> Mesh:
+def init_mesh(
+    sequence: int = 1,
+    *,
+    relay: str = "auto",
+    node_size: int | None = None,
+    near: cost.Link | None = None,
+    far: cost.Link | None = None,
+) -> Mesh:
     """Lay the joined world out as data x sequence.
 
     Args:
         sequence: ranks that share one sequence; rank ``d * sequence + s`` is part s of data rank d.
         relay: how states travel along a sequence: one of `parallel.relay.WAYS`.
         node_size: ranks of a node; None to take it from the launcher.
+        near, far: links within a node and between nodes; None for those that `cost.links` supposes.
 
     Raises:
         InputError: ``sequence`` does not divide the number of ranks.
@@ -125,7 +137,8 @@ def init_mesh(sequence: int = 1, *, relay: str = "auto", node_size: int | None =
     if relay == "two_level" and node is None:
         allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
         raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or doubling")
-    axis = replace(_join(rows), relay=relay, node=node, peers=peers)
+    supposed = cost.links(device.type)
+    axis = replace(_join(rows), relay=relay, node=node, peers=peers, near=near or supposed[0], far=far or supposed[1])
     return Mesh(data=_join(columns), sequence=axis, world=world, device=device)
 
 

@@ -66,7 +66,7 @@ class AxisRelay:
     ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
         way = self._axis.relay
         if way == "auto":
-            way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)), decay.device.type)
+            way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)))
         if way == "gather":
             return self._gather(decay, flows, known)
         ways = {"two_level": self._two_level, "pipeline": self._pipeline, "doubling": self._doubling}
@@ -185,11 +185,10 @@ class AxisRelay:
 
 
 @cache
-def _fastest(axis: Axis, num_bytes: int, device: str) -> str:
+def _fastest(axis: Axis, num_bytes: int) -> str:
     """By the cost model; said once for each size of states."""
-    near, far = cost.links(device)
     node_size = None if axis.node is None else axis.node.size
-    way = cost.fastest(num_bytes, axis.size, SLICES, near, far, node_size)
+    way = cost.fastest(num_bytes, axis.size, SLICES, axis.near, axis.far, node_size)
     if axis.rank == 0:
         log.info("states of %s bytes travel along %d ranks by %s", f"{num_bytes:,}", axis.size, way)
     return way

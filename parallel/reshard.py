@@ -1,12 +1,13 @@
-"""All tokens of some channels <-> some tokens of all channels: one all-to-all, and its own adjoint the other way.
+"""All tokens of some channels <-> some tokens of all channels: all-to-alls, their own adjoints the other way.
 
-"Channel" is any unit along dimension 2: a channel of ``[B, L, D]``, a head of ``[B, L, H, K]``. Units are dealt out
-as evenly as they go, so neither they nor the tokens have to divide by the number of ranks.
+They go in slices of the channels, so that a function works on one while others travel. "Channel" is any unit along
+dimension 2: a channel of ``[B, L, D]``, a head of ``[B, L, H, K]``. Units are dealt out as evenly as they go, so
+neither they nor the tokens have to divide by the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,62 +19,172 @@ from .mesh import Axis
 from .relay import gather
 from .traffic import Note, unnoted
 
+SLICES = 4  # of a rank's channels, at most
+SLICED_FROM = 1 << 19  # bytes of a slice of a piece: smaller ones cost more in messages than they hide
+
 
 def channel_shares(units: int, size: int) -> list[int]:
     """How many of ``units`` channels each of ``size`` ranks holds; they differ by at most one."""
     return [units // size + (rank < units % size) for rank in range(size)]
 
 
-def _all_to_all(parts: list[Tensor], shapes: list[tuple[int, ...]], axis: Axis, note: Note) -> list[Tensor]:
-    """Send ``parts[q]`` to rank q and receive a tensor of ``shapes[p]`` from rank p."""
-    sent = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
-    width = parts[0].element_size()
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    received = parts[0].new_empty(sum(sizes))
-    splits = [part.numel() * width for part in parts]
-    arriving = [size * width for size in sizes]
-    with note(sum(splits) - splits[axis.rank]):
-        dist.all_to_all_single(received.view(torch.uint8), sent, arriving, splits, group=axis.group)
-    return [flat.view(shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
+class AllToAll:
+    """One all-to-all under way: ``parts[q]`` to rank q, a tensor of ``shapes[p]`` from rank p."""
+
+    def __init__(self, parts: list[Tensor], shapes: list[tuple[int, ...]], axis: Axis, note: Note) -> None:
+        self._sent = torch.cat([part.reshape(-1) for part in parts])
+        width, self._shapes = self._sent.element_size(), shapes
+        self._sizes = [torch.Size(shape).numel() for shape in shapes]
+        self._received = self._sent.new_empty(sum(self._sizes))
+        splits = [part.numel() * width for part in parts]
+        arriving = [size * width for size in self._sizes]
+        into, out = self._received.view(torch.uint8), self._sent.view(torch.uint8)
+        with note(sum(splits) - splits[axis.rank]):
+            self._request = dist.all_to_all_single(into, out, arriving, splits, group=axis.group, async_op=True)
+
+    def arrived(self) -> list[Tensor]:
+        """What was received, once it is there."""
+        self._request.wait()
+        return [flat.view(shape) for flat, shape in zip(self._received.split(self._sizes), self._shapes, strict=True)]
 
 
-def _to_channels(x: Tensor, axis: Axis, lengths: Sequence[int], units: int, note: Note) -> Tensor:
-    shares = channel_shares(units, axis.size)
-    shapes = [(x.shape[0], length, shares[axis.rank], *x.shape[3:]) for length in lengths]
-    return torch.cat(_all_to_all(list(x.split(shares, dim=2)), shapes, axis, note), dim=1)
+class Resharding:
+    """Some tokens of all channels against all tokens of some channels, slice by slice of these.
+
+    On the tokens' side, `scatter` sends all slices and `assemble` receives them; on the channels' side, `take` receives
+    one and `give` sends one. Either side's pair are each other's adjoints.
+
+    Args:
+        axis: the ranks that share the sequence.
+        lengths: tokens that each of them holds.
+        units: channels in all.
+        num_slices: of each rank's channels.
+        note: counts the bytes.
+    """
+
+    def __init__(self, axis: Axis, lengths: Sequence[int], units: int, num_slices: int, note: Note) -> None:
+        self.axis, self.lengths, self.note = axis, list(lengths), note
+        # By rank, the widths of its slices.
+        self.widths = [channel_shares(share, num_slices) for share in channel_shares(units, axis.size)]
+        self._under_way: list[AllToAll | None] = [None] * num_slices
+
+    def scatter(self, x: Tensor) -> None:
+        """Send ``x [B, n, D, ...]``."""
+        columns = x.split([width for widths in self.widths for width in widths], dim=2)
+        num_slices = len(self._under_way)
+        for number in range(num_slices):
+            own = self.widths[self.axis.rank][number]
+            shapes = [(x.shape[0], length, own, *x.shape[3:]) for length in self.lengths]
+            self._start(number, list(columns[number::num_slices]), shapes)
+
+    def take(self, number: int) -> Tensor:
+        """Slice ``number`` of this rank's channels, ``[B, L, D_s, ...]``."""
+        return torch.cat(self._finish(number), dim=1)
+
+    def give(self, number: int, y: Tensor) -> None:
+        """Send slice ``number``, ``y [B, L, D_s, ...]``, to the ranks that hold its tokens."""
+        own = self.lengths[self.axis.rank]
+        shapes = [(y.shape[0], own, widths[number], *y.shape[3:]) for widths in self.widths]
+        self._start(number, list(y.split(self.lengths, dim=1)), shapes)
+
+    def assemble(self) -> Tensor:
+        """All channels of this rank's tokens, ``[B, n, D, ...]``."""
+        slices = [self._finish(number) for number in range(len(self._under_way))]
+        return torch.cat([part for parts in zip(*slices, strict=True) for part in parts], dim=2)
+
+    def _start(self, number: int, parts: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
+        self._under_way[number] = AllToAll(parts, shapes, self.axis, self.note)
+
+    def _finish(self, number: int) -> list[Tensor]:
+        under_way, self._under_way[number] = self._under_way[number], None
+        assert under_way is not None
+        return under_way.arrived()
 
 
-def _to_tokens(x: Tensor, axis: Axis, lengths: Sequence[int], units: int, note: Note) -> Tensor:
-    shares = channel_shares(units, axis.size)
-    shapes = [(x.shape[0], lengths[axis.rank], share, *x.shape[3:]) for share in shares]
-    return torch.cat(_all_to_all(list(x.split(list(lengths), dim=1)), shapes, axis, note), dim=2)
+class _Scatter(torch.autograd.Function):
+    """`Resharding.scatter`; gives a ticket for each slice."""
 
-
-class _Reshard(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, to_channels: bool, axis: Axis, lengths: Sequence[int], units: int, note: Note
-    ) -> Tensor:
-        ctx.how = (to_channels, axis, lengths, units, note)
-        return (_to_channels if to_channels else _to_tokens)(x, axis, lengths, units, note)
+    def forward(ctx: Any, x: Tensor, how: Resharding, num_slices: int) -> tuple[Tensor, ...]:
+        ctx.how = how
+        how.scatter(x)
+        return tuple(x.new_zeros(()) for _ in range(num_slices))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        return ctx.how.assemble(), None, None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, how: Resharding, number: int) -> Tensor:
+        ctx.how, ctx.number = how, number
+        return how.take(number)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        to_channels, *how = ctx.how
-        return (_to_tokens if to_channels else _to_channels)(grad, *how), None, None, None, None, None
+        ctx.how.give(ctx.number, grad)
+        return grad.new_zeros(()), None, None
 
 
-def to_channels(x: Tensor, axis: Axis, lengths: Sequence[int], note: Note = unnoted) -> Tensor:
-    """Some tokens of all channels ``[B, n, D, ...]`` -> all tokens of this rank's channels ``[B, L, D_r, ...]``."""
-    return x if axis.size == 1 else _Reshard.apply(x, True, axis, lengths, x.shape[2], note)
+class _Give(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, how: Resharding, number: int) -> Tensor:
+        ctx.how, ctx.number = how, number
+        how.give(number, y)
+        return y.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        return ctx.how.take(ctx.number), None, None
 
 
-def to_tokens(x: Tensor, axis: Axis, lengths: Sequence[int], units: int, note: Note = unnoted) -> Tensor:
-    """All tokens of this rank's share of ``units`` channels ``[B, L, D_r, ...]`` -> this rank's tokens ``[B, n,
-    units, ...]``.
+class _Assemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, how: Resharding, *tickets: Tensor) -> Tensor:
+        ctx.how = how
+        return how.assemble()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.how.scatter(grad)
+        return None, *(grad.new_zeros(()) for _ in ctx.needs_input_grad[1:])
+
+
+def by_channel(
+    fn: Callable[[Tensor, slice], Tensor], x: Tensor, axis: Axis, lengths: Sequence[int], note: Note = unnoted
+) -> Tensor:
+    """``fn`` of all tokens, each rank for its channels; differentiable.
+
+    Args:
+        fn: gets all tokens of some channels ``[B, L, D_s, ...]``, and which channels these are (``D_s`` may be 0: more
+            ranks than channels); returns ``[B, L, D_s, ...]``. It is called for one slice after the other while the
+            others travel.
+        x: ``[B, lengths[axis.rank], D, ...]``.
+        axis: the ranks that share the sequence.
+        lengths: tokens that each of them holds.
+        note: counts the bytes.
+
+    Returns:
+        ``[B, n, D, ...]``.
     """
-    return x if axis.size == 1 else _Reshard.apply(x, False, axis, lengths, units, note)
+    units = x.shape[2]
+    if axis.size == 1:
+        return fn(x, slice(0, units))
+    num_bytes = x[:, :1].numel() * x.element_size() * max(lengths)
+    num_slices = max(1, min(SLICES, units // axis.size, num_bytes // SLICED_FROM))
+    forth, back = (Resharding(axis, lengths, units, num_slices, note) for _ in range(2))
+    tickets = _Scatter.apply(x, forth, num_slices)
+    first, returned = sum(channel_shares(units, axis.size)[: axis.rank]), []
+    for number, width in enumerate(forth.widths[axis.rank]):
+        y = fn(_Take.apply(tickets[number], forth, number), slice(first, first + width))
+        returned.append(_Give.apply(y, back, number))
+        first += width
+    return _Assemble.apply(back, *returned)
 
 
 def _all_channels(x: Tensor, axis: Axis, units: int, note: Note) -> Tensor:

@@ -18,9 +18,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..kernels.errors import InputError
-from ..kernels.scan import Carry, StatefulOp, scan
+from ..kernels.scan import NO_TOKENS, Carry, StatefulOp, scan
 from . import halo as neighbours
 from . import reshard
 from .mesh import Axis, Mesh
@@ -29,6 +30,8 @@ from .traffic import Note, Once, Traffic, every_time
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Within = Callable[[Tensor, Tensor | None], Tensor]
+"""What `Span.halo` can make of a piece and its neighbours."""
 
 
 def shares(length: int, size: int) -> list[int]:
@@ -58,7 +61,7 @@ class Whole:
 
 def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, P], T]:
     """A verb that ``torch.compile`` leaves as it is where it exchanges: a graph holds no exchange."""
-    untraced = torch.compiler.disable(run)
+    untraced = _disable_dynamo(run)  # torch.compiler.disable would import the compiler, which takes seconds
 
     @wraps(run)
     def call(span: Span, *args: P.args, **options: P.kwargs) -> T:
@@ -175,30 +178,43 @@ class Span:
         return y
 
     @_verb
-    def halo(self, x: Tensor, left: int, right: int = 0) -> Tensor:
-        """The piece with the tokens just beside it.
+    def halo(self, x: Tensor, left: int, right: int = 0, within: Within | None = None) -> Tensor:
+        """The piece with the tokens just beside it, or a function that looks no farther than these.
 
         Args:
             x: ``[B, n, ...]``, this piece.
             left, right: how many tokens before and after it. They may span several ranks.
+            within: a function of tokens ``[B, m, ...]`` and their document ids ``[B, m]`` (or None), whose ``[B, m,
+                ...]`` are each of a token and of so many before and after it, with zeros beyond those it gets. It
+                begins with the tokens that need no neighbour while those travel.
 
         Returns:
-            ``[B, left + n + right, ...]``, zero beyond the sequence's ends. `halo_segments` has the ids that go
-            with it.
+            ``[B, left + n + right, ...]``, zero beyond the sequence's ends (`halo_segments` has the ids that go with
+            it); or what ``within`` makes of this piece, ``[B, n, ...]``.
         """
         key, note = self._call("halo")
-        lengths = self._lengths(x)
-        past = self.carry.get(key)
-        extended = neighbours.halo(x, self.axis, lengths, left, right, note, self._once(key))
-        if past is not None and left:
-            extended = neighbours.with_past(extended, past.state, self.axis, lengths, left, note)
+        return self._near(key, note, self.carry.get(key), x, left, right, within)
+
+    def _near(
+        self, key: str, note: Note, past: Carry | None, x: Tensor, left: int, right: int, within: Within | None
+    ) -> Tensor:
+        """`halo`, as part of any verb."""
+        lengths, state = self._lengths(x), None if past is None else past.state
+        look = None
+        if within is not None:
+            ids, run = self.halo_segments(left, right), within
+
+            def look(tokens: Tensor, place: slice) -> Tensor:
+                return run(tokens, None if ids is None else ids[:, place])
+
+        y = neighbours.halo(x, self.axis, lengths, left, right, note, self._once(key), state, look)
 
         def leaving() -> Carry:
-            state = neighbours.tail(x, None if past is None else past.state, self.axis, lengths, left, note)
-            return Carry(state, self._tail_segments(past, left))
+            tail = neighbours.tail(x, state, self.axis, lengths, left, note)
+            return Carry(tail, self._tail_segments(past, left))
 
         self._leave(key, leaving)
-        return extended
+        return y
 
     @_verb
     def halo_segments(self, left: int, right: int = 0) -> Tensor | None:
@@ -224,32 +240,49 @@ class Span:
             fn: gets a `Whole`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks than
                 channels).
             x: ``[B, n, D, ...]``, this piece; dimension 2 (channels, or heads) is what is sliced.
-            reach: how many tokens of the past ``fn`` wants carried from call to call; None for all of them.
+            reach: how many tokens of the past each of ``fn``'s outputs depends on, and none of the future, with zeros
+                where there are none; None for more. Where so many are fewer bytes than the exchange of tokens for
+                channels, ``fn`` gets this piece with them instead, all channels of it.
 
         Returns:
             ``[B, n, D, ...]``, this piece of the result.
         """
         key, note = self._call("by_channel")
         lengths, units = self._lengths(x), x.shape[2]
-        tokens = reshard.to_channels(x, self.axis, lengths, note)
-        segments = self._whole_segments()
         past = self.carry.get(key)
-        num_past = 0
+        # The exchange sends twice (size - 1) / size of a piece; half of that is left, as borrowed tokens are work too.
+        if reach is not None and self.axis.size > 1 and reach * self.axis.size <= max(lengths) * (self.axis.size - 1):
+
+            def alone(tokens: Tensor, ids: Tensor | None) -> Tensor:
+                return fn(Whole(tokens, 0, slice(0, units), ids))
+
+            return self._near(key, note, past, x, reach, 0, alone)
+        segments, carried, num_past = self._whole_segments(), None, 0
+        first = sum(reshard.channel_shares(units, self.axis.size)[: self.axis.rank])
         if past is not None:
-            tokens = torch.cat([reshard.own_channels(past.state.to(x.dtype), self.axis, note), tokens], dim=1)
-            num_past = past.state.shape[1]
+            carried = reshard.own_channels(past.state.to(x.dtype), self.axis, note)
+            num_past = carried.shape[1]
             if segments is not None and past.segment is not None:
                 segments = torch.cat([past.segment, segments], dim=1)
-        before = sum(reshard.channel_shares(units, self.axis.size)[: self.axis.rank])
-        y = fn(Whole(tokens, num_past, slice(before, before + tokens.shape[2]), segments))
+        kept: list[Tensor] = []
+
+        def run(tokens: Tensor, channels: slice) -> Tensor:
+            if carried is not None:
+                own = carried[:, :, channels.start - first : channels.stop - first]
+                tokens = torch.cat([own, tokens], dim=1)
+            if self.keep_carry:
+                kept.append(tokens if reach is None else _last(tokens, reach, 0))
+            return fn(Whole(tokens, num_past, channels, segments))
+
+        y = reshard.by_channel(run, x, self.axis, lengths, note)
 
         def leaving() -> Carry:
-            first = 0 if reach is None else max(0, tokens.shape[1] - reach)
-            state = reshard.all_channels(tokens[:, first:], self.axis, units, note)
-            return Carry(state, None if segments is None else segments[:, first:])
+            state = reshard.all_channels(torch.cat(kept, dim=2), self.axis, units, note)
+            ids = segments if segments is None or reach is None else _last(segments, reach, NO_TOKENS)
+            return Carry(state, ids)
 
         self._leave(key, leaving)
-        return reshard.to_tokens(y, self.axis, lengths, units, note)
+        return y
 
     def _call(self, verb: str) -> tuple[str, Note]:
         """The carry's key of this verb's call in this layer, and where its bytes are counted."""
@@ -310,3 +343,11 @@ class Span:
             ids = [row[:, :length] for (row,), length in zip(rows, lengths, strict=True)]
             self._journey.found["whole"] = torch.cat(ids, dim=1)
         return self._journey.found["whole"]
+
+
+def _last(x: Tensor, length: int, fill: int) -> Tensor:
+    """The last tokens of ``x [B, T, ...]``, ``fill`` before the first."""
+    lacking = length - x.shape[1]
+    if lacking <= 0:
+        return x[:, -lacking:]
+    return torch.cat([x.new_full((x.shape[0], lacking, *x.shape[2:]), fill), x], dim=1)

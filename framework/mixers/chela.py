@@ -123,7 +123,7 @@ class TapKernel(nn.Module):
             )
             return y[:, whole.num_past :]
 
-        y = span.by_channel(convolve, x, reach=self.taps - 1)
+        y = span.by_channel(convolve, x, reach=self.taps - 1 if self.causal else None)
         return y if self.bias is None else y + self.bias
 
 

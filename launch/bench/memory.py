@@ -2,6 +2,7 @@
 
 ``softmax`` is softmax attention over the whole sequence, ``whole`` the quickstart's model over the whole sequence, and
 ``streamed`` the same model block by block. Each trial is a real `longreach train` of one step in a process of its own.
+Then `longreach evaluate` reads a file of the greatest length, and `longreach generate` a prompt.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ DATA_BYTES = 16  # of a token: its id and its label, int64 each, which are there
 GROWTH_LIMIT = 64.0  # bytes a token and layer
 PEAK_LIMIT = 3 * 2**30  # bytes, at LONGEST tokens
 AGREEMENT = 1e-5  # of loss and gradient norm, relative
+READ_SECONDS = 3600.0  # that reading a file or a prompt may take
+READING_HEADER = table_header(["command", "tokens read", "peak memory", "seconds", "lines of progress"])
 HEADER = table_header(["way", "tokens", "peak memory", "seconds of the step", "loss", "gradient norm"])
 
 
@@ -64,6 +67,25 @@ class Trial:
     seconds: float
     loss: float
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A trained model reads one long file.
+
+    Attributes:
+        command: "evaluate", or "generate", whose prompt it is.
+        tokens: bytes of the file.
+        memory_bytes: peak resident memory of the process.
+        seconds: of the process.
+        progress: lines that it printed meanwhile.
+    """
+
+    command: str
+    tokens: int
+    memory_bytes: float
+    seconds: float
+    progress: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +143,47 @@ def trial(way: str, tokens: int, packed: Path, threads: int, limits: Limits) -> 
     return Trial(way, tokens, row["peak_memory_bytes"], row["step_seconds"], row["loss"], row["grad_norm"])
 
 
+def readings(source: Path, packed: Path, threads: int) -> Iterator[Reading]:
+    """``longreach evaluate`` of a file and ``longreach generate`` from it, by a model that was trained for one step.
+
+    Raises:
+        InputError: one of them failed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        run_dir, said = Path(directory) / "run", Path(directory) / "said"
+        commands = {
+            "train": ["quickstart", f"run.dir={run_dir}", *overrides("whole", SHORTEST, packed, threads)],
+            "evaluate": [str(run_dir), "--source", str(source)],
+            "generate": [str(run_dir), "--prompt", f"@{source}", "--tokens", "8"],
+        }
+        for command, words in commands.items():
+            started = time.monotonic()
+            with open(said, "wb") as file:
+                whole = [sys.executable, "-m", "longreach", command, *words]
+                process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
+                peak = _peak(process)
+            if process.returncode:
+                raise InputError(
+                    f"exit code of {command}", process.returncode, f"must be 0; it said: {last_line(said)}"
+                )
+            if command != "train":
+                lines = sum(line.startswith("reading ") for line in said.read_text().splitlines())
+                yield Reading(command, source.stat().st_size, peak, time.monotonic() - started, lines)
+
+
+def _peak(process: subprocess.Popen[bytes]) -> float:
+    """Wait until a process ends; the most memory that it had, as the system counted it."""
+    peak, deadline = 0, time.monotonic() + READ_SECONDS
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            peak = max(peak, _memory(process.pid, "VmHWM"))
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    return peak
+
+
 def _watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
     """Wait until a process ends; what it ran out of if it had to be ended, else nothing."""
     deadline = time.monotonic() + limits.seconds + START_SECONDS
@@ -133,20 +196,20 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
                 pass
             if time.monotonic() > deadline:
                 return "time"
-            if _resident(process.pid) > limits.memory_bytes:
+            if _memory(process.pid, "VmRSS") > limits.memory_bytes:
                 return "memory"
     finally:
         process.kill()  # nothing to a process that has ended
         process.wait()
 
 
-def _resident(pid: int) -> int:
-    """Bytes of memory of a process; 0 where nobody tells."""
+def _memory(pid: int, kind: str) -> int:
+    """Bytes of resident memory of a process, now ("VmRSS") or at most so far ("VmHWM"); 0 where nobody tells."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def trials(way: str, lengths: Sequence[int], packed: Path, threads: int, limits: Limits) -> Iterator[Trial | str]:
@@ -313,13 +376,26 @@ def memory(
                     done[way].append(one)
                 else:
                     stopped[way] = one
+        source = Path(directory) / "long.bin"
+        source.write_bytes(random.Random(1).randbytes(longest))
+        print(READING_HEADER)
+        read = []
+        for reading in readings(source, packed, threads):
+            read.append(reading)
+            gib = f"{reading.memory_bytes / 2**30:.2f} GiB"
+            words = [reading.command, f"{reading.tokens:,}", gib, f"{reading.seconds:.1f}", reading.progress]
+            print(table_line(words), flush=True)
     bounds, found = _judge(done, longest, threads)
+    for reading in read:
+        what = f"{reading.command}, bytes at {reading.tokens:,} tokens"
+        bounds.append(Bound(what, reading.memory_bytes, "<", float(PEAK_LIMIT)))
     report = {
         "command": f"longreach bench memory --longest {longest} --seconds {seconds:g} --memory-gib {memory_gib:g}",
         "environment": where,
         "block_len": BLOCK_LEN,
         "rows": [asdict(one) for some in done.values() for one in some],
         "ran_out_of": stopped,
+        "readings": [asdict(reading) for reading in read],
         **found,
         "bounds": [bound.as_json() for bound in bounds],
     }

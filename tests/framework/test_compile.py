@@ -111,7 +111,7 @@ def eager_and_compiled(axis: Axis, lengths: list[int]) -> tuple[list[Tensor], li
     return expected, run(), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("lengths", [[10, 9], [7, 7, 6]], ids=str)
+@pytest.mark.parametrize("lengths", [[10, 9]], ids=str)
 def test_ranks_compile_what_lies_between_their_exchanges(lengths: list[int]) -> None:
     for expected, got, graphs in run_distributed(eager_and_compiled, len(lengths), lengths):
         assert graphs > 3

@@ -187,7 +187,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
     )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_layout_gives_one_loss_and_one_gradient(drawn: tuple[Case, int]) -> None:
     case, ranks = drawn

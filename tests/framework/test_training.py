@@ -83,16 +83,17 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for name, (ranks, sequence) in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("runs")
         layout = [f"parallel.ranks={ranks}", f"parallel.sequence={sequence}"]
+        half = 2 * sequence // ranks  # sequences of a data rank
         runs = []
         for stage in range(4):
             runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/{stage}"])
-            runs[-1].append(f"train.micro_batch_size={1 + stage % 2}")
+            runs[-1].append(f"train.micro_batch_size={half * (1 + stage % 2)}")
         runs.append([*layout, "deepspeed=zero2", f"run.dir={directory}/documents", "data.packing=documents"])
         runs[-1] += ["train.steps=5", "optim.schedule_steps=10"]
         for stage in range(4):
             runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/streamed-{stage}"])
             runs[-1] += ["train.steps=3", "optim.schedule_steps=10", "data.packing=documents"]
-            runs[-1] += [f"train.micro_batch_size={1 + stage % 2}", f"parallel.block_len={40 // sequence}"]
+            runs[-1] += [f"train.micro_batch_size={half * (1 + stage % 2)}", f"parallel.block_len={40 // sequence}"]
             runs[-1] += [f"parallel.park_carries={stage > 0}", f"train.recompute={stage % 2 == 1}"]
         results[name] = run_world(train_each, ranks, config, runs, timeout=280)[0]
     return results

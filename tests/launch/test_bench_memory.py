@@ -109,10 +109,17 @@ def test_whole_and_streamed_are_compared(done: Done) -> None:
         assert len(errors) > 20 and 0 < max(errors.values()) <= limit
 
 
+def test_a_long_file_and_a_long_prompt_are_read(done: Done) -> None:
+    evaluated, generated = (bench.Reading(**row) for row in done.report["readings"])
+    assert (evaluated.command, generated.command) == ("evaluate", "generate")
+    for one in (evaluated, generated):
+        assert one.tokens == 256 and 2**26 < one.memory_bytes < 2**34 and one.seconds > 0
+
+
 def test_says_what_the_figures_belong_to(done: Done) -> None:
     assert {"device", "threads", "python", "torch", "commit", "date"} <= done.report["environment"].keys()
     assert done.report["block_len"] == 64
-    assert len(done.report["bounds"]) == 6 and all(bound["holds"] for bound in done.report["bounds"])
+    assert len(done.report["bounds"]) == 8 and all(bound["holds"] for bound in done.report["bounds"])
     assert sorted(path.name for path in done.out.iterdir()) == ["memory-cpu.json", "memory-cpu.png"]
     assert (done.out / "memory-cpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -146,25 +153,27 @@ def stopped(way: str, tokens: int, *_: object) -> Any:
 
 
 @pytest.mark.parametrize(
-    "trial, code, told",
+    "trial, memory, code, told",
     [
-        (given, 0, []),
-        (falling, 0, []),
-        (growing, 1, ["bytes a token and layer", "65, wanted < 64"]),
-        (huge, 1, ["bytes at 256 tokens"]),
-        (other_loss, 1, ["loss, whole and streamed at 256 tokens"]),
-        (other_norm, 1, ["gradient norm", "nan"]),
-        (stopped, 1, ["bytes at 256 tokens", "bytes a token and layer"]),
-        (alone, 1, ["none of more than 64 tokens"]),
+        (given, 1e9, 0, []),
+        (falling, 1e9, 0, []),
+        (growing, 1e9, 1, ["bytes a token and layer", "65, wanted < 64"]),
+        (huge, 1e9, 1, ["bytes at 256 tokens"]),
+        (other_loss, 1e9, 1, ["loss, whole and streamed at 256 tokens"]),
+        (other_norm, 1e9, 1, ["gradient norm", "nan"]),
+        (stopped, 1e9, 1, ["bytes at 256 tokens", "bytes a token and layer"]),
+        (alone, 1e9, 1, ["none of more than 64 tokens"]),
+        (given, 2.0**32, 1, ["evaluate, bytes at 256 tokens"]),
     ],
 )
 def test_a_broken_bound_is_told_in_one_line(
-    trial: Any, code: int, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trial: Any, memory: float, code: int, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(monkeypatch)
     monkeypatch.setattr(bench, "GROWTH_LIMIT", 64.0)
     monkeypatch.setattr(bench, "trial", trial)
     monkeypatch.setattr(bench, "pack_corpus", lambda *_: None)
+    monkeypatch.setattr(bench, "readings", lambda *_: [bench.Reading("evaluate", 256, memory, 1.0, 0)])
     done = run(tmp_path)
     assert done.code == code, done.said
     lines = [line for line in done.said.splitlines() if line.startswith("longreach: ")]
@@ -177,6 +186,7 @@ def test_a_wrong_gradient_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shrink(monkeypatch)
     monkeypatch.setattr(bench, "trial", given)
     monkeypatch.setattr(bench, "pack_corpus", lambda *_: None)
+    monkeypatch.setattr(bench, "readings", lambda *_: [])
     monkeypatch.setattr(bench, "gradient_errors", lambda tokens, block_len, dtype: {"a": 0.0, "b": math.nan})
     done = run(tmp_path)
     assert done.code == 1 and done.report["gradient_errors"]["float64"] == {"a": 0.0, "b": None}

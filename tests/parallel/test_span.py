@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from longreach.kernels.long_conv import long_conv, reference_long_conv
 from longreach.kernels.scan import Carry
 from longreach.kernels.short_conv import reach, reference_short_conv, short_conv
+from longreach.parallel import reshard
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span, Whole
 
@@ -77,12 +79,17 @@ def share_of(axis: Axis, mixer: Any, data: dict[str, Any], blocks: list[list[int
     return [y.detach(), *grads]
 
 
-def short_by_halo(causal: bool) -> Any:
+def short_by_halo(causal: bool, inside_first: bool) -> Any:
     def mixer(span: Span, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         left, right = reach(weight.shape[1], causal)
+
+        def convolve(tokens: Tensor, ids: Tensor | None) -> Tensor:
+            return short_conv(tokens, weight, bias, causal=causal, segments=ids)[0]
+
+        if inside_first:
+            return span.halo(x, left, right, convolve)
         ids = span.halo_segments(left, right)
-        y, _ = short_conv(span.halo(x, left, right), weight, bias, causal=causal, segments=ids)
-        return y[:, left : left + x.shape[1]]
+        return convolve(span.halo(x, left, right), ids)[:, left : left + x.shape[1]]
 
     return mixer
 
@@ -99,13 +106,15 @@ def long_by_channel(causal: bool) -> Any:
             mine = kernel[whole.channels], skip[whole.channels]
             return long_conv(whole.tokens[:, whole.num_past :], *mine, causal=causal, carry=carry, segments=segments)[0]
 
-        return span.by_channel(run, x, reach=kernel.shape[1] - 1)
+        return span.by_channel(run, x, reach=kernel.shape[1] - 1 if causal else None)
 
     return mixer
 
 
-def halo_share(axis: Axis, data: dict[str, Any], blocks: list[list[int]], causal: bool) -> list[Tensor]:
-    return share_of(axis, short_by_halo(causal), data, blocks)
+def halo_share(
+    axis: Axis, data: dict[str, Any], blocks: list[list[int]], causal: bool, inside_first: bool = True
+) -> list[Tensor]:
+    return share_of(axis, short_by_halo(causal, inside_first), data, blocks)
 
 
 def by_channel_share(axis: Axis, data: dict[str, Any], blocks: list[list[int]], causal: bool) -> list[Tensor]:
@@ -127,15 +136,20 @@ def test_a_short_convolution_by_halo(lengths: list[int], causal: bool, with_segm
     """Catches shares shorter than the reach, a borrowed token's gradient that is lost, documents seen across ranks."""
     data = make(sum(lengths), 3, TAPS, with_segments, *accumulate(lengths))
     expected = whole_of(reference_short_conv, data, causal=causal)
-    assert_whole(run_distributed(halo_share, len(lengths), data, [lengths], causal), expected)
+    for inside_first in (False, True):
+        assert_whole(run_distributed(halo_share, len(lengths), data, [lengths], causal, inside_first), expected)
 
 
 @pytest.mark.parametrize("with_segments", [False, True])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "taps"), [(True, 130), (False, 130), (True, 9)])
 @pytest.mark.parametrize(("lengths", "width"), [(LENGTHS[0], 5), (LENGTHS[2], 2), (LENGTHS[3], 7), (LENGTHS[5], 3)])
-def test_a_long_convolution_by_channel(lengths: list[int], width: int, causal: bool, with_segments: bool) -> None:
-    """Catches channels that do not divide by the ranks, ranks without channels, tokens in the wrong order."""
-    data = make(sum(lengths), width, 130, with_segments, *accumulate(lengths))
+def test_a_long_convolution_by_channel(
+    lengths: list[int], width: int, causal: bool, taps: int, with_segments: bool
+) -> None:
+    """Catches channels that do not divide by the ranks, ranks without channels, tokens in the wrong order; of few taps,
+    which tokens of neighbours serve better, a loan over several ranks.
+    """
+    data = make(sum(lengths), width, taps, with_segments, *accumulate(lengths))
     expected = whole_of(reference_long_conv, data, causal=causal)
     assert_whole(run_distributed(by_channel_share, len(lengths), data, [lengths], causal), expected)
 
@@ -151,3 +165,30 @@ def test_blocks_of_a_sequence_one_after_another(blocks: list[list[int]], with_se
         data = make(length, 3, num_taps, with_segments, *accumulate(map(sum, blocks)))
         expected = whole_of(fn, data, causal=True)
         assert_whole(run_distributed(share, len(blocks[0]), data, blocks, True), expected)
+
+
+def sliced_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> list[Tensor]:
+    slices: list[int] = []
+
+    def mixer(span: Span, x: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
+        def run(whole: Whole) -> Tensor:
+            slices.append(whole.tokens.shape[2])
+            y, _ = long_conv(whole.tokens, kernel[whole.channels], skip[whole.channels], segments=whole.segments)
+            return y[:, whole.num_past :]
+
+        return span.by_channel(run, x, reach=kernel.shape[1] - 1)
+
+    blocks = [[length - 20 for length in lengths], [20 for _ in lengths]]  # the second finds a carry
+    with mock.patch.object(reshard, "SLICED_FROM", 1 << 8):
+        found = share_of(axis, mixer, data, blocks)
+    assert len(slices) == 2 * reshard.SLICES and sum(slices) == 2 * reshard.channel_shares(19, axis.size)[axis.rank]
+    return found
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+@pytest.mark.parametrize("lengths", [[50, 51], [40, 70, 21]])
+def test_channels_in_slices(lengths: list[int], with_segments: bool) -> None:
+    """Catches slices that come back in another order, of channels that do not divide by ranks and slices."""
+    data = make(sum(lengths), 19, 130, with_segments, *accumulate(lengths))
+    expected = whole_of(reference_long_conv, data)
+    assert_whole(run_distributed(sliced_share, len(lengths), data, lengths), expected)

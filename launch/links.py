@@ -1,0 +1,48 @@
+"""What lies between ranks, measured.
+
+``torchrun --nnodes 2 --nproc-per-node 1 ... -m longreach.launch.links`` tells the link between nodes, `longreach
+doctor` that within one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..parallel.cost import Link
+
+LOCAL_RANKS = 2  # that doctor starts
+
+
+def join_and_measure() -> Link:
+    """The link between the ranks of the joined world; a collective. For each rank."""
+    from ..parallel.links import measure
+    from ..parallel.mesh import init_mesh, join_world, leave_world, world_size
+
+    join_world(timeout_seconds=60)
+    link = measure(init_mesh(world_size()))
+    leave_world()
+    return link
+
+
+def as_text(link: Link, key: str) -> str:
+    """A link in words, and as the setting that tells it to a run."""
+    return (
+        f"a message takes {link.latency * 1e6:,.0f} us and 1 s for each {link.bandwidth / 1e9:.2f} GB: "
+        f"{key}=[{link.latency:.2g},{link.bandwidth:.3g}]"
+    )
+
+
+def main() -> int:
+    """Entry point of every rank; the first says what all found."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        print("longreach: a link lies between two ranks: start this with torchrun on two or more", file=sys.stderr)
+        return 2
+    link = join_and_measure()
+    if os.environ.get("RANK") == "0":
+        print(as_text(link, "parallel.far"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
