@@ -11,12 +11,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c co
 VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev test test-gpu check check-format check-lint check-types check-imports clean FORCE
+.PHONY: help quickstart dev test test-faults test-gpu check check-format check-lint check-types check-imports clean FORCE
 
 help:
 	@echo "make quickstart   set up .venv and train the main example"
 	@echo "make dev          set up .venv with an editable install and every development tool"
 	@echo "make test         make dev, then run the tests; choose some with ARGS='tests/parallel -k halo'"
+	@echo "make test-faults  make dev, then kill, freeze, fill and damage real trainings, and look at what is left"
 	@echo "make test-gpu     make dev, then test the kernels on this machine's GPU"
 	@echo "make check        make dev, then check format, lint, types and the import contracts"
 	@echo "                  one of them: make check-format, check-lint, check-types, check-imports"
@@ -31,7 +32,10 @@ dev: .venv/installed-dev
 	@echo ".venv is ready: . .venv/bin/activate"
 
 test: .venv/installed-dev
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --ignore=tests/faults $(ARGS)
+
+test-faults: .venv/installed-dev
+	@$(PY) -m pytest tests/faults $(ARGS)
 
 test-gpu: .venv/installed-dev
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \

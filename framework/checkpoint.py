@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,29 @@ _PARTIAL = ".partial"
 log = logging.getLogger(__name__)
 
 
-def save(engine: Engine, directory: str | Path, state: dict[str, Any], keep_last: int = 3) -> Path:
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints up to the one just written stay.
+
+    Attributes:
+        last: the newest so many; 0 keeps all.
+        every: those whose step is a multiple of this; 0 for none.
+        best: the one with the lowest ``held_out`` in its state.
+    """
+
+    last: int = 3
+    every: int = 0
+    best: bool = False
+
+
+def save(engine: Engine, directory: str | Path, state: dict[str, Any], keep: Keep = Keep()) -> Path:
     """Write a checkpoint; a collective, in which the first rank writes.
 
     Args:
         engine: whose model and optimizer are saved.
         directory: of the checkpoints; made if it is missing.
         state: what `load` shall return, as JSON can hold it; ``state["step"]`` numbers the checkpoint.
-        keep_last: how many checkpoints up to this one are kept; 0 keeps all.
+        keep: which earlier ones stay.
 
     Returns:
         The directory of this checkpoint.
@@ -73,7 +90,7 @@ def save(engine: Engine, directory: str | Path, state: dict[str, Any], keep_last
         "loss_scaler": engine.loss_scaler,
         "random": _random_states(engine),
     }
-    first_alone(lambda: _write(path, files, document, keep_last), engine.mesh.world)
+    first_alone(lambda: _write(path, files, document, keep), engine.mesh.world)
     return path
 
 
@@ -170,7 +187,7 @@ def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _write(path: Path, files: dict[str, dict[str, Tensor]], document: dict[str, Any], keep_last: int) -> None:
+def _write(path: Path, files: dict[str, dict[str, Tensor]], document: dict[str, Any], keep: Keep) -> None:
     """Write a checkpoint beside its place and move it there; on failure nothing of it remains."""
     partial = path.parent / f".{path.name}{_PARTIAL}"
     try:
@@ -196,9 +213,31 @@ def _write(path: Path, files: dict[str, dict[str, Tensor]], document: dict[str, 
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         allowed = f"cannot be written: {reason}"
         raise InputError("checkpoint", str(path), allowed, "earlier checkpoints are untouched") from error
-    steps = [old for old in _checkpoints(path.parent) if _step(old) <= _step(path)]
-    for old in steps[:-keep_last] if keep_last else []:
-        _remove(old)
+    _remove_earlier(path, keep)
+
+
+def _remove_earlier(path: Path, keep: Keep) -> None:
+    """Remove what `Keep` does not keep of the checkpoints up to this one."""
+    if not keep.last:
+        return
+    found = [old for old in _checkpoints(path.parent) if _step(old) <= _step(path)]
+    kept = set(found[-keep.last :])
+    if keep.every:
+        kept |= {old for old in found if _step(old) % keep.every == 0}
+    if keep.best:
+        kept |= {min(found, key=_held_out)}
+    for old in found:
+        if old not in kept:
+            _remove(old)
+
+
+def _held_out(path: Path) -> float:
+    """The held-out loss of a checkpoint; infinity if it has none."""
+    try:
+        loss = _read_state(path)["state"].get("held_out")
+    except InputError:
+        loss = None
+    return math.inf if loss is None else float(loss)
 
 
 def _move(partial: Path, path: Path) -> None:

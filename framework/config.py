@@ -51,6 +51,7 @@ class ParallelConfig:
         near, far: latency in seconds and bandwidth in bytes a second between ranks of a node, and between nodes, as
             ``longreach doctor`` and `launch.links` measure them; empty for rough figures.
         park_carries: keep what waits between streamed blocks in host memory.
+        timeout: seconds after which a rank that does not answer ends the run, and an exchange that does not end.
     """
 
     ranks: int = 1
@@ -60,6 +61,7 @@ class ParallelConfig:
     near: list[float] = field(default_factory=list)
     far: list[float] = field(default_factory=list)
     park_carries: bool = False
+    timeout: float = 600.0
 
     @property
     def num_sequence_ranks(self) -> int:
@@ -102,6 +104,9 @@ class TrainConfig:
             takes minutes. Exchanges between ranks stay outside of its graphs.
         recompute: keep only the input of each block of the model for backward, and compute the block again then: less
             memory for one more forward pass. States and halos are exchanged once.
+        time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
+        nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
+            ``skip`` the step, up to `watch.MAX_SKIPPED` in a row.
     """
 
     steps: int = MISSING
@@ -113,14 +118,27 @@ class TrainConfig:
     threads: int = 0
     compile: bool = False
     recompute: bool = False
+    time_limit: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
 class CheckpointConfig:
-    """``every`` so many steps, and at the end; 0 only there. ``resume`` continues what the run dir holds."""
+    """When to save, and what to keep.
+
+    Args:
+        every: so many steps, and at the end; 0 only there.
+        resume: continue what the run dir holds.
+        keep_last: the newest so many are kept; 0 keeps all.
+        keep_every: and those whose step is a multiple of this; 0 for none.
+        keep_best: and the one with the lowest held-out loss.
+    """
 
     every: int = 0
     resume: bool = True
+    keep_last: int = 3
+    keep_every: int = 0
+    keep_best: bool = False
 
 
 @dataclass
@@ -263,12 +281,13 @@ _AT_LEAST = {
     0: (
         "run.seed model.vocab parallel.sequence parallel.block_len data.workers data.valid_fraction "
         "optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
-        "train.validate_every train.validate_batches train.threads checkpoint.every monitor.sample_len "
+        "train.validate_every train.validate_batches train.threads train.time_limit checkpoint.every "
+        "checkpoint.keep_last checkpoint.keep_every monitor.sample_len "
         "monitor.record_exchanges"
     ),
     1: (
         "model.width model.depth data.seq_len data.batch_size parallel.ranks "
-        "train.steps train.micro_batch_size train.log_every optim.schedule_steps"
+        "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout"
     ),
 }
 

@@ -67,11 +67,12 @@ class Monitor:
         """Record one optimizer step; ``row["step"]`` counts from 1."""
         self.rows.append(row)
         with open(self.metrics, "a", encoding="ascii") as file:
-            file.write(json.dumps(row) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            file.write(json.dumps(finite) + "\n")
         step = row["step"]
         if self.board is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and math.isfinite(value):
                     self.board.add_scalar(_TAGS.get(name, f"train/{name}"), value, step)
         state = (
             f"loss {row['loss']:.4f}  {row['bits_per_token']:.3f} bits/token  {row['tokens_per_second']:,.0f} tokens/s"
@@ -103,7 +104,8 @@ class Monitor:
         """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path."""
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        axes.plot([r["step"] for r in self.rows], [r["bits_per_token"] for r in self.rows], lw=0.8, label="training")
+        shown = [row for row in self.rows if row["bits_per_token"] is not None]
+        axes.plot([r["step"] for r in shown], [r["bits_per_token"] for r in shown], lw=0.8, label="training")
         if self.held_out:
             steps, bits = zip(*[(r["step"], r["bits_per_token"]) for r in self.held_out], strict=True)
             axes.plot(steps, bits, "o-", label="held-out")

@@ -12,10 +12,12 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,20 @@ from ..kernels.errors import InputError
 from ..parallel import streaming
 from ..parallel.cost import Link
 from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
+from ..parallel.pulse import Pulse
 from ..parallel.recorder import Recorder
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
 from . import checkpoint
+from .agree import compare_ranks
 from .config import OptimConfig, RunConfig, save, validate
 from .data import Batch, Index, packed_dir, prepare, training_batches, validation_batches
 from .engine import Engine, deepspeed_settings
+from .lock import RunLock
 from .model import IGNORED, build_model
 from .monitor import BITS, Monitor
+from .stop import Stop
+from .watch import Watch
 
 log = logging.getLogger("longreach.trainer")
 POSITION_BINS = 32  # stretches of positions in the validation figure
@@ -43,14 +50,15 @@ POSITION_BINS = 32  # stretches of positions in the validation figure
 
 @dataclass
 class Result:
-    """What a finished run tells: steps done, held-out loss (nats a token; None if nothing was held out), its
-    directory.
+    """What a run tells when it ends: steps done, held-out loss (nats a token; None if nothing was held out), its
+    directory, the loss curve, and why it ended before its last step, if it did.
     """
 
     step: int
     held_out: float | None
     run_dir: Path
     plot: Path | None
+    stopped: str = ""
 
 
 def train(config: RunConfig) -> Result:
@@ -64,28 +72,35 @@ def train(config: RunConfig) -> Result:
     _check_compile(config)
     settings = settings_of(config)
     _set_threads(config.train.threads)
-    join_world()
+    join_world(config.parallel.timeout)
     mesh = mesh_of(config)
+    compare_ranks(config, mesh.world)
     index = open_corpus(config, mesh)
-    run_dir = Path(config.run.dir)
+    run_dir, lock = Path(config.run.dir), RunLock()
     engine = start_engine(config, settings, mesh)
     saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None
     state = {"step": 0, "consumed": 0} if saved is None else checkpoint.load(engine, saved)
+    changed = [] if saved is None else _changes(config, index, state)
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
-    first_alone(lambda: _start_run_dir(run_dir, config), mesh.world)
+    first_alone(lambda: _start_run_dir(run_dir, config, lock), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
         monitor.say(_introduction(config, index, engine.num_parameters, mesh))
         if saved is not None:
             monitor.say(_continuation(saved, state["step"], config.train.steps))
+        for line in changed:
+            monitor.say(line)
     try:
-        held_out = _loop(config, engine, mesh, index, state, run_dir, monitor)
+        with Stop(config.train.time_limit) as stop, Pulse(mesh.world, config.parallel.timeout, _give_up) as pulse:
+            stopped = _loop(config, engine, mesh, index, state, run_dir, monitor, stop, pulse)
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     finally:
         if monitor is not None:
             monitor.close()
+        lock.release()
+    gather_values([0.0], mesh.world)  # so that no rank goes while the first one writes
     engine.close()
-    return Result(state["step"], held_out, run_dir, plot)
+    return Result(state["step"], state.get("held_out"), run_dir, plot, stopped)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -126,9 +141,12 @@ def _loop(
     state: dict[str, Any],
     run_dir: Path,
     monitor: Monitor | None,
-) -> float | None:
-    """Steps, validations and checkpoints until ``train.steps``; returns the last held-out loss."""
-    train, held_out, traffic = config.train, None, Traffic()
+    stop: Stop,
+    pulse: Pulse,
+) -> str:
+    """Steps, validations and checkpoints until ``train.steps``; why it ended before, if it did."""
+    train, keep = config.train, config.checkpoint
+    traffic, watch = Traffic(), Watch(config.train)
     batches = training_batches(
         index,
         config.data,
@@ -138,13 +156,16 @@ def _loop(
         num_data_ranks=mesh.data.size,
     )
     micro_batches = batches.iterate(state["consumed"], train.steps - state["step"])
-    while state["step"] < train.steps:
+    stopped = ""
+    while state["step"] < train.steps and not stopped:
+        pulse.at(f"in step {state['step'] + 1}")
         started = time.monotonic()
         batch = list(islice(micro_batches, batches.num_micro_batches))
         waited = time.monotonic() - started
         lr = learning_rate(config.optim, state["step"], train.steps)
         with _recorder(config, mesh, run_dir, traffic, state["step"]):
             row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
+        notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
         state["step"] += 1
         state["consumed"] += config.data.batch_size
         if monitor is not None:
@@ -157,13 +178,18 @@ def _loop(
             }
             sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
             monitor.step({"step": state["step"], **row, "tokens": tokens * state["step"], **speed, **sent})
+            if notable:
+                monitor.say(notable)
         traffic.clear()
         last = state["step"] == train.steps
-        if last or (train.validate_every and state["step"] % train.validate_every == 0):
-            held_out = validate_model(config, engine, mesh, index, state["step"], monitor)
-        if last or (config.checkpoint.every and state["step"] % config.checkpoint.every == 0):
-            checkpoint.save(engine, run_dir / "checkpoints", {**state, **_identity(config, index)})
-    return held_out
+        stopped = "" if last else stop.reason(mesh.world)
+        if last or (train.validate_every and state["step"] % train.validate_every == 0 and not stopped):
+            state["held_out"] = validate_model(config, engine, mesh, index, state["step"], monitor)
+        pulse.at(f"after step {state['step']}")
+        if last or stopped or (keep.every and state["step"] % keep.every == 0):
+            kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
+            checkpoint.save(engine, run_dir / "checkpoints", {**state, **_identity(config, index)}, kept)
+    return stopped
 
 
 def train_step(
@@ -347,9 +373,16 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, cores // local))
 
 
-def _start_run_dir(run_dir: Path, config: RunConfig) -> None:
+def _give_up(why: str) -> None:
+    """End this process, which waits for a rank that is lost; the launcher ends the others."""
+    print(f"longreach: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _start_run_dir(run_dir: Path, config: RunConfig, lock: RunLock) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(run_dir)
         save(config, run_dir / "config.yaml")
     except OSError as error:
         raise InputError("run.dir", str(run_dir), f"a writable directory ({error.strerror})", "set run.dir") from None
@@ -365,6 +398,25 @@ def peak_memory(mesh: Mesh) -> float:
 def _identity(config: RunConfig, index: Index) -> dict[str, Any]:
     """What a resumed run must have in common to be the same run."""
     return {"seed": config.run.seed, "batch_size": config.data.batch_size, "data": index.fingerprint}
+
+
+def _changes(config: RunConfig, index: Index, state: dict[str, Any]) -> list[str]:
+    """What is no longer exact in a run that is continued, a line each.
+
+    Raises:
+        InputError: the corpus is another one.
+    """
+    now = _identity(config, index)
+    if state["data"] != now["data"] and not config.data.accept_change:
+        allowed = "is not the corpus that this run began with: its position there means nothing"
+        fix = "give another run.dir, or data.accept_change=true to go on all the same"
+        raise InputError("data.source", config.data.source, allowed, fix)
+    means = {"seed": "the order of the data", "batch_size": "the order of the data in steps, and the schedule"}
+    return [
+        f"no longer exact: {key} was {state[key]} and is {now[key]}, which changes {what}"
+        for key, what in means.items()
+        if state[key] != now[key]
+    ]
 
 
 def _introduction(config: RunConfig, index: Index, num_parameters: int, mesh: Mesh) -> str:

@@ -170,18 +170,26 @@ class Flow(NamedTuple):
         state: ``[B, ...]``, what this piece adds: the B of its map.
         start: what enters the first piece (the last one if ``reverse``), the same everywhere; None for zeros.
         reverse: from right to left.
+        wanted: whether anybody asks for what leaves the last piece.
     """
 
     state: Tensor
     start: Tensor | None
     reverse: bool
+    wanted: bool
 
 
 class Relay(Protocol):
-    """Reaches the other pieces of the sequence. What it does is a collective: all pieces ask in the same order."""
+    """Reaches the other pieces of the sequence. What it does is a collective: all pieces ask in the same order.
+
+    Attributes:
+        rank, size: which piece this is, and of how many.
+        leaves: whether anybody asks for what leaves the last piece; if not, `scan` gives a carry with an empty state.
+    """
 
     rank: int
     size: int
+    leaves: bool
 
     def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every piece's first and last document ``[B]``, in the order of the sequence."""
@@ -189,7 +197,7 @@ class Relay(Protocol):
 
     def sweep(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
         """Send states past all pieces, each of which maps them to ``decay * state + flow.state``.
 
         Args:
@@ -198,7 +206,8 @@ class Relay(Protocol):
             known: what an earlier sweep found out, of which this is the adjoint: its decays, conjugated.
 
         Returns:
-            For each flow what reaches this piece, and what leaves the last one; and what an adjoint wants to know.
+            For each flow what reaches this piece, and what leaves the last one (it may be None where nobody asks);
+            and what an adjoint wants to know.
         """
         ...
 
@@ -212,15 +221,16 @@ class Alone:
 
     rank = 0
     size = 1
+    leaves = True
 
     def ends(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(first, last)]
 
     def sweep(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
-        found = []
-        for state, start, _ in flows:
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for state, start, *_ in flows:
             start = torch.zeros_like(state) if start is None else start
             found.append((start, decay * start + state))
         return found, ()
@@ -265,21 +275,22 @@ def fold(
     shared = not op.causal and op.plain_sum and segments is None
     to_right = state if op.causal else state[0]
     place = Place(relay, decay if gate is None else per_row(gate, to_right) * decay, gate, op.causal, shared)
-    flows = [Flow(to_right, None if carry is None else carry.state.to(to_right.dtype), False)]
+    flows = [Flow(to_right, None if carry is None else carry.state.to(to_right.dtype), False, relay.leaves)]
     if not op.causal:
-        flows.append(Flow(to_right if shared else place.at_edge(state[1]), None, True))
+        flows.append(Flow(to_right if shared else place.at_edge(state[1]), None, True, False))
     ((past, end), *from_right), known = relay.sweep(place.decay, flows)
+    end = to_right.new_empty(0) if end is None else end
     past = place.at_edge(past)
     past = torch.stack([past, from_right[0][0]]) if from_right else past
     return past, Carry(end, last), replace(place, known=known)
 
 
-def fold_grad(place: Place, grad: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Adjoint of `fold`: the gradient of this piece's own state, and that of the incoming carry."""
+def fold_grad(place: Place, grad: Tensor, end: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Adjoint of `fold`: the gradient of this piece's own state, and that of the incoming carry if ``wanted``."""
     to_left = grad if place.causal else grad[0]
-    flows = [Flow(place.at_edge(to_left), end, True)]
+    flows = [Flow(place.at_edge(to_left), end, True, wanted)]
     if not place.causal:
-        flows.append(Flow(flows[0].state if place.shared else grad[1], None, False))
+        flows.append(Flow(flows[0].state if place.shared else grad[1], None, False, False))
     ((future, start), *from_left), _ = place.relay.sweep(place.decay.conj(), flows, place.known)
     return torch.stack([future, place.at_edge(from_left[0][0])]) if from_left else future, start
 
@@ -350,9 +361,9 @@ class _Scan(torch.autograd.Function):
                 to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
             else:
                 to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
-            future, start = fold_grad(ctx.place, to_past, grad_carry)
+            future, start = fold_grad(ctx.place, to_past, grad_carry, ctx.carry_dtype is not None)
             grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
-        start_grad = None if ctx.carry_dtype is None else start.to(ctx.carry_dtype)
+        start_grad = None if ctx.carry_dtype is None or start is None else start.to(ctx.carry_dtype)
         return None, None, None, None, start_grad, *grads
 
 
@@ -378,8 +389,9 @@ def scan(
         relay: reaches the other pieces; None if there are none.
 
     Returns:
-        This piece's output, and the carry behind the whole sequence, the same on every rank. The carry's gradient
-        counts once: every rank passes, and receives, the full gradient of the carry rather than a summand.
+        This piece's output, and the carry behind the whole sequence, the same on every rank (its state is empty where
+        the relay knows that nobody asks). The carry's gradient counts once: every rank passes, and receives, the full
+        gradient of the carry rather than a summand.
     """
     if segments is not None and segments.shape != inputs[0].shape[:2]:
         raise InputError("segments", list(segments.shape), f"[batch, tokens] = {list(inputs[0].shape[:2])}")

@@ -19,9 +19,10 @@ from ..kernels.errors import InputError
 if TYPE_CHECKING:
     from ..framework.config import RunConfig
 
-MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
+# Exit codes; stopped: before the last step, as a signal or the clock asked; the same command goes on.
+MISTAKE, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 PATIENCE_SECONDS = 3.0
-_LOST = ("by peer", "remote process exited")  # how gloo and NCCL say that another rank has gone
+_LOST = ("by peer", "remote process exited", "Timed out", "Timeout")  # how gloo and NCCL say that a rank has gone
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,11 +95,41 @@ def _train(config: RunConfig) -> int:
 
     first = os.environ.get("RANK", "0") == "0"
     say_plainly(logging.INFO if first else logging.ERROR)  # what all ranks find out is said once
-    result = train(config)
-    if first:
+    try:
+        result = train(config)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return tell(_memory_advice(config), FAILED)
+    if first and result.stopped:
+        tell(f"stopped after step {result.step}, {result.stopped}; it was saved: the same command goes on", STOPPED)
+    elif first:
         report(config, result)
     leave_world()  # only after success: a rank that fails must not wait for the others
-    return 0
+    if result.stopped and not first:
+        time.sleep(PATIENCE_SECONDS)  # the launcher ends all when one ends like this
+    return STOPPED if result.stopped else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _memory_advice(config: RunConfig) -> str:
+    """What a run that ran out of memory could change."""
+    data, parallel, train = config.data, config.parallel, config.train
+    knobs = [
+        "" if train.micro_batch_size == 1 else "train.micro_batch_size=1",
+        "" if train.recompute else "train.recompute=true",
+        f"parallel.block_len={parallel.block_len // 2 or max(1, data.seq_len // parallel.num_sequence_ranks // 8)}",
+        "more parallel.ranks",
+        "a further stage of ZeRO (deepspeed=zero3)",
+    ]
+    return (
+        f"out of memory: data.seq_len = {data.seq_len} on {parallel.num_sequence_ranks} ranks of a sequence, "
+        f"parallel.block_len = {parallel.block_len}; try {', '.join(filter(None, knobs))}"
+    )
 
 
 def _start_ranks(config: RunConfig, words: list[str]) -> int:
@@ -165,8 +196,11 @@ def guarded(command: Callable[[], int]) -> int:
     except InputError as error:
         return tell(error)
     except RuntimeError as error:
+        from ..framework.watch import Diverged
         from ..parallel.mesh import PeerFailed
 
+        if isinstance(error, Diverged):
+            return tell(error, FAILED)
         if not isinstance(error, PeerFailed) and not any(words in str(error) for words in _LOST):
             raise
         time.sleep(PATIENCE_SECONDS)  # the one that failed says why

@@ -59,15 +59,24 @@ def two_level_seconds(num_bytes: float, ranks: int, node_size: int, near: Link, 
     return gather_seconds(num_bytes, node_size, near) + gather_seconds(num_bytes, ranks // node_size, shared)
 
 
-def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> float:
-    """From rank to rank in ``slices``, then a broadcast of the end (as a tree)."""
-    walk = (ranks - 2 + slices) * link.seconds(num_bytes / slices)
-    return walk + math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
+def num_slices(num_bytes: float, ranks: int, most: int, link: Link) -> int:
+    """How many slices, up to ``most``, take a state along all ranks the fastest."""
+    return min(range(1, most + 1), key=lambda slices: _walk_seconds(num_bytes, ranks, slices, link))
 
 
-def doubling_seconds(num_bytes: float, ranks: int, link: Link) -> float:
-    """Merging at distances 1, 2, 4, ..., a shift by one, then a broadcast of the end (as a tree)."""
-    return (2 * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
+def _walk_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> float:
+    return (ranks - 2 + slices) * link.seconds(num_bytes / slices)
+
+
+def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link, wanted: bool = True) -> float:
+    """From rank to rank in at most so many slices, then, if it is wanted, a broadcast of the end (as a tree)."""
+    walk = _walk_seconds(num_bytes, ranks, num_slices(num_bytes, ranks, slices, link), link)
+    return walk + wanted * math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
+
+
+def doubling_seconds(num_bytes: float, ranks: int, link: Link, wanted: bool = True) -> float:
+    """Merging at distances 1, 2, 4, ..., a shift by one, then, if it is wanted, a broadcast of the end (as a tree)."""
+    return ((1 + wanted) * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
 
 
 def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
@@ -85,13 +94,18 @@ def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
     return number * link.seconds(size)
 
 
-def fastest(num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None) -> str:
-    """The relay for so many bytes: gather, pipeline, doubling, or two_level where ``node_size`` ranks share a node."""
+def fastest(
+    num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None, wanted: bool = True
+) -> str:
+    """The relay for so many bytes: gather, pipeline, doubling, or two_level where ``node_size`` ranks share a node.
+
+    Where two are equal, the first of them: who sends to a neighbour need not wait for it, who gathers waits for all.
+    """
     link = near if node_size is None else far
     found = {
+        "pipeline": pipeline_seconds(num_bytes, ranks, slices, link, wanted),
         "gather": gather_seconds(num_bytes, ranks, link),
-        "pipeline": pipeline_seconds(num_bytes, ranks, slices, link),
-        "doubling": doubling_seconds(num_bytes, ranks, link),
+        "doubling": doubling_seconds(num_bytes, ranks, link, wanted),
     }
     if node_size is not None:
         found["two_level"] = two_level_seconds(num_bytes, ranks, node_size, near, far)

@@ -43,6 +43,7 @@ class AxisRelay:
         once: see `kernels.scan.Relay.once`.
         note_ends: counts the bytes of document ids.
         ends_once: remembers them, which are the same for all layers.
+        leaves: see `kernels.scan.Relay`.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class AxisRelay:
         once: Once = every_time,
         note_ends: Note = unnoted,
         ends_once: Once = every_time,
+        leaves: bool = True,
     ) -> None:
-        self.rank, self.size, self.once = axis.rank, axis.size, once
+        self.rank, self.size, self.once, self.leaves = axis.rank, axis.size, once, leaves
         self._axis, self._note = axis, note
         self._note_ends, self._ends_once = note_ends, ends_once
 
@@ -63,10 +65,11 @@ class AxisRelay:
 
     def sweep(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None = None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
         way = self._axis.relay
         if way == "auto":
-            way = _fastest(self._axis, sum(x.numel() * x.element_size() for x in _distinct(flows)))
+            num_bytes = sum(x.numel() * x.element_size() for x in _distinct(flows))
+            way = _fastest(self._axis, num_bytes, any(flow.wanted for flow in flows))
         if way == "gather":
             return self._gather(decay, flows, known)
         ways = {"two_level": self._two_level, "pipeline": self._pipeline, "doubling": self._doubling}
@@ -74,17 +77,17 @@ class AxisRelay:
 
     def _gather(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
         own = [decay] if known is None else []  # backward, the others' decays are known
         rows = gather([*own, *_distinct(flows)], self._axis, self._note)
         decays = [row[0] for row in rows] if known is None else [a.conj() for a in known]
-        found = [
+        found: list[tuple[Tensor, Tensor | None]] = [
             _walk([(a, row[len(own) + column]) for a, row in zip(decays, rows, strict=True)], flow, self.rank)
             for flow, column in zip(flows, _columns(flows), strict=True)
         ]
         return found, decays
 
-    def _two_level(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+    def _two_level(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
         node, peers = self._axis.node, self._axis.peers
         assert node is not None and peers is not None
         near = gather([decay, *_distinct(flows)], node, self._note)
@@ -99,30 +102,34 @@ class AxisRelay:
             totals.append(reduce(_then, maps))
         # The product of a node's decays is the same whichever way it is taken.
         far = gather([totals[0][0], *(b for _, b in totals)], peers, self._note)
-        found = []
+        found: list[tuple[Tensor, Tensor | None]] = []
         for number, (flow, inside) in enumerate(zip(flows, before, strict=True)):
             start, end = _walk([(row[0], row[1 + number]) for row in far], flow, peers.rank)
             found.append((start if inside is None else inside[0] * start + inside[1], end))
         return found
 
-    def _pipeline(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+    def _pipeline(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
         # One flow after the other: two against each other would each wait for the other's receiver.
         passed = [self._pass_on(decay, flow) for flow in flows]
-        return [
-            (before, self._from_last(leaving, flow.reverse))
-            for (before, leaving), flow in zip(passed, flows, strict=True)
-        ]
+        return [(before, self._from_last(leaving, flow)) for (before, leaving), flow in zip(passed, flows, strict=True)]
 
     def _pass_on(self, decay: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
-        """What reaches this rank and what leaves it, slice by slice: one is sent while the next one arrives."""
+        """What reaches this rank and what leaves it, slice by slice: one is sent while the next one arrives.
+
+        What was sent is waited for at the next sweep: until then the neighbour may take its time.
+        """
         step = -1 if flow.reverse else 1
         source, target = self.rank - step, self.rank + step
         state = flow.state.contiguous()
         before = torch.zeros_like(state) if flow.start is None else flow.start.contiguous().clone()
         leaving = torch.empty_like(state)
         lines = decay.expand_as(state).reshape(-1), state.view(-1), before.view(-1), leaving.view(-1)
-        slices = list(zip(*(line.chunk(SLICES) for line in lines), strict=True))
-        arriving, sending = [], []
+        number = cost.num_slices(state.numel() * state.element_size(), self.size, SLICES, self._axis.near)
+        slices = list(zip(*(line.chunk(number) for line in lines), strict=True))
+        arriving, sending = [], _sent_last.setdefault(self._axis, [])
+        for request, _ in sending:
+            request.wait()
+        sending.clear()
         if 0 <= source < self.size:
             arriving = [self._post(dist.irecv, one[2], source) for one in slices]
         for number, (a, b, x, y) in enumerate(slices):
@@ -131,12 +138,10 @@ class AxisRelay:
             torch.addcmul(b, a, x, out=y)
             if 0 <= target < self.size:
                 with self._note(y.numel() * y.element_size()):
-                    sending.append(self._post(dist.isend, y, target))
-        for request in sending:
-            request.wait()
+                    sending.append((self._post(dist.isend, y, target), y))
         return before, leaving
 
-    def _doubling(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor]]:
+    def _doubling(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
         maps: list[Map] = [(decay, flow.state) for flow in flows]
         distance = 1
         while distance < self.size:
@@ -148,7 +153,7 @@ class AxisRelay:
             start = torch.zeros_like(flow.state) if flow.start is None else flow.start
             leaving = through[0] * start + through[1]
             reached = start if before is None else before[0] * start + before[1]
-            found.append((reached, self._from_last(leaving.contiguous(), flow.reverse)))
+            found.append((reached, self._from_last(leaving.contiguous(), flow)))
         return found
 
     def _shift(self, maps: list[Map], flows: Sequence[Flow], distance: int) -> list[Map | None]:
@@ -173,9 +178,12 @@ class AxisRelay:
     def _peer(self, operation: Any, x: Tensor, rank: int) -> dist.P2POp:
         return dist.P2POp(operation, x, self._axis.ranks[rank], group=self._axis.group)
 
-    def _from_last(self, leaving: Tensor, reverse: bool) -> Tensor:
-        """What leaves the last rank of a flow."""
-        last = 0 if reverse else self.size - 1
+    def _from_last(self, leaving: Tensor, flow: Flow) -> Tensor | None:
+        """What leaves the last rank of a flow, if it is wanted."""
+        if not flow.wanted:
+            return None
+        last = 0 if flow.reverse else self.size - 1
+        leaving = leaving.clone()  # which may still be on its way to the neighbour
         with self._note(leaving.numel() * leaving.element_size() if self.rank == last else 0):
             dist.broadcast(_real(leaving), self._axis.ranks[last], group=self._axis.group)
         return leaving
@@ -184,11 +192,15 @@ class AxisRelay:
         return operation(_real(x), self._axis.ranks[rank], group=self._axis.group)
 
 
+_sent_last: dict[Axis, list[tuple[Any, Tensor]]] = {}
+"""By axis, what its last sweep by pipeline sent: the requests, and what they send."""
+
+
 @cache
-def _fastest(axis: Axis, num_bytes: int) -> str:
+def _fastest(axis: Axis, num_bytes: int, wanted: bool) -> str:
     """By the cost model; said once for each size of states."""
     node_size = None if axis.node is None else axis.node.size
-    way = cost.fastest(num_bytes, axis.size, SLICES, axis.near, axis.far, node_size)
+    way = cost.fastest(num_bytes, axis.size, SLICES, axis.near, axis.far, node_size, wanted)
     if axis.rank == 0:
         log.info("states of %s bytes travel along %d ranks by %s", f"{num_bytes:,}", axis.size, way)
     return way

@@ -172,7 +172,8 @@ class Span:
         relay = None
         if self.axis.size > 1:
             ends_once = partial(self._remembered, "ends")
-            relay = AxisRelay(self.axis, note, self._once(key), self.traffic.note("segments", "scan"), ends_once)
+            note_ends = self.traffic.note("segments", "scan")
+            relay = AxisRelay(self.axis, note, self._once(key), note_ends, ends_once, self.keep_carry)
         y, after = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=relay)
         self._leave(key, lambda: after)
         return y

@@ -53,6 +53,7 @@ class DataConfig:
         cache: the directory that takes the packed shards; by default ``data/packed/<name>``.
         valid_fraction: part of the documents that is held out.
         verify: compare the SHA-256 of every shard before a run.
+        accept_change: continue a run whose corpus is no longer the one that it began with.
     """
 
     source: str = CPYTHON
@@ -64,6 +65,7 @@ class DataConfig:
     cache: str = ""
     valid_fraction: float = 0.05
     verify: bool = True
+    accept_change: bool = False
 
 
 def corpus_name(data: DataConfig) -> str:

@@ -204,6 +204,10 @@ class Batches:
         """Micro-batches of this rank in a step."""
         return self.batch_size // (self.num_data_ranks * self.micro_batch_size)
 
+    def windows(self, position: int) -> list[int]:
+        """Which windows the step that begins at ``position`` reads, on all data ranks."""
+        return [self.dataset.window(position + number) for number in range(self.batch_size)]
+
     def load(self, position: int) -> Batch:
         """Read the micro-batch whose first sequence stands at ``position``."""
         windows = [self.dataset.window(position + i) for i in range(self.micro_batch_size)]

@@ -315,7 +315,7 @@ def test_a_save_that_fails_leaves_what_was_there(copy: Path) -> None:
 
 def saves_after_a_kill(rank: int, directory: str) -> None:
     engine = engine_of(0)
-    checkpoint.save(engine, directory, {"step": 6}, keep_last=2)
+    checkpoint.save(engine, directory, {"step": 6}, checkpoint.Keep(2))
 
 
 def test_the_leavings_of_a_killed_save_are_ignored_then_removed(copy: Path) -> None:
@@ -335,7 +335,7 @@ def test_the_leavings_of_a_killed_save_are_ignored_then_removed(copy: Path) -> N
 def saves_twice(rank: int, directory: str) -> None:
     engine = engine_of(0)
     for step in (1, 2, 9, 2, 3):
-        checkpoint.save(engine, directory, {"step": step}, keep_last=2)
+        checkpoint.save(engine, directory, {"step": step}, checkpoint.Keep(2))
 
 
 def test_a_checkpoint_is_replaced_and_later_ones_are_not_removed(tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""Faults of a running training, numbered as in the list of faults: what ends it, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import select
+import signal
+import socket
+import time
+from subprocess import CompletedProcess
+
+import pytest
+from places import Place, ranks_of
+from programs import finish, longreach, start
+from safetensors.numpy import load_file
+
+from longreach.framework.config import TrainConfig
+from longreach.framework.watch import MAX_SKIPPED, RECENT, Diverged, Watch
+
+STOPPED, MISTAKE, FAILED = 75, 2, 1
+HUGE = "optim.lr=1e38"  # the weights after a step with it are finite, what comes of them is not
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def told(done: CompletedProcess[str], *words: str) -> str:
+    """The one line of the program's own that says why it ended."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: ")]
+    assert lines and "Traceback" not in done.stderr, done.stderr
+    assert all(word in lines[0] for word in words), lines
+    return lines[0]
+
+
+def steps(place: Place, run: str) -> list[int]:
+    return [row["step"] for row in place.rows(run)]
+
+
+def same_rows(place: Place, run: str, other: str) -> None:
+    keys = ("step", "loss", "grad_norm", "lr")
+    left, right = ([[row[key] for key in keys] for row in place.rows(name)] for name in (run, other))
+    assert left == right
+
+
+def join(place: Place, run: str, overrides: list[list[str]]) -> list[CompletedProcess[str]]:
+    """A world of one process for each list of overrides, as a launcher would make it."""
+    port, processes = free_port(), []
+    for rank, words in enumerate(overrides):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(overrides), "LOCAL_WORLD_SIZE": len(overrides)}
+        code = (
+            f"import os; os.environ.update({ {key: str(value) for key, value in world.items()}!r}, "
+            f"MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}'); from longreach.launch.train import main; "
+            f"main({['endless.yaml', f'run.dir={run}', *words]!r})"
+        )
+        processes.append(start("-c", code, cwd=place.directory))
+    return [finish(process, 120) for process in processes]
+
+
+def test_22_ranks_with_another_configuration(place: Place) -> None:
+    """Before the first step, and before anything is written."""
+    for done in join(place, "alike", [["train.steps=2"], ["train.steps=2", "optim.lr=0.5"]]):
+        assert done.returncode == MISTAKE
+        assert "rank 1 = 'another configuration': must be that of rank 0" in done.stderr
+    assert not (place.directory / "alike").exists()
+
+
+def test_36_data_that_changed(place: Place) -> None:
+    """A run does not go on with other data, unless it is told to."""
+    assert place.train("changed", "train.steps=2").returncode == 0
+    source = place.directory / "other"
+    source.mkdir()
+    (source / "a.txt").write_text("another text " * 400)
+    assert longreach("pack", "other", "repacked", "--valid-fraction", "0", cwd=place.directory).returncode == 0
+    done = place.train("changed", "train.steps=4", "data.source=repacked")
+    assert done.returncode == MISTAKE
+    told(done, "data.source = 'repacked'", "is not the corpus that this run began with", "data.accept_change=true")
+    assert steps(place, "changed") == [1, 2]
+    done = place.train("changed", "train.steps=4", "data.source=repacked", "data.accept_change=true")
+    assert done.returncode == 0 and steps(place, "changed") == [1, 2, 3, 4]
+
+
+def test_41_a_rank_that_is_killed_restarts_from_the_last_checkpoint(place: Place) -> None:
+    # The default rendezvous of torchrun would hand the addresses of the dead ranks to the new ones.
+    options = ["--nproc-per-node", "2", "--max-restarts", "2", "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words = ["-m", "longreach.launch.train", "endless.yaml", "run.dir=restarted", "checkpoint.every=5"]
+    job = [*options, "--log-dir", str(place.directory / "logs"), *words, "train.steps=60"]
+    process = start("-m", "torch.distributed.run", *job, cwd=place.directory)
+    try:
+        place.wait(process, lambda: len(place.checkpoints("restarted")) >= 1)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        done = finish(process, 120)
+    finally:
+        process.kill()
+    assert done.returncode == 0, done.stderr
+    assert "continuing from restarted/checkpoints/step-" in done.stderr
+    assert steps(place, "restarted") == list(range(1, 61))
+    assert place.train("whole", "parallel.ranks=2", "train.steps=60").returncode == 0
+    same_rows(place, "restarted", "whole")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_42_a_frozen_rank_is_named(place: Place, rank: int) -> None:
+    """Within the time-out and five seconds, although its connections stay open."""
+    run = f"frozen-{rank}"
+    with place.training(run, "parallel.ranks=2", "parallel.timeout=6") as process:
+        frozen, began = ranks_of(process)[rank], time.monotonic()
+        os.kill(frozen, signal.SIGSTOP)
+        assert process.stderr is not None
+        said, pipe = "", process.stderr.fileno()
+        while not re.search(r"longreach: .*\n", said):
+            assert time.monotonic() - began < 6 + 5, "nobody named it"
+            if select.select([pipe], [], [], 0.1)[0]:
+                said += os.read(pipe, 1 << 16).decode()
+        assert f"longreach: rank {rank} has not answered for 6 s: process {frozen} on" in said and " step " in said
+        done = finish(process, 90)
+    assert done.returncode == FAILED
+    with pytest.raises(ProcessLookupError):
+        os.kill(frozen, 0)
+
+
+def test_45_a_loss_that_is_not_finite_stops_before_the_update(place: Place) -> None:
+    assert place.train("diverged", "train.steps=3").returncode == 0
+    (saved,) = place.checkpoints("diverged")
+    done = place.train("diverged", HUGE, "checkpoint.every=1", "checkpoint.keep_last=1", "train.steps=9")
+    assert done.returncode == FAILED
+    told(done, "step 5: loss", "in the sequences [", "no weight was changed", "train.nonfinite=skip")
+    assert place.checkpoints("diverged") == ["step-00000004"] and saved == "step-00000003"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(place.directory / "diverged/checkpoints/step-00000004" / name)
+        assert all(
+            abs(float(value)) < math.inf for tensor in tensors.values() for value in (tensor.min(), tensor.max())
+        )
+
+
+def test_45_steps_that_are_not_finite_can_be_skipped(place: Place) -> None:
+    """On two ranks, which must agree; and not for ever."""
+    done = place.train("skipping", HUGE, "train.nonfinite=skip", "parallel.ranks=2", "train.steps=40")
+    assert done.returncode == FAILED
+    assert done.stderr.count(": skipped") == MAX_SKIPPED
+    assert f"the {MAX_SKIPPED} steps before were skipped too" in done.stderr
+    rows = [json.loads(line) for line in (place.directory / "skipping/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] > 0 and rows[-1]["loss"] is None  # JSON knows no NaN
+
+
+def test_46_a_loss_far_above_the_usual_is_told_with_its_sequences() -> None:
+    watch = Watch(TrainConfig(steps=1))
+    usual = [watch.judge(step, {"loss": 2.0, "grad_norm": 1.0}, lambda: [7]) for step in range(RECENT)]
+    assert usual == [""] * RECENT
+    assert watch.judge(99, {"loss": 3.9, "grad_norm": 1.0}, lambda: [7]) == ""
+    said = watch.judge(100, {"loss": 4.5, "grad_norm": 1.0}, lambda: [7, 8])
+    assert said == "step 100: loss 4.5000, usually 2.0000, in the sequences [7, 8]"
+    with pytest.raises(Diverged, match=r"step 101: loss 2, gradient norm inf, in the sequences \[9\]"):
+        watch.judge(101, {"loss": 2.0, "grad_norm": math.inf}, lambda: [9])
+
+
+def test_47_out_of_memory_says_which_knobs_to_turn(place: Place) -> None:
+    done = place.train("large", f"data.seq_len={1 << 42}")
+    assert done.returncode == FAILED
+    told(done, "out of memory", f"data.seq_len = {1 << 42}", "parallel.block_len=", "train.recompute=true")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_48_a_signal_saves_at_an_agreed_step(place: Place, number: signal.Signals) -> None:
+    """To one of two ranks; the same command then goes on, and gives what an uninterrupted run gives."""
+    run = f"asked-{number.name}"
+    with place.training(run, "parallel.ranks=2") as process:
+        os.kill(ranks_of(process)[1], number)
+        done = finish(process, 60)
+    assert done.returncode == STOPPED
+    last = steps(place, run)[-1]
+    told(done, f"stopped after step {last}, as {number.name} asked", "the same command goes on")
+    assert place.checkpoints(run) == [f"step-{last:08d}"]
+    assert place.train(run, "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
+    assert place.train(f"{run}-whole", "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
+    same_rows(place, run, f"{run}-whole")
+
+
+def test_48_the_launcher_hands_a_signal_on(place: Place) -> None:
+    with place.training("handed", "parallel.ranks=2") as process:
+        process.send_signal(signal.SIGTERM)
+        done = finish(process, 60)
+    assert done.returncode == 128 + signal.SIGTERM
+    last = steps(place, "handed")[-1]
+    told(done, f"stopped after step {last}, as SIGTERM asked")
+    assert place.checkpoints("handed") == [f"step-{last:08d}"]
+
+
+def test_49_a_second_signal_ends_at_once_and_loses_nothing(place: Place) -> None:
+    with place.training("twice", "checkpoint.every=1") as process:
+        place.wait(process, lambda: bool(place.checkpoints("twice")))
+        for _ in range(200):  # some of them during a save
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+            if process.poll() is not None:
+                break
+        done = finish(process, 30)
+    assert done.returncode in (-signal.SIGTERM, STOPPED)
+    saved = int(place.checkpoints("twice")[-1].removeprefix("step-"))
+    assert place.train("twice", f"train.steps={saved + 2}").returncode == 0
+    assert steps(place, "twice") == list(range(1, saved + 3))
+
+
+def test_50_a_limit_of_time(place: Place) -> None:
+    done = place.train("limited", "train.time_limit=2")
+    assert done.returncode == STOPPED
+    last = steps(place, "limited")[-1]
+    told(done, f"stopped after step {last}, as train.time_limit is over")
+    assert place.checkpoints("limited") == [f"step-{last:08d}"]
+
+
+def test_58_another_seed_or_batch_size(place: Place) -> None:
+    assert place.train("altered", "train.steps=2").returncode == 0
+    done = place.train("altered", "train.steps=3", "run.seed=5", "data.batch_size=4")
+    assert done.returncode == 0
+    assert "no longer exact: seed was 0 and is 5, which changes the order of the data\n" in done.stderr
+    assert "no longer exact: batch_size was 2 and is 4" in done.stderr
+    assert "no longer exact" not in place.train("altered", "train.steps=4", "run.seed=5", "data.batch_size=4").stderr
+
+
+def test_62_two_runs_in_one_directory(place: Place) -> None:
+    with place.training("shared") as process:
+        before = len(place.rows("shared"))
+        done = place.train("shared")
+        assert done.returncode == MISTAKE
+        told(done, "run.dir = 'shared'", f"is in use by process {process.pid} on", "another run.dir")
+        place.wait(process, lambda: len(place.rows("shared")) > before)
+        process.kill()  # which lets the directory go, too
+    assert place.train("shared", "train.steps=2", "checkpoint.resume=false").returncode == 0
+    assert steps(place, "shared") == [1, 2]

@@ -1,0 +1,74 @@
+"""Where the tests of faults start, watch and end trainings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+from programs import finish, longreach, start
+
+CONFIG = """
+model: {width: 16, depth: 2, mixers: [elementwise, chela], chela: {heads: 2, modes: 2}}
+data: {source: packed, seq_len: 65, batch_size: 2}
+optim: {lr: 1.0e-2, warmup_steps: 1, schedule_steps: 1000000}
+train: {steps: 1000000, threads: 1}
+monitor: {tensorboard: false, plot: false}
+"""
+
+
+@dataclass
+class Place:
+    """A directory with ``packed/`` and ``endless.yaml``, in which runs are started."""
+
+    directory: Path
+
+    def train(self, run: str, *words: str, timeout: float = 120.0) -> CompletedProcess[str]:
+        """Run ``longreach train`` to its end."""
+        return longreach("train", "endless.yaml", f"run.dir={run}", *words, cwd=self.directory, timeout=timeout)
+
+    @contextmanager
+    def training(self, run: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """A training that has made steps; ended on the way out, if nothing else has."""
+        process = start("-m", "longreach", "train", "endless.yaml", f"run.dir={run}", *words, cwd=self.directory)
+        try:
+            self.wait(process, lambda: len(self.rows(run)) >= 2)
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def wait(self, process: subprocess.Popen[str], until: Callable[[], bool], seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not until():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(finish(process, 30.0))
+            time.sleep(0.02)
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        path = self.directory / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+    def checkpoints(self, run: str) -> list[str]:
+        return sorted(path.name for path in (self.directory / run / "checkpoints").glob("step-*"))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks that a process started, from /proc."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started, at once."""
+    for number in [process.pid, *ranks_of(process)]:
+        os.kill(number, signal.SIGKILL)
