@@ -1,24 +1,25 @@
 """Which rank has stopped answering: every rank tells the first one every second that it lives, and where it is.
 
 A process that is frozen, or whose machine is gone, says nothing and closes no connection; its peers wait in an
-exchange. The first rank watches all others, the second one watches the first.
+exchange. The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
+nobody ever waits.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import suppress
 from types import TracebackType
-
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .mesh import Axis, gather_values
 
 SECONDS = 1.0  # between two beats
+WATCHER, DEPUTY = 0, 1
 
 
 class Pulse:
@@ -34,7 +35,6 @@ class Pulse:
         self._world, self._timeout, self._lost = world, timeout, lost
         self._place = "starting"
         self._left = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def at(self, place: str) -> None:
         """Say where this rank is, for the line that names it."""
@@ -42,46 +42,52 @@ class Pulse:
 
     def __enter__(self) -> Pulse:
         if self._world.size > 1:
-            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            patience = timedelta(seconds=self._timeout)
-            store = None
-            if self._world.rank == 0:
-                store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-            port = int(gather_values([float(store.port if store else 0)], self._world)[0][0])
-            if store is None:
-                store = TCPStore(host, port, is_master=False, timeout=patience)
-            self._store = store
-            self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
-            self._thread.start()
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._socket.bind((_own_address(), 0))
+            host, port = self._socket.getsockname()
+            own = [float(int.from_bytes(socket.inet_aton(host), "big")), float(port), float(secrets.randbits(48))]
+            rows = gather_values(own, self._world)
+            self._ends = [(socket.inet_ntoa(int(row[0]).to_bytes(4, "big")), int(row[1])) for row in rows]
+            self._token = f"{int(rows[WATCHER][2])}"  # a datagram of this run, and of no other
+            threading.Thread(target=self._beat, name="pulse", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._left.set()
+        if kind is None:  # else somebody may be lost, and is still to be named
+            self._left.set()
 
     def _beat(self) -> None:
-        rank, size = self._world.rank, self._world.size
-        watched = {0: range(1, size), 1: range(1)}.get(rank, range(0))
-        heard = {other: ("", time.monotonic()) for other in watched}
-        number = 0
-        while not self._left.wait(SECONDS):
-            number += 1
-            try:
-                told = f"{number} process {os.getpid()} on {socket.gethostname()}, {self._place}"
-                self._store.set(f"rank {rank}", told)
-                for other, (last, since) in heard.items():
-                    said = self._store.get(f"rank {other}").decode() if self._store.check([f"rank {other}"]) else ""
-                    if said != last:
-                        heard[other] = (said, time.monotonic())
-                    elif time.monotonic() - since > self._timeout:
-                        return self._name(other, last)
-            except RuntimeError:  # the store is the first rank's
-                if not self._left.is_set() and rank == 1:
-                    self._name(0, heard[0][0])
-                return
-        return
+        rank = self._world.rank
+        watched = {WATCHER: range(1, self._world.size), DEPUTY: range(1)}.get(rank, range(0))
+        heard = {other: ("it never answered", time.monotonic()) for other in watched}
+        listener = self._ends[DEPUTY if rank == WATCHER else WATCHER]
+        name = f"process {os.getpid()} on {socket.gethostname()}"
+        while not self._left.is_set():
+            with suppress(OSError):  # silence is what the other side notices
+                self._socket.sendto(f"{self._token} {rank} {name}, {self._place}".encode(), listener)
+            until = time.monotonic() + SECONDS
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                try:
+                    token, sender, said = self._socket.recv(1024).decode(errors="replace").split(" ", 2)
+                except (OSError, ValueError):
+                    continue
+                if token == self._token and sender.isdigit() and int(sender) in heard:
+                    heard[int(sender)] = (said, time.monotonic())
+            for other, (said, when) in heard.items():
+                if time.monotonic() - when > self._timeout:
+                    line = f"rank {self._world.ranks[other]} has not answered for {self._timeout:g} s: {said}"
+                    return self._lost(line)
+        return None
 
-    def _name(self, rank: int, last: str) -> None:
-        where = last.partition(" ")[2] or "it never answered"
-        self._lost(f"rank {self._world.ranks[rank]} has not answered for {self._timeout:g} s: {where}")
+
+def _own_address() -> str:
+    """The address from which this machine reaches the first rank; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
