@@ -46,6 +46,9 @@ class Place:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
 
     def wait(self, process: subprocess.Popen[str], until: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds

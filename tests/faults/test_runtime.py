@@ -22,7 +22,7 @@ from longreach.framework.config import TrainConfig
 from longreach.framework.watch import MAX_SKIPPED, RECENT, Diverged, Watch
 
 STOPPED, MISTAKE, FAILED = 75, 2, 1
-HUGE = "optim.lr=1e38"  # the weights after a step with it are finite, what comes of them is not
+HUGE = "optim.lr=2e37"  # the weights after a step with it are finite, what comes of them is not
 
 
 def free_port() -> str:
