@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """A layer's forward and backward pass, on the rank that took or handed over the most.
+    """A layer's forward and backward pass, by the rank that took or handed over the most in each.
 
     Attributes:
         layer: its name.
@@ -191,7 +191,7 @@ def measure(name: str, layer: Layer, axis: Axis, job: Job) -> Found:
     everyone: list[list[Event]] = [[] for _ in range(axis.size)]
     dist.all_gather_object(everyone, [*forward.events, *backward.events], group=axis.group)
     given = gather_values([float(sum(one.num_bytes for one in some.events)) for some in (forward, backward)], axis)
-    most = max(given, key=sum)
+    most = [max(row[number] for row in given) for number in range(2)]
     received = max(_received(everyone, rank) for rank in axis.ranks)
     again = _seconds(again_alone(everyone, axis), axis, job.budget)
     return Found(name, axis.size, seconds, again, int(most[0]), int(most[1]), received, wrong)
