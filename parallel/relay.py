@@ -78,9 +78,9 @@ class AxisRelay:
     def _gather(
         self, decay: Tensor, flows: Sequence[Flow], known: Sequence[Tensor] | None
     ) -> tuple[list[tuple[Tensor, Tensor | None]], Sequence[Tensor]]:
-        own = [decay] if known is None else []  # backward, the others' decays are known
+        own = [] if known else [decay]  # backward, the others' decays are known, if forward was a gather too
         rows = gather([*own, *_distinct(flows)], self._axis, self._note)
-        decays = [row[0] for row in rows] if known is None else [a.conj() for a in known]
+        decays = [a.conj() for a in known] if known else [row[0] for row in rows]
         found: list[tuple[Tensor, Tensor | None]] = [
             _walk([(a, row[len(own) + column]) for a, row in zip(decays, rows, strict=True)], flow, self.rank)
             for flow, column in zip(flows, _columns(flows), strict=True)
