@@ -124,7 +124,7 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and what to keep.
+    """When to save, and what to keep. Training goes on while a checkpoint is written.
 
     Args:
         every: so many steps, and at the end; 0 only there.
@@ -134,7 +134,7 @@ class CheckpointConfig:
         keep_best: and the one with the lowest held-out loss.
     """
 
-    every: int = 0
+    every: int = 100
     resume: bool = True
     keep_last: int = 3
     keep_every: int = 0

@@ -3,7 +3,7 @@
 All ranks, those of one sequence included, shard the optimizer; DeepSpeed is told of no other layout. What it then
 does with gradients, unused numbers and checkpoints differs between its stages. `Engine` promises one behaviour:
 the gradient is the true one, its norm is always known, a gradient that is not finite never reaches the weights,
-and every tensor can be read and written whole, under the name it has in the model.
+and every rank can read its own piece of each tensor, and write any, under the name it has in the model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from ..kernels.errors import InputError
 from ..parallel.mesh import Mesh
+from .zero import FlatStore, PartitionedStore, WholeStore, share
 
 SETTINGS = Path(__file__).parent.parent / "configs" / "deepspeed"
 
@@ -357,8 +359,8 @@ class Engine:
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
         stage = self._deepspeed.zero_optimization_stage()
-        kind = _WholeStore if stage == 0 else _PartitionedStore if stage == 3 else _FlatStore
-        self._store = kind(self._deepspeed.optimizer, optimizer, trained)
+        kind = WholeStore if stage == 0 else PartitionedStore if stage == 3 else FlatStore
+        self._store = kind(self._deepspeed.optimizer, optimizer, trained, mesh.world)
         self._store.make_state()
         _set_rates(optimizer, rates)
         self._update_scale: Callable[[bool], None] | None = None
@@ -436,22 +438,27 @@ class Engine:
         norm = float(torch.stack(norms).norm()) / scale if norms else 0.0
         return norm if math.isfinite(norm) else math.inf
 
-    def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every tensor of the model and of its optimizer, whole; a collective that all ranks go through together.
+    def pieces(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """This rank's pieces of the model and of its optimizer; together, the ranks have every value once.
 
         Yields:
-            A name as in the model (a tied parameter has one), and with it ``param`` (fp32) and, where the
-            optimizer trains it, what it keeps of it (for Adam ``exp_avg`` and ``exp_avg_sq``, fp32), each of the
-            parameter's shape. Then the persistent buffers, each as ``param`` in its own type. In the same
-            order on all ranks, and one at a time, so that no rank needs room for all.
+            A name as in the model (a tied parameter has one); ``param`` (fp32; a persistent buffer in its own type)
+            or, of what the optimizer trains, the name of what it keeps (for Adam ``exp_avg`` and ``exp_avg_sq``,
+            fp32); where the piece begins in the flattened tensor; and its values ``[n]``, n >= 1, which the next step
+            may change.
         """
         for name, param in self.module.named_parameters():
-            yield name, {key: self._store.read(param, key) for key in ("param", *self._store.keys(param))}
+            start, stop = self._store.part(param)
+            if start < stop:
+                for key in ("param", *self._store.keys(param)):
+                    yield name, key, start, self._store.read(param, key)
         for name, buffer in _buffers(self.module):
-            yield name, {"param": buffer.detach().clone()}
+            start, stop = share(buffer.numel(), self.mesh.world)
+            if start < stop:
+                yield name, "param", start, buffer.detach().flatten()[start:stop]
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """The names and keys that `tensors` yields, with the shape of each."""
+        """The names and keys that all ranks' `pieces` have, with the shape of each whole tensor."""
         shapes = {}
         for name, param in self.module.named_parameters():
             shape = tuple(getattr(param, "ds_shape", param.shape))  # in stage 3 a parameter has only a part
@@ -459,18 +466,19 @@ class Engine:
         return shapes | {name: {"param": tuple(buffer.shape)} for name, buffer in _buffers(self.module)}
 
     @torch.no_grad()
-    def load_tensors(self, read: Callable[[str, str], Tensor]) -> None:
+    def load(self, read: Callable[[str, str, int, int], Tensor]) -> None:
         """Set every tensor of the model and of its optimizer; a collective.
 
         Args:
-            read: called with the names and keys that `tensors` yields, on each rank; returns the whole tensor.
+            read: called with a name and a key of `shapes` and with where to begin and to stop in the flattened tensor;
+                returns those values, 1-D. Each rank asks for what it needs.
         """
         self._store.before_write()
         for name, param in self.module.named_parameters():
             for key in ("param", *self._store.keys(param)):
-                self._store.write(param, key, read(name, key))
+                self._store.write(param, key, partial(read, name, key))
         for name, buffer in _buffers(self.module):
-            buffer.copy_(read(name, "param"))
+            buffer.copy_(read(name, "param", 0, buffer.numel()).view_as(buffer))
         self._store.after_write()
 
     @property
@@ -534,155 +542,3 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in module.state_dict(keep_vars=True).items():
         if name not in parameters and torch.is_tensor(value):
             yield name, value
-
-
-class _WholeStore:
-    """Where the fp32 value of a parameter is, and what the optimizer keeps of it.
-
-    In stage 0, every rank has everything, in the parameter itself or in an fp32 copy of it.
-
-    Args:
-        wrapper: DeepSpeed's optimizer.
-        optimizer: the torch optimizer in it.
-        trained: ``id`` of the parameters that it trains.
-    """
-
-    def __init__(self, wrapper: Any, optimizer: torch.optim.Optimizer, trained: set[int]) -> None:
-        self.wrapper, self.optimizer, self.trained = wrapper, optimizer, trained
-        groups = zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()))
-        self._copies = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
-
-    def masters(self) -> list[tuple[int, Tensor]]:
-        """The fp32 tensors that the torch optimizer works on, each with the number of its group."""
-        groups = enumerate(self.optimizer.param_groups)
-        return [(i, p) for i, group in groups for p in group["params"] if p.requires_grad and p.numel()]
-
-    def make_state(self) -> None:
-        """Have the optimizer make its state, which it does at its first step: take one that changes nothing."""
-        masters = self.masters()
-        groups = self.optimizer.param_groups
-        held = [group["params"] for group in groups]
-        gradients = [tensor.grad for _, tensor in masters]
-        for i, group in enumerate(groups):
-            group["params"] = [tensor for j, tensor in masters if i == j]
-        for _, tensor in masters:
-            tensor.grad = torch.zeros_like(tensor)
-        self.optimizer.step()
-        for (_, tensor), gradient in zip(masters, gradients):
-            tensor.grad = gradient
-        for group, params in zip(groups, held):
-            group["params"] = params
-        for state in self.states():
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
-
-    def states(self) -> list[dict[str, Any]]:
-        """What the torch optimizer keeps, for each of its tensors."""
-        return [self.optimizer.state[tensor] for _, tensor in self.masters()]
-
-    def keys(self, param: nn.Parameter) -> tuple[str, ...]:
-        """The names of the tensors that the optimizer keeps of a parameter."""
-        if id(param) not in self.trained:
-            return ()
-        _, master = self.masters()[0]
-        state = self.optimizer.state[master]
-        return tuple(key for key, value in state.items() if key != "step" and torch.is_tensor(value))
-
-    def read(self, param: nn.Parameter, key: str) -> Tensor:
-        """A whole tensor, fp32: the parameter's ("param") or one of `keys`; a collective."""
-        master = self._copies.get(id(param), param)
-        value = master if key == "param" else self.optimizer.state[master][key]
-        return value.detach().float().clone()
-
-    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
-        """Set what `read` reads; the parameter that the model computes with, too."""
-        master = self._copies.get(id(param), param)
-        (master.data if key == "param" else self.optimizer.state[master][key]).copy_(value)
-        if key == "param":
-            param.data.copy_(value)
-
-    def before_write(self) -> None:
-        """Called before the first of a number of `write`; a collective."""
-
-    def after_write(self) -> None:
-        """Called after the last of them; a collective."""
-
-    def after_step(self) -> None:
-        """Called after each step."""
-
-
-class _FlatStore(_WholeStore):
-    """Stages 1 and 2: every rank has all parameters, and a part of the fp32 copy of all of them laid end to end."""
-
-    def make_state(self) -> None:
-        super().make_state()
-        self.wrapper._lazy_init_hp_params_optimizer_state()
-
-    def read(self, param: nn.Parameter, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if id(param) not in self.trained:
-            return param.detach().float().clone()
-        if key == "param":
-            return safe_get_full_fp32_param(param).detach()
-        return safe_get_full_optimizer_state(param, key).detach()
-
-    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if key != "param":
-            safe_set_full_optimizer_state(param, value, key)
-            return
-        param.data.copy_(value)
-        if id(param) in self.trained:
-            safe_set_full_fp32_param(param, value)
-
-
-class _PartitionedStore(_WholeStore):
-    """Stage 3: every rank has a part of each parameter, and of its fp32 copy."""
-
-    def masters(self) -> list[tuple[int, Tensor]]:
-        flat = self.wrapper.fp32_partitioned_groups_flat
-        return [(self.wrapper.sub_group_to_group_id[i], tensor) for i, tensor in enumerate(flat)]
-
-    def read(self, param: nn.Parameter, key: str) -> Tensor:
-        import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if id(param) not in self.trained:
-            with deepspeed.zero.GatheredParameters([param]):
-                return param.detach().float().clone()
-        if key == "param":
-            return safe_get_full_fp32_param(param).detach()
-        return safe_get_full_optimizer_state(param, key).detach()
-
-    def write(self, param: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        target: Any = param  # with what DeepSpeed has attached to it
-        part = self._part(target, value)
-        if key != "param":
-            safe_set_local_optimizer_state(param, part, key)
-            return
-        target.ds_tensor.data.copy_(part)
-        if id(param) in self.trained:
-            safe_set_local_fp32_param(param, part)
-
-    def _part(self, param: Any, value: Tensor) -> Tensor:
-        """This rank's part of a parameter's values; the last ones are padded with zeros."""
-        from deepspeed import comm
-
-        size = param.ds_tensor.numel()
-        start = size * comm.get_rank(group=param.ds_process_group)
-        part = value.flatten()[start : start + size]
-        return torch.cat([part, part.new_zeros(size - part.numel())])
-
-    def before_write(self) -> None:
-        self.wrapper.checkpoint_event_prologue()  # also those that stay whole are parted
-
-    def after_write(self) -> None:
-        self.wrapper.checkpoint_event_epilogue()
-
-    def after_step(self) -> None:
-        # A parameter that a step does not reach would otherwise be given its gradient of the step before.
-        self.wrapper.grad_partitions_flat_buffer.zero_()

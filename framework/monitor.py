@@ -129,6 +129,7 @@ _TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "data_wait_seconds": "speed/data_wait_seconds",
+    "save_seconds": "speed/save_seconds",
     "peak_memory_bytes": "memory/peak_bytes",
     "bytes_scan": "exchange/scan_bytes",
     "bytes_halo": "exchange/halo_bytes",

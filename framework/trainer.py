@@ -42,7 +42,7 @@ from .lock import RunLock
 from .model import IGNORED, build_model
 from .monitor import BITS, Monitor
 from .stop import Stop
-from .watch import Watch
+from .watch import Diverged, Watch
 
 log = logging.getLogger("longreach.trainer")
 POSITION_BINS = 32  # stretches of positions in the validation figure
@@ -78,9 +78,12 @@ def train(config: RunConfig) -> Result:
     index = open_corpus(config, mesh)
     run_dir, lock = Path(config.run.dir), RunLock()
     engine = start_engine(config, settings, mesh)
-    saved = checkpoint.newest(run_dir / "checkpoints") if config.checkpoint.resume else None
-    state = {"step": 0, "consumed": 0} if saved is None else checkpoint.load(engine, saved)
+    directory, keep = run_dir / "checkpoints", config.checkpoint
+    found = checkpoint.resume(engine, directory) if keep.resume else None
+    saved, state = found or (None, {"step": 0, "consumed": 0})
     changed = [] if saved is None else _changes(config, index, state)
+    saver = checkpoint.Saver(engine, directory, checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best))
+    saver.check_space()
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
     first_alone(lambda: _start_run_dir(run_dir, config, lock), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
@@ -92,7 +95,7 @@ def train(config: RunConfig) -> Result:
             monitor.say(line)
     try:
         with Stop(config.train.time_limit) as stop, Pulse(mesh.world, config.parallel.timeout, _give_up) as pulse:
-            stopped = _loop(config, engine, mesh, index, state, run_dir, monitor, stop, pulse)
+            stopped = _loop(config, engine, mesh, index, state, run_dir, monitor, saver, stop, pulse)
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     finally:
         if monitor is not None:
@@ -141,11 +144,12 @@ def _loop(
     state: dict[str, Any],
     run_dir: Path,
     monitor: Monitor | None,
+    saver: checkpoint.Saver,
     stop: Stop,
     pulse: Pulse,
 ) -> str:
     """Steps, validations and checkpoints until ``train.steps``; why it ended before, if it did."""
-    train, keep = config.train, config.checkpoint
+    train = config.train
     traffic, watch = Traffic(), Watch(config.train)
     batches = training_batches(
         index,
@@ -156,7 +160,7 @@ def _loop(
         num_data_ranks=mesh.data.size,
     )
     micro_batches = batches.iterate(state["consumed"], train.steps - state["step"])
-    stopped = ""
+    stopped, save_seconds = "", 0.0
     while state["step"] < train.steps and not stopped:
         pulse.at(f"in step {state['step'] + 1}")
         started = time.monotonic()
@@ -165,7 +169,11 @@ def _loop(
         lr = learning_rate(config.optim, state["step"], train.steps)
         with _recorder(config, mesh, run_dir, traffic, state["step"]):
             row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
-        notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
+        try:
+            notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
+        except Diverged:
+            saver.wait()  # for what is on its way from before
+            raise
         state["step"] += 1
         state["consumed"] += config.data.batch_size
         if monitor is not None:
@@ -175,6 +183,7 @@ def _loop(
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds,
                 "data_wait_seconds": waited,
+                "save_seconds": save_seconds,
             }
             sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
             monitor.step({"step": state["step"], **row, "tokens": tokens * state["step"], **speed, **sent})
@@ -186,9 +195,14 @@ def _loop(
         if last or (train.validate_every and state["step"] % train.validate_every == 0 and not stopped):
             state["held_out"] = validate_model(config, engine, mesh, index, state["step"], monitor)
         pulse.at(f"after step {state['step']}")
-        if last or stopped or (keep.every and state["step"] % keep.every == 0):
-            kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
-            checkpoint.save(engine, run_dir / "checkpoints", {**state, **_identity(config, index)}, kept)
+        saving = time.monotonic()
+        saver.poll()
+        every = config.checkpoint.every
+        if last or stopped or (every and state["step"] % every == 0):
+            saver.start({**state, **_identity(config, index)})
+        if last or stopped:
+            saver.wait()
+        save_seconds = time.monotonic() - saving
     return stopped
 
 
@@ -407,15 +421,17 @@ def _changes(config: RunConfig, index: Index, state: dict[str, Any]) -> list[str
         InputError: the corpus is another one.
     """
     now = _identity(config, index)
-    if state["data"] != now["data"] and not config.data.accept_change:
+    if not isinstance(state.get("consumed"), int):
+        raise InputError("checkpoints", config.run.dir, "do not say how far the data was read: no training wrote them")
+    if state.get("data") != now["data"] and not config.data.accept_change:
         allowed = "is not the corpus that this run began with: its position there means nothing"
         fix = "give another run.dir, or data.accept_change=true to go on all the same"
         raise InputError("data.source", config.data.source, allowed, fix)
     means = {"seed": "the order of the data", "batch_size": "the order of the data in steps, and the schedule"}
     return [
-        f"no longer exact: {key} was {state[key]} and is {now[key]}, which changes {what}"
+        f"no longer exact: {key} was {state.get(key)} and is {now[key]}, which changes {what}"
         for key, what in means.items()
-        if state[key] != now[key]
+        if state.get(key) != now[key]
     ]
 
 

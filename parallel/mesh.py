@@ -193,20 +193,28 @@ class PeerFailed(RuntimeError):
     """Another rank failed and has said why."""
 
 
+def together(work: Callable[[], None], axis: Axis) -> None:
+    """Run ``work`` on every rank of the axis; a collective.
+
+    Raises:
+        PeerFailed: where it did not raise, if it raised on another rank.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:  # told to the others first, raised again below
+        failure = error
+    failed = [rank for rank, (bad,) in enumerate(gather_values([float(failure is not None)], axis)) if bad]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise PeerFailed(f"rank {axis.ranks[failed[0]]} failed")
+
+
 def first_alone(work: Callable[[], None], axis: Axis) -> None:
     """Run ``work`` on the first rank of the axis while the others wait; a collective.
 
     Raises:
         PeerFailed: on the others, if it raised.
     """
-    failure: Exception | None = None
-    if axis.rank == 0:
-        try:
-            work()
-        except Exception as error:  # told to the others first, raised again below
-            failure = error
-    failed = gather_values([float(failure is not None)], axis)[0][0]
-    if failure is not None:
-        raise failure
-    if failed:
-        raise PeerFailed(f"rank {axis.ranks[0]} failed")
+    together(work if axis.rank == 0 else lambda: None, axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -23,6 +24,19 @@ optim: {lr: 1.0e-2, warmup_steps: 1, schedule_steps: 1000000}
 train: {steps: 1000000, threads: 1}
 monitor: {tensorboard: false, plot: false}
 """
+
+
+def make_place(directory: Path) -> Place:
+    """A small corpus that the program packed, and a config that trains on it for ever."""
+    draw = random.Random(0)
+    (directory / "source").mkdir()
+    for number in range(20):
+        text = " ".join(draw.choice(["span", "carry", "halo", "scan", "relay"]) for _ in range(120))
+        (directory / "source" / f"{number:02}.txt").write_text(text)
+    (directory / "endless.yaml").write_text(CONFIG)
+    done = longreach("pack", "source", "packed", "--valid-fraction", "0.1", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return Place(directory)
 
 
 @dataclass

@@ -20,6 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from longreach.framework.engine import Engine
+
 # What the processes share with the one that they are forked from, so that they start at once.
 PRELOAD = [
     "deepspeed",
@@ -140,6 +142,27 @@ class SmallModel(nn.Module):
         plain = [self.up.bias, self.odd, self.frozen]
         groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def whole(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of an engine, by name and key, put together from all ranks' pieces; a collective."""
+    import torch.distributed as dist
+
+    own = [(name, key, start, values.detach().cpu().clone()) for name, key, start, values in engine.pieces()]
+    world = engine.mesh.world
+    rows: list[Any] = [own] * world.size
+    if world.group is not None:
+        dist.all_gather_object(rows, own)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, shapes in engine.shapes().items():
+        for key, shape in shapes.items():
+            pieces = sorted((start, values) for row in rows for n, k, start, values in row if (n, k) == (name, key))
+            reached = 0
+            for start, values in pieces:
+                assert start == reached, (name, key, "a piece is missing or there twice")
+                reached += values.numel()
+            found.setdefault(name, {})[key] = torch.cat([values for _, values in pieces]).view(shape)
+    return found
 
 
 def batches(steps: int, micro_batches: int, ranks: int) -> Tensor:

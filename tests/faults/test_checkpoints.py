@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import itertools
+import json
 import logging
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +25,21 @@ from typing import Any
 import pytest
 import torch
 from places import Place
+from programs import finish, longreach
 from worlds import run_world
 
-from longreach.framework import checkpoint
+from longreach.framework import checkpoint, trainer
+from longreach.framework.checkpoint.directory import digest_of
 from longreach.framework.config import load
+from longreach.framework.data import Index, training_batches
 from longreach.framework.model import build_model
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
 
 MISTAKE = 2
 FLIPS = 1000
+MODEL, OPTIMIZER = (checkpoint.file_name(kind, 0, 1) for kind in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+FILES = (MODEL, OPTIMIZER, checkpoint.STATE)
 
 
 def configured(place: Place, run: Path | str, *words: str) -> list[str]:
@@ -127,7 +140,7 @@ def test_54_any_flipped_bit_is_found_or_harmless(run: Path) -> None:
     model = build_model(config.model)
     state = checkpoint.load_model(model, newest)
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
-    files = [newest / name for name in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)]
+    files = [newest / name for name in FILES]
     draw, found = random.Random(0), 0
     for number in range(FLIPS):
         file = files[number % len(files)]
@@ -137,6 +150,7 @@ def test_54_any_flipped_bit_is_found_or_harmless(run: Path) -> None:
         bad[place] ^= 1 << draw.randrange(8)
         file.write_bytes(bad)
         try:
+            checkpoint.verify(newest)
             assert checkpoint.load_model(model, newest) == state, (file, place)
             for name, value in model.state_dict().items():
                 assert torch.equal(value, tensors[name]), (file, place, name)
@@ -147,14 +161,18 @@ def test_54_any_flipped_bit_is_found_or_harmless(run: Path) -> None:
     assert found > 0.99 * FLIPS
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
-@pytest.mark.parametrize("kind", ["cut", "missing"])
-def test_54_a_cut_or_missing_file_falls_back_loudly(place: Place, run: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["flipped", "cut", "missing"])
+def test_54_a_damaged_or_missing_file_falls_back_loudly(place: Place, run: Path, name: str, kind: str) -> None:
     file = run / "checkpoints/step-00000004" / name
     if kind == "missing":
         file.unlink()
-    else:
+    elif kind == "cut":
         file.write_bytes(file.read_bytes()[:-7])
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     done = place.train(run.name, "train.steps=5")
     assert done.returncode == 0, done.stderr
     assert f"{name}" in done.stderr and "continuing from copy/checkpoints/step-00000002" in done.stderr
@@ -170,7 +188,7 @@ def test_55_a_stale_or_empty_latest(place: Place, run: Path, text: str) -> None:
 
 def test_56_only_broken_ones_are_left(place: Place, run: Path) -> None:
     """The run does not begin again at 0 as if it were new."""
-    for file in run.glob("checkpoints/*/model.safetensors"):
+    for file in run.glob(f"checkpoints/*/{MODEL}"):
         file.write_bytes(b"")
     before = (run / "metrics.jsonl").read_bytes()
     done = place.train(run.name, "train.steps=5")
@@ -179,34 +197,66 @@ def test_56_only_broken_ones_are_left(place: Place, run: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@contextlib.contextmanager
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """A small file system."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mounted)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
-    yield mounted
-    subprocess.run(["umount", str(mounted)], check=True)
+    with mounted(tmp_path / "disk", "size=400k") as place:
+        yield place
 
 
-def test_51_a_full_disk(place: Place, small_disk: Path) -> None:
-    """While a checkpoint is saved: the old one stays, what was written of the new one goes, in plain words."""
+def free_bytes(place: Path) -> int:
+    return os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+
+
+def test_51_a_full_disk_is_seen_before_anything_is_written(place: Place, small_disk: Path) -> None:
+    """Before training, where a checkpoint has no room; the old ones stay."""
     run = small_disk / "run"
     assert place.train(str(run), "train.steps=2").returncode == 0
-    left = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "filler").write_bytes(bytes(max(0, left - 40_000)))
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - 40_000))
     done = place.train(str(run), "train.steps=4")
     assert done.returncode == MISTAKE
-    assert "No space left on device" in done.stderr and "earlier checkpoints are untouched" in done.stderr
+    assert "bytes free, and a checkpoint needs" in done.stderr and "step 3/4" not in done.stderr
     assert place.checkpoints(str(run)) == ["step-00000002"]
-    assert not list((run / "checkpoints").glob(".*partial"))
     (small_disk / "filler").unlink()
     assert place.train(str(run), "train.steps=4").returncode == 0
     assert [row["step"] for row in place.rows(str(run))] == [1, 2, 3, 4]
+
+
+def test_51_a_disk_that_fills_while_a_checkpoint_is_saved(place: Place, tmp_path: Path) -> None:
+    """There is space, but no room for a file: the old checkpoint stays, what was written goes, in plain words."""
+    with mounted(tmp_path / "disk", "size=4m,nr_inodes=40") as disk:
+        run = disk / "run"
+        assert place.train(str(run), "train.steps=2").returncode == 0
+        fillers = []
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(disk / f"filler-{len(fillers)}")
+                fillers[-1].write_bytes(b"")
+        fillers[0].unlink()  # room for the new directory, and for no file in it
+        done = place.train(str(run), "train.steps=4")
+        assert done.returncode == MISTAKE
+        assert "No space left on device" in done.stderr and "earlier checkpoints are untouched" in done.stderr
+        assert place.checkpoints(str(run)) == ["step-00000002"]
+        assert not list((run / "checkpoints").glob(".*partial"))
+        for filler in fillers[1:]:
+            filler.unlink(missing_ok=True)
+        assert place.train(str(run), "train.steps=4").returncode == 0
+        assert [row["step"] for row in place.rows(str(run))] == [1, 2, 3, 4]
 
 
 def test_52_a_directory_that_cannot_be_written(place: Place, small_disk: Path) -> None:
@@ -215,3 +265,153 @@ def test_52_a_directory_that_cannot_be_written(place: Place, small_disk: Path) -
     done = place.train(str(small_disk / "run"), "train.steps=2")
     assert done.returncode == MISTAKE and "Read-only file system" in done.stderr
     assert "step 1/" not in done.stderr
+
+
+def same_losses(place: Place, run: Path | str, other: Path | str, tolerance: float = 1e-5) -> None:
+    left, right = (place.rows(str(name)) for name in (run, other))
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    assert [row["loss"] for row in left] == pytest.approx([row["loss"] for row in right], rel=tolerance)
+
+
+def test_57_on_other_ranks_another_split_and_stage(place: Place) -> None:
+    """Each leg in another layout; the losses are those of a run in one."""
+    legs = [
+        ("parallel.ranks=2", "deepspeed=zero1"),
+        ("parallel.ranks=1", "deepspeed=zero3"),
+        ("parallel.ranks=2", "parallel.sequence=1", "deepspeed=zero2"),
+        ("parallel.ranks=2", "deepspeed=zero3"),
+        ("parallel.ranks=1", "deepspeed=zero0"),
+    ]
+    for number, leg in enumerate(legs, 1):
+        done = place.train("moved", *leg, f"train.steps={2 * number}")
+        assert done.returncode == 0, done.stderr
+    assert place.train("still", f"train.steps={2 * len(legs)}").returncode == 0
+    same_losses(place, "moved", "still")
+
+
+def test_59_another_shape_lists_the_tensors(place: Place, run: Path) -> None:
+    done = place.train(run.name, "train.steps=5", "model.width=32")
+    assert done.returncode == MISTAKE and "Traceback" not in done.stderr
+    assert re.search(r"does not fit the model: \S+ is \[[0-9, ]+\], not \[[0-9, ]+\], .*check model\.", done.stderr)
+    assert place.checkpoints(run.name) == ["step-00000002", "step-00000004"]
+
+
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Put a file into a checkpoint as one would who can write all of it."""
+    (path / name).write_bytes(content)
+    document = json.loads((path / checkpoint.STATE).read_text())
+    document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / checkpoint.STATE).write_text(json.dumps({**document, "sha256": digest_of(document)}))
+
+
+class Executed:
+    """Makes a file where a pickle of it is opened."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
+def test_60_a_pickle_in_a_checkpoint_does_not_execute(place: Place, run: Path, name: str, write: Any) -> None:
+    """Although size and digest are right, in every checkpoint that there is."""
+    content = io.BytesIO()
+    write(Executed(), content)
+    for number in place.checkpoints(run.name):
+        forge(run / "checkpoints" / number, name, content.getvalue())
+    done = place.train(run.name, "train.steps=5")
+    assert done.returncode == MISTAKE and "Traceback" not in done.stderr
+    assert f"{name}': is damaged" in done.stderr
+    if name == MODEL:
+        done = longreach("generate", run.name, "--prompt", "span", "--tokens", "1", cwd=place.directory)
+        assert done.returncode == MISTAKE and "is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert not list(place.directory.rglob("executed"))
+
+
+def test_61_a_newer_format(place: Place, run: Path) -> None:
+    """It is not taken for a damaged one: nothing older is trained on instead."""
+    state = run / "checkpoints/step-00000004" / checkpoint.STATE
+    document = {**json.loads(state.read_text()), "format": 99}
+    state.write_text(json.dumps({**document, "sha256": digest_of(document)}))
+    done = place.train(run.name, "train.steps=5")
+    assert done.returncode == MISTAKE
+    assert "is of format 99; this version reads 2; install a newer longreach" in done.stderr
+
+
+def test_63_a_save_that_fails_beside_the_training_surfaces_at_the_next_step(place: Place, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=4m,nr_inodes=40") as disk:
+        run = disk / "run"
+        with place.training(str(run), "checkpoint.every=5") as process:
+            place.wait(process, lambda: bool(place.checkpoints(str(run))))
+            (disk / "fillers").mkdir()
+            for number in itertools.count():
+                with contextlib.suppress(OSError):  # until nothing can be made, whatever a save frees meanwhile
+                    (disk / "fillers" / str(number)).write_bytes(b"")
+                if process.poll() is not None:
+                    break
+                time.sleep(0.001)
+            done = finish(process, 30)
+        assert done.returncode == MISTAKE
+        assert "No space left on device" in done.stderr and "earlier checkpoints are untouched" in done.stderr
+        last, saved = place.rows(str(run))[-1]["step"], place.checkpoints(str(run))
+        assert saved and int(saved[-1].removeprefix("step-")) < last
+        assert f"checkpoints/step-{last - last % 5:08d}" in done.stderr  # the one that was begun last, not a later one
+        shutil.rmtree(disk / "fillers")
+        assert place.train(str(run), f"train.steps={last + 1}").returncode == 0
+        assert [row["step"] for row in place.rows(str(run))] == list(range(1, last + 2))
+
+
+def test_64_at_an_epochs_end(place: Place) -> None:
+    """A run that stops where an epoch ends, and one sequence before and after, goes on as if it had not stopped."""
+    words = ["data.seq_len=1000", "data.batch_size=1"]
+    config = load(place.directory / "endless.yaml", [f"data.source={place.directory / 'packed'}", *words])
+    epoch = len(training_batches(Index.load(place.directory / "packed"), config.data, seed=0).dataset)
+    for stop in (epoch - 1, epoch, epoch + 1, 2 * epoch + 2):
+        done = place.train("epochs", *words, f"train.steps={stop}")
+        assert done.returncode == 0, done.stderr
+    assert place.train("epochs-whole", *words, f"train.steps={2 * epoch + 2}").returncode == 0
+    same_losses(place, "epochs", "epochs-whole", 0.0)
+
+
+def train_and_tell(rank: int, config: str, words: list[str], file: str, last: int) -> None:
+    """Train, write down which windows each step was given, and be killed with the last of so many steps behind."""
+    step_of, done = trainer.train_step, 0
+
+    def train_step(config: Any, engine: Any, mesh: Any, batch: Any, consumed: int, *rest: Any) -> Any:
+        nonlocal done
+        row = step_of(config, engine, mesh, batch, consumed, *rest)
+        if mesh.sequence.rank == 0:
+            windows = [int(window) for micro in batch for window in micro.indices]
+            with open(f"{file}-{rank}", "a") as out:
+                out.write(json.dumps({"consumed": consumed, "part": mesh.data.rank, "windows": windows}) + "\n")
+        done += 1
+        if done == last and rank == mesh.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    trainer.train_step = train_step
+    train(load(config, words))
+
+
+def test_57_every_sample_is_trained_on_as_planned(place: Place, tmp_path: Path) -> None:
+    """Over kills, resumes and other numbers of ranks: in two epochs every window twice, each once before any again."""
+    config, run, told = str(place.directory / "endless.yaml"), tmp_path / "run", str(tmp_path / "told")
+    words = configured(place, run, "data.seq_len=500", "data.batch_size=4", "checkpoint.every=3")
+    dataset = training_batches(Index.load(place.directory / "packed"), load(config, words).data, seed=0).dataset
+    steps = -(-2 * len(dataset) // 4)
+    assert steps > 12
+    for kill, ranks, sequence in ((4, 2, 2), (5, 2, 1), (2, 1, 1), (6, 2, 2), (0, 2, 1)):
+        layout = [f"parallel.ranks={ranks}", f"parallel.sequence={sequence}", f"train.steps={steps}"]
+        with contextlib.suppress(RuntimeError) if kill else contextlib.nullcontext():
+            run_world(train_and_tell, ranks, config, [*words, *layout], told, kill)
+    trained: dict[int, dict[tuple[int, int], list[int]]] = {}
+    for file in sorted(tmp_path.glob("told-*")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            trained.setdefault(row["consumed"], {})[row["part"], len(row["windows"])] = row["windows"]
+    assert sorted(trained) == list(range(0, 4 * steps, 4))
+    for consumed, parts in trained.items():
+        planned = [dataset.window(consumed + number) for number in range(4)]
+        for (part, count), windows in parts.items():  # also what was trained on again, on other ranks
+            assert windows == planned[part * count :][:count], consumed
+    seen = Counter(dataset.window(position) for position in range(2 * len(dataset)))
+    assert seen == Counter(dict.fromkeys(range(len(dataset)), 2))

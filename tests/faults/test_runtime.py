@@ -137,8 +137,8 @@ def test_45_a_loss_that_is_not_finite_stops_before_the_update(place: Place) -> N
     assert done.returncode == FAILED
     told(done, "step 5: loss", "in the sequences [", "no weight was changed", "train.nonfinite=skip")
     assert place.checkpoints("diverged") == ["step-00000004"] and saved == "step-00000003"
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        tensors = load_file(place.directory / "diverged/checkpoints/step-00000004" / name)
+    for file in (place.directory / "diverged/checkpoints/step-00000004").glob("*.safetensors"):
+        tensors = load_file(file)
         assert all(
             abs(float(value)) < math.inf for tensor in tensors.values() for value in (tensor.min(), tensor.max())
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from worlds import SmallModel, batches, run_world
+from worlds import SmallModel, batches, run_world, whole
 
 from longreach.framework import checkpoint
+from longreach.framework.checkpoint.directory import digest_of
+from longreach.framework.checkpoint.files import digest
 from longreach.framework.engine import Engine, deepspeed_settings
 from longreach.kernels.errors import InputError
 from longreach.parallel.mesh import PeerFailed, init_mesh
@@ -56,7 +60,23 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
 
 def everything(engine: Engine) -> dict[str, Tensor]:
     """All tensors, by name and key."""
-    return {f"{name}.{key}": value for name, parts in engine.tensors() for key, value in parts.items()}
+    return {f"{name}.{key}": value for name, parts in whole(engine).items() for key, value in parts.items()}
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """The same, put together from the files of a checkpoint, of which each value is in one."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    document = json.loads((path / checkpoint.STATE).read_text())
+    for name in document["files"]:
+        with safe_open(path / name, "pt") as file:
+            starts = json.loads(file.metadata()["starts"])
+        for label, values in load_file(path / name).items():
+            label += ".param" * name.startswith(checkpoint.MODEL)
+            pieces.setdefault(label, []).append((starts[label.removesuffix(".param")], values))
+    shapes = {f"{name}.param": shape for name, shape in document["shapes"][checkpoint.MODEL].items()}
+    shapes |= document["shapes"][checkpoint.OPTIMIZER]
+    found = {name: torch.cat([values for _, values in sorted(parts)]) for name, parts in pieces.items()}
+    return {name: found[name].view(shape) for name, shape in shapes.items()}
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -101,9 +121,7 @@ def one_leg(rank: int, directory: str, stage: int, precision: str, first: int, l
     engine = engine_of(stage, precision, seed=first)  # whatever it starts as, loading decides
     if saved := checkpoint.newest(directory):
         assert checkpoint.load(engine, saved)["step"] == first
-        model, optimizer = (load_file(saved / name) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
-        files = {f"{name}.param": value for name, value in model.items()} | optimizer
-        assert distance(everything(engine), files) == 0.0
+        assert distance(everything(engine), stored(saved)) == 0.0
         assert engine.optimizer_step_count == first
     else:
         assert first == 0
@@ -137,6 +155,8 @@ def test_low_precision_moves_too(tmp_path: Path) -> None:
 
 # Files
 
+MODEL, OPTIMIZER = (checkpoint.file_name(kind, 0, 1) for kind in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+
 
 def save_several(rank: int, directory: str) -> None:
     engine = engine_of(1)
@@ -163,11 +183,11 @@ def test_a_plain_model_loads(saved: Path) -> None:
     model = SmallModel()
     model.kept.zero_()
     assert checkpoint.load_model(model, saved / "step-00000005") == {**STATE, "step": 5}
-    tensors = load_file(saved / "step-00000005" / checkpoint.MODEL)
+    tensors = stored(saved / "step-00000005")
     for name, value in [*model.named_parameters(), ("kept", model.kept)]:
-        assert torch.equal(value, tensors[name])
+        assert torch.equal(value, tensors[f"{name}.param"])
     assert model.head.weight is model.embed.weight
-    assert all(value.dtype == torch.float32 for name, value in tensors.items() if name != "kept")
+    assert all(value.dtype == torch.float32 for name, value in tensors.items() if name != "kept.param")
 
 
 def flip(file: Path) -> None:
@@ -189,11 +209,14 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE)
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
 def test_a_damaged_file_is_named(copy: Path, name: str, damage: Callable[[Path], None], message: str) -> None:
     damage(copy / "step-00000005" / name)
     with pytest.raises(InputError) as caught:
-        checkpoint.load_model(SmallModel(), copy / "step-00000005")
+        checkpoint.verify(copy / "step-00000005")
+    if name == MODEL:
+        with pytest.raises(InputError, match=re.escape(str(caught.value))):
+            checkpoint.load_model(SmallModel(), copy / "step-00000005")
     assert f"step-00000005/{name}': {message}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -207,8 +230,9 @@ def test_a_damaged_state_is_named(copy: Path) -> None:
     file.write_text(text[:-3])
     with pytest.raises(InputError, match=r"state.json': is damaged: it is not JSON"):
         checkpoint.load_model(SmallModel(), file.parent)
-    file.write_text(json.dumps({**json.loads(text), "format": 2}))
-    with pytest.raises(InputError, match=r"is of format 2; this version reads up to 1; install a newer longreach"):
+    newer = {**json.loads(text), "format": 3}
+    file.write_text(json.dumps({**newer, "sha256": digest_of(newer)}))
+    with pytest.raises(InputError, match=r"is of format 3; this version reads 2; install a newer longreach"):
         checkpoint.load_model(SmallModel(), file.parent)
 
 
@@ -220,12 +244,12 @@ class Executed:
 def test_a_pickle_does_not_execute(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even when its size and digest were put into ``state.json``."""
     monkeypatch.chdir(copy)
-    file = copy / "step-00000005" / checkpoint.MODEL
+    file = copy / "step-00000005" / MODEL
     file.write_bytes(pickle.dumps(Executed()))
     state = file.with_name(checkpoint.STATE)
     document = json.loads(state.read_text())
-    document["files"][checkpoint.MODEL] = {"bytes": file.stat().st_size, "sha256": checkpoint._digest(file)}
-    state.write_text(json.dumps({**document, "sha256": checkpoint._digest_of(document)}))
+    document["files"][MODEL] = {"bytes": file.stat().st_size, "sha256": digest(file).hex()}
+    state.write_text(json.dumps({**document, "sha256": digest_of(document)}))
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load_model(SmallModel(), file.parent)
     assert not (copy / "executed").exists()
@@ -262,9 +286,9 @@ def test_latest_decides(copy: Path, caplog: Any) -> None:
 
 def test_an_incomplete_checkpoint_is_passed_over_and_only_such_ones_are_an_error(copy: Path, caplog: Any) -> None:
     """A run is never begun anew because its checkpoints are broken."""
-    truncate(copy / "step-00000005" / checkpoint.OPTIMIZER)
+    truncate(copy / "step-00000005" / OPTIMIZER)
     assert checkpoint.newest(copy) == copy / "step-00000003"
-    assert "step-00000005/optimizer.safetensors" in caplog.text
+    assert f"step-00000005/{OPTIMIZER}" in caplog.text
     (copy / "step-00000003" / checkpoint.STATE).unlink()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         checkpoint.newest(copy)
@@ -278,11 +302,11 @@ def damaged_for_all(rank: int, path: str) -> str:
 
 
 def test_every_rank_hears_of_a_damaged_file(copy: Path) -> None:
-    """Only the first rank reads the whole files; the other does not wait for it for ever."""
-    flip(copy / "step-00000005" / checkpoint.OPTIMIZER)
+    """The ranks share out the files to be hashed; the one that finds nothing does not wait for the other for ever."""
+    flip(copy / "step-00000005" / OPTIMIZER)
     first, second = run_world(damaged_for_all, 2, str(copy / "step-00000005"), timeout=60)
-    assert first.startswith("InputError") and "optimizer.safetensors" in first
-    assert second == "PeerFailed: rank 0 failed"
+    assert first == "PeerFailed: rank 1 failed"
+    assert second.startswith("Damaged") and OPTIMIZER in second
 
 
 def fails_to_save(rank: int, directory: str) -> list[str]:
@@ -290,8 +314,9 @@ def fails_to_save(rank: int, directory: str) -> list[str]:
     train(engine, 0, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = []
-    for limit in (100, 3000):  # as on a full disk: in the first file, and in the second
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    for victim, limit in ((0, 100), (0, 3000), (1, 100)):  # as on a full disk: in the first file, or in the second
+        if rank == victim:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         with pytest.raises((InputError, PeerFailed)) as caught:
             checkpoint.save(engine, directory, {"step": 7})
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -305,12 +330,12 @@ def fails_to_save(rank: int, directory: str) -> list[str]:
 
 def test_a_save_that_fails_leaves_what_was_there(copy: Path) -> None:
     first, second = run_world(fails_to_save, 2, str(copy))
-    for line in first:
+    for line in (*first[:2], second[2]):
         assert line.startswith(f"InputError: checkpoint = '{copy}/step-00000007': cannot be written: ")
         assert "File too large" in line
         assert line.endswith("earlier checkpoints are untouched")
         assert "\n" not in line
-    assert second == ["PeerFailed: rank 0 failed"] * 2
+    assert (*second[:2], first[2]) == ("PeerFailed: rank 0 failed",) * 2 + ("PeerFailed: rank 1 failed",)
 
 
 def saves_after_a_kill(rank: int, directory: str) -> None:
@@ -321,7 +346,7 @@ def saves_after_a_kill(rank: int, directory: str) -> None:
 def test_the_leavings_of_a_killed_save_are_ignored_then_removed(copy: Path) -> None:
     """At each stage of it: before the move, between the two moves of a replacement, before ``latest``."""
     (copy / ".step-00000006.partial").mkdir()
-    (copy / ".step-00000006.partial" / checkpoint.MODEL).write_text("half")
+    (copy / ".step-00000006.partial" / MODEL).write_text("half")
     (copy / ".latest.partial").write_text("step-0000")
     assert checkpoint.newest(copy) == copy / "step-00000005"
     (copy / "step-00000005").rename(copy / "step-00000005.replaced")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import SmallModel, batches, run_world
+from worlds import SmallModel, batches, run_world, whole
 
 from longreach.framework.engine import Engine, avoid_compiling, deepspeed_settings
 from longreach.kernels.errors import InputError
@@ -70,7 +70,7 @@ def run(rank: int, engine: Engine, steps: int = 3) -> list[tuple[float, dict[str
         for micro in batch[:, rank]:
             engine.backward(engine(micro).sum() / 100)
         norm = engine.step(RATE * (number + 1))
-        parts = dict(engine.tensors())
+        parts = whole(engine)
         average = {name: part["exp_avg"] for name, part in parts.items() if "exp_avg" in part}
         gradients = {name: (average[name] - 0.9 * before.get(name, torch.zeros(()))) / 0.1 for name in average}
         rows.append((norm, gradients, {name: part["param"] for name, part in parts.items() if name != "kept"}))
@@ -149,19 +149,19 @@ def skips_infinite_gradients(rank: int, precision: str) -> None:
         batch = batches(1, 1, 2)[0, 0, rank]
         engine.backward(engine(batch).sum() / 100)
         assert math.isfinite(engine.step(RATE))
-        before = dict(engine.tensors())
+        before = whole(engine)
         for bad in (math.nan, math.inf):
             loss = engine(batch).sum()
             engine.backward(loss * bad if rank == 1 else loss)
             assert engine.step(RATE) == math.inf
-        after = dict(engine.tensors())
+        after = whole(engine)
         for name, parts in before.items():
             for key, value in parts.items():
                 assert torch.equal(value, after[name][key]), (stage, name, key)
         assert engine.optimizer_step_count == 1
         engine.backward(engine(batch).sum() / 100)
         assert math.isfinite(engine.step(RATE))
-        assert not torch.equal(before["up.bias"]["param"], dict(engine.tensors())["up.bias"]["param"])
+        assert not torch.equal(before["up.bias"]["param"], whole(engine)["up.bias"]["param"])
         engine.close()
 
 
@@ -177,7 +177,7 @@ def adds_up(rank: int) -> None:
         engine = engine_of(f"zero{stage}")
         engine.backward(engine(batch).sum() / 100)
         engine.step(RATE)
-        whole = dict(engine.tensors())
+        at_once = whole(engine)
         engine.close()
 
         engine = engine_of(f"zero{stage}")
@@ -186,14 +186,14 @@ def adds_up(rank: int) -> None:
         engine.backward(second)
         engine.backward(third)
         engine.step(RATE)
-        added = dict(engine.tensors())
-        for name, parts in whole.items():
+        added = whole(engine)
+        for name, parts in at_once.items():
             for key, value in parts.items():
                 torch.testing.assert_close(added[name][key], value, rtol=1e-5, atol=1e-6)
 
         engine.backward(engine(batch, reach_odd=False).sum() / 100)
         engine.step(RATE)
-        torch.testing.assert_close(dict(engine.tensors())["odd"]["exp_avg"], 0.9 * added["odd"]["exp_avg"])
+        torch.testing.assert_close(whole(engine)["odd"]["exp_avg"], 0.9 * added["odd"]["exp_avg"])
         engine.close()
 
 

@@ -1,0 +1,177 @@
+"""Checkpoints that any number of ranks in any ZeRO stage can read, whatever wrote them.
+
+A checkpoint is a directory ``step-00000010`` that holds
+
+- of each rank that wrote it, ``model-00000-of-00002.safetensors`` (its pieces of the parameters, fp32, and of the
+  persistent buffers, by their names in the model) and ``optimizer-...`` (of ``<name>.exp_avg`` and so on, fp32); see
+  `shards`;
+- ``state.json``: what the caller keeps (step, position in the data, ...), the optimizer's step, the shapes of all
+  tensors, and the size and SHA-256 of every file.
+
+It is written beside its place and moved there when it is complete; then ``latest`` is made to name it. So there is
+always a complete one, whenever the program is killed. Nothing in it can execute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.errors import InputError
+from ...parallel.mesh import Axis, PeerFailed, gather_values, together
+from ..engine import Engine
+from .directory import (
+    LATEST,
+    STATE,
+    Keep,
+    candidates,
+    check_files,
+    files_of,
+    first_good,
+    numbers_of,
+    path_of,
+    read_state,
+)
+from .randomness import restore
+from .saver import Saver, place_of, save, shapes_by_kind
+from .shards import KINDS, MODEL, OPTIMIZER, Damaged, Shapes, Shards, file_name
+
+__all__ = [
+    "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "file_name",
+    "load", "load_model", "newest", "resume", "save", "verify",
+]  # fmt: skip
+
+
+def newest(directory: str | Path) -> Path | None:
+    """The checkpoint to continue from, by the sizes of its files; see `directory.first_good`."""
+    directory = Path(directory)
+
+    def check(path: Path) -> str:
+        try:
+            check_files(path, read_state(path), hashed=())
+        except Damaged as error:
+            return str(error)
+        return ""
+
+    return first_good(directory, candidates(directory), check)
+
+
+def resume(engine: Engine, directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Set an engine to the newest checkpoint of which nothing is damaged; a collective.
+
+    Returns:
+        The checkpoint, and the ``state`` that was saved with it; None if there is no checkpoint at all.
+
+    Raises:
+        InputError: there are checkpoints, but none is good; or the newest good one is of another format, or has other
+            tensors than the model.
+    """
+    directory, world = Path(directory), engine.mesh.world
+
+    def check(path: Path) -> str:
+        try:
+            together(lambda: verify(path, world.rank, world.size), world)
+        except Damaged as error:
+            return str(error)
+        except PeerFailed as error:
+            return f"{path}: {error}"
+        return ""
+
+    path = first_good(directory, _agreed(directory, world), check)
+    return None if path is None else (path, _set(engine, path))
+
+
+def load(engine: Engine, path: str | Path) -> dict[str, Any]:
+    """Set an engine to a checkpoint; a collective, in which every rank reads what it needs.
+
+    Random states are restored if as many ranks wrote them as read them.
+
+    Returns:
+        The ``state`` that was saved.
+
+    Raises:
+        InputError: a file is missing, changed, or of another format, or the model has other tensors.
+        PeerFailed: another rank met one of these.
+    """
+    path, world = Path(path), engine.mesh.world
+    together(lambda: verify(path, world.rank, world.size), world)
+    return _set(engine, path)
+
+
+def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Set a plain model (no DeepSpeed) to a checkpoint's parameters and buffers; returns the saved ``state``.
+
+    Raises:
+        InputError: as `load`.
+    """
+    path = Path(path)
+    document = read_state(path)
+    names = files_of(document, MODEL)
+    check_files(path, document, names)
+    targets = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    targets |= {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
+    _compare(path, document, {MODEL: {name: tuple(target.shape) for name, target in targets.items()}})
+    with Shards(path, names, document["shapes"][MODEL]) as shards, torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(shards.whole(name))
+    state: dict[str, Any] = document["state"]
+    return state
+
+
+def verify(path: str | Path, rank: int = 0, ranks: int = 1) -> None:
+    """Check every file of a checkpoint; of those to be hashed, one of so many ranks takes its share.
+
+    Raises:
+        InputError: the first file that is missing, changed, or of another format.
+    """
+    path = Path(path)
+    document = read_state(path)
+    check_files(path, document, sorted(document["files"])[rank::ranks])
+
+
+def _set(engine: Engine, path: Path) -> dict[str, Any]:
+    """Set an engine to a checkpoint that was checked."""
+    document, world = read_state(path), engine.mesh.world
+    _compare(path, document, shapes_by_kind(engine))
+    model, optimizer = (Shards(path, files_of(document, kind), document["shapes"][kind]) for kind in KINDS)
+    with model, optimizer:
+
+        def read(name: str, key: str, start: int, stop: int) -> Tensor:
+            kind, label = place_of(name, key)
+            return (model if kind == MODEL else optimizer).read(label, start, stop)
+
+        engine.load(read)
+        if len(model.random) == world.size:
+            restore(model.random[world.rank], engine.mesh.device)
+    engine.optimizer_step_count = document["optimizer_step"]
+    engine.loss_scaler = document["loss_scaler"]
+    state: dict[str, Any] = document["state"]
+    return state
+
+
+def _compare(path: Path, document: dict[str, Any], expected: Mapping[str, Shapes]) -> None:
+    """Compare names and shapes with those of the checkpoint."""
+    lines = []
+    for kind, shapes in expected.items():
+        found = document["shapes"][kind]
+        lines += [f"{name} is not in it" for name in shapes.keys() - found.keys()]
+        lines += [f"{name} is not in the model" for name in found.keys() - shapes.keys()]
+        both = shapes.keys() & found.keys()
+        lines += [f"{k} is {found[k]}, not {[*shapes[k]]}" for k in both if found[k] != [*shapes[k]]]
+    if lines:
+        shown = sorted(lines)[:10] + [f"and {len(lines) - 10} more"] * (len(lines) > 10)
+        raise InputError("checkpoint", str(path), f"does not fit the model: {', '.join(shown)}", "check model.*")
+
+
+def _agreed(directory: Path, world: Axis) -> list[Path]:
+    """The first rank's list of checkpoints, on all ranks; a collective. All lie in one directory."""
+    paths = candidates(directory)
+    count = int(gather_values([float(len(paths))], world)[0][0])
+    own = [value for path in paths[:count] for value in numbers_of(path)]
+    first = gather_values(own + [0.0] * (2 * count - len(own)), world)[0]
+    return [path_of(directory, *pair) for pair in zip(first[::2], first[1::2])]

@@ -1,0 +1,122 @@
+"""The tensors of a checkpoint: in each file the pieces of one rank, flat, and in its header where each begins.
+
+A file is safetensors. Its metadata holds ``starts``, JSON of ``{name: where its piece begins}``, and ``random``, JSON
+of ``{device: that rank's random state, hexadecimal}``. Whoever reads finds any stretch of any tensor, however many
+ranks wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...kernels.errors import InputError
+from .files import sync
+
+MODEL, OPTIMIZER = "model", "optimizer"  # the two kinds of files
+KINDS = (MODEL, OPTIMIZER)
+
+Pieces = dict[str, tuple[int, Tensor]]  # {name: (where it begins in the flattened tensor, values [n])}
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Damaged(InputError):
+    """Something of a checkpoint is not as it was written."""
+
+
+def file_name(kind: str, rank: int, ranks: int) -> str:
+    """The file of one rank's pieces."""
+    return f"{kind}-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def write(path: Path, pieces: Pieces, random: Mapping[str, str]) -> None:
+    """Write one rank's pieces of a kind; the disk holds them then."""
+    starts = {name: start for name, (start, _) in pieces.items()}
+    metadata = {"format": "pt", "starts": json.dumps(starts), "random": json.dumps(dict(random))}
+    save_file({name: values for name, (_, values) in pieces.items()}, path, metadata)
+    sync(path)
+
+
+class Shards:
+    """The files of one kind, opened; a context.
+
+    Args:
+        directory: of the checkpoint.
+        names: of the files.
+        shapes: of the whole tensors.
+
+    Raises:
+        Damaged: a file is not what `write` writes, or not every value is there once.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str], shapes: Shapes) -> None:
+        self._shapes, self._opened = shapes, ExitStack()
+        self._places: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        self.random: list[dict[str, str]] = []
+        try:
+            for name in names:
+                self._open(directory / name)
+            self._check(directory)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """The values [start, stop) of a flattened tensor, in the type in which they were written."""
+        found = []
+        for first, last, piece in self._places[name]:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                found.append(piece[low - first : high - first])
+        return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor in its shape."""
+        shape = self._shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(*shape)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = self._opened.enter_context(safe_open(path, "pt"))
+            metadata = file.metadata() or {}
+            starts = {str(name): int(start) for name, start in json.loads(metadata["starts"]).items()}
+            self.random.append({str(key): str(state) for key, state in json.loads(metadata["random"]).items()})
+            for name in file.keys():  # noqa: SIM118
+                piece = file.get_slice(name)
+                (count,) = piece.get_shape()
+                self._places[name].append((starts[name], starts[name] + count, piece))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Damaged("checkpoint", str(path), f"is damaged: {error}") from None
+
+    def _check(self, directory: Path) -> None:
+        """Whether the pieces of each tensor make it up."""
+        for name, shape in self._shapes.items():
+            reached = 0
+            for first, last, _ in sorted(self._places[name], key=lambda place: place[:2]):
+                if first != reached:
+                    break
+                reached = last
+            if reached != math.prod(shape):
+                allowed = f"is damaged: {name} is not complete, or has values twice"
+                raise Damaged("checkpoint", str(directory), allowed)
+        for places in self._places.values():
+            places.sort(key=lambda place: place[:2])
