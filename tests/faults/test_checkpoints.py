@@ -396,7 +396,7 @@ def train_and_tell(rank: int, config: str, words: list[str], file: str, last: in
 def test_57_every_sample_is_trained_on_as_planned(place: Place, tmp_path: Path) -> None:
     """Over kills, resumes and other numbers of ranks: in two epochs every window twice, each once before any again."""
     config, run, told = str(place.directory / "endless.yaml"), tmp_path / "run", str(tmp_path / "told")
-    words = configured(place, run, "data.seq_len=500", "data.batch_size=4", "checkpoint.every=3")
+    words = configured(place, run, "data.seq_len=250", "data.batch_size=4", "checkpoint.every=3")
     dataset = training_batches(Index.load(place.directory / "packed"), load(config, words).data, seed=0).dataset
     steps = -(-2 * len(dataset) // 4)
     assert steps > 12
