@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -80,9 +81,10 @@ class Place:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks that a process started, from /proc."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(number) for number in found]
+    """Process ids of the ranks that a process started, from /proc; none if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return []
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:

@@ -26,6 +26,7 @@ from ...framework.mixers.chela import ChelaConfig, ModalKernel, TapKernel
 from ...kernels.elementwise import ElementwiseAttention
 from ...kernels.linear_attention import LinearAttention
 from ...kernels.scan import StatefulOp
+from ...parallel import cost, links
 from ...parallel.mesh import Axis, all_gather, gather_values, init_mesh
 from ...parallel.recorder import Event, Recorder
 from ...parallel.span import Span
@@ -67,6 +68,7 @@ class Found:
         ranks: that share the sequence.
         seconds: of both passes.
         exchange_seconds: of the same exchanges made again without what is computed between them.
+        predicted_seconds: of these, by `parallel.cost` and the link that was measured between these ranks.
         forward_bytes, backward_bytes: that a rank hands over.
         received_bytes: that reach a rank in both passes: of a gather, what all others hand over.
         error: largest relative RMS error against one rank, of the output and all gradients.
@@ -76,6 +78,7 @@ class Found:
     ranks: int
     seconds: float
     exchange_seconds: float
+    predicted_seconds: float
     forward_bytes: int
     backward_bytes: int
     received_bytes: int
@@ -169,8 +172,8 @@ def error(layer: Layer, axis: Axis, tokens: int) -> float:
     return float(torch.tensor(gather_values(errors, axis)).max())
 
 
-def measure(name: str, layer: Layer, axis: Axis, job: Job) -> Found:
-    """Check a layer, record what it exchanges, then time it; a collective."""
+def measure(name: str, layer: Layer, axis: Axis, job: Job, link: cost.Link) -> Found:
+    """Check a layer, record what it exchanges, then time it; a collective. ``link`` is what lies between the ranks."""
     wrong = error(layer, axis, job.checked)
     torch.manual_seed(4 + axis.rank)
     inputs = [(torch.randn(1, job.tokens // axis.size, *shape) * 0.5).requires_grad_() for shape in layer.shapes]
@@ -194,7 +197,11 @@ def measure(name: str, layer: Layer, axis: Axis, job: Job) -> Found:
     most = [max(row[number] for row in given) for number in range(2)]
     received = max(_received(everyone, rank) for rank in axis.ranks)
     again = _seconds(again_alone(everyone, axis), axis, job.budget)
-    return Found(name, axis.size, seconds, again, int(most[0]), int(most[1]), received, wrong)
+    predicted = max(
+        sum(cost.seconds(event.kind, event.num_bytes, len(event.ranks), link) for event in events)
+        for events in everyone
+    )
+    return Found(name, axis.size, seconds, again, predicted, int(most[0]), int(most[1]), received, wrong)
 
 
 def _seconds(run: Callable[[], object], axis: Axis, budget: float) -> float:
@@ -281,10 +288,12 @@ def main(directory: Path, rank: int, ranks: int) -> None:
         timeout=timedelta(seconds=job.timeout),
     )
     show_world_to_deepspeed()
-    axis = init_mesh(ranks).sequence
-    found = [measure(name, layer, axis, job) for name, layer in layers(job.width, job.heads).items()]
+    mesh = init_mesh(ranks)
+    axis, link = mesh.sequence, links.measure(mesh)
+    found = [measure(name, layer, axis, job, link) for name, layer in layers(job.width, job.heads).items()]
     if rank == 0:
-        (directory / "found.json").write_text(json.dumps([asdict(one) for one in found]))
+        report = {"link": asdict(link), "found": [asdict(one) for one in found]}
+        (directory / "found.json").write_text(json.dumps(report))
     gather_values([0.0], axis)  # none leaves while another still needs it
     dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...kernels.errors import InputError
+from ...parallel.cost import Link
 from . import (
     Bound,
     check_out,
@@ -55,6 +56,7 @@ HEADER = table_header(
         "ranks",
         "forward + backward",
         "its exchanges alone",
+        "predicted",
         "bytes forward",
         "bytes backward",
         "bytes received",
@@ -112,8 +114,8 @@ def _run(words: list[str], directory: Path) -> None:
         raise InputError(f"exit code of longreach {words[0]}", code, f"must be 0; it said: {last_line(said)}")
 
 
-def exchanges(ranks: int, job: Job) -> list[Found]:
-    """Every layer on so many ranks, each a process of one thread.
+def exchanges(ranks: int, job: Job) -> tuple[Link, list[Found]]:
+    """What lies between so many ranks, each a process of one thread, and every layer on them.
 
     Raises:
         InputError: a rank failed, or all took more than `RANKS_SECONDS`.
@@ -135,7 +137,8 @@ def exchanges(ranks: int, job: Job) -> list[Found]:
             rank, code = failed
             said = last_line(directory / f"said{rank}")
             raise InputError(f"exit code of rank {rank} of {ranks}", code, f"must be 0; it said: {said}")
-        return [Found(**one) for one in json.loads((directory / "found.json").read_text())]
+        report = json.loads((directory / "found.json").read_text())
+        return Link(**report["link"]), [Found(**one) for one in report["found"]]
 
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | str] | None:
@@ -180,6 +183,7 @@ def as_line(one: Found, share: dict[str, float], cores: int) -> str:
             f"{one.ranks} (emulated)" if one.ranks > cores else one.ranks,
             f"{one.seconds * 1e3:,.1f} ms",
             f"{one.exchange_seconds * 1e3:,.1f} ms",
+            f"{one.predicted_seconds * 1e3:,.1f} ms",
             f"{one.forward_bytes:,}",
             f"{one.backward_bytes:,}",
             f"{one.received_bytes:,}",
@@ -228,8 +232,9 @@ def parallel(out: Path) -> int:
     two, one_rank = (median(runs) for runs in speeds.values())
     print(HEADER)
     found: list[Found] = []
+    links: dict[int, Link] = {}
     for ranks in RANKS:
-        layers = exchanges(ranks, JOB)
+        links[ranks], layers = exchanges(ranks, JOB)
         found += layers
         by_layer = shares(layers)
         for one in layers:
@@ -242,6 +247,7 @@ def parallel(out: Path) -> int:
         "environment": where,
         "training": {"tokens_per_second": speeds, "ratio": two / one_rank, "steps": STEPS, "not_counted": WARM_UP},
         "sizes": asdict(JOB),
+        "links": {str(ranks): asdict(link) for ranks, link in links.items()},
         "rows": [
             {**asdict(one), "emulated": one.ranks > cores, "bytes_over": shares(found)[one.layer, one.ranks]}
             for one in found

@@ -99,7 +99,7 @@ def test_every_layer_is_checked_and_measured(done: Done) -> None:
     rows = done.report["rows"]
     assert [(row["layer"], row["ranks"]) for row in rows] == [(name, 2) for name in NAMES]
     for row in rows:
-        assert row["seconds"] > 0 and row["exchange_seconds"] > 0
+        assert row["seconds"] > 0 and row["exchange_seconds"] > 0 and row["predicted_seconds"] > 0
         assert 0 <= row["error"] <= 1e-5
         assert row["emulated"] == (len(os.sched_getaffinity(0)) < 2)
         assert f"| {row['layer']} | {'2 (emulated)' if row['emulated'] else 2} |" in done.said
@@ -136,7 +136,7 @@ def test_says_what_the_figures_belong_to(done: Done, tmp_path_factory: pytest.Te
 
 
 def found(layer: str, ranks: int, num_bytes: int, error: float = 1e-7) -> exchange.Found:
-    return exchange.Found(layer, ranks, 0.1, 0.01, num_bytes // 2, num_bytes // 2, num_bytes, error)
+    return exchange.Found(layer, ranks, 0.1, 0.01, 0.02, num_bytes // 2, num_bytes // 2, num_bytes, error)
 
 
 def some_layers(ranks: int, states: int = 1000, error: float = 1e-7) -> list[exchange.Found]:
