@@ -1,15 +1,31 @@
-"""What the cost model predicts for one training step of a large model on many GPUs. Nothing here was measured.
+"""What the cost model predicts for one training step, and how near it comes where it can be checked.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --check
 
-Prints Markdown tables for docs/scaling.md: the step's time by work, states and ZeRO, for 8 to 4,096 GPUs that share one
-sequence of 128k to 16M tokens.
+Prints Markdown tables for docs/scaling.md. Without a word, predictions for a large model on many GPUs, of which
+nothing was measured: the step's time by work, states and ZeRO, for 8 to 4,096 GPUs that share one sequence.
+
+With ``--check``, the quickstart's step on 1, 2 and 4 ranks of one thread on this machine, which exchange over gloo:
+predicted by a dry run, in which one rank works alone, and the link that was measured between two ranks; and measured
+in a real training. More ranks than processors share them, so their work takes as many times longer.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 
+from longreach.launch.bench import environment
+from longreach.launch.links import LOCAL_RANKS, join_and_measure
+from longreach.launch.train import start_ranks
 from longreach.parallel import cost
 from longreach.parallel.relay import SLICES
 
@@ -74,7 +90,84 @@ class Shape:
         return cost.seconds("all_reduce", 2 * self.parameters, ranks, link)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of the quickstart on so many ranks, in seconds.
+
+    Attributes:
+        work: of one rank alone, as a dry run measures it.
+        exchange: of all its exchanges, as predicted.
+        measured: of a real training; the median.
+    """
+
+    ranks: int
+    work: float
+    exchange: float
+    measured: float
+
+
+CHECKED = (1, 2, 4)
+STEPS, WARM_UP = 40, 10  # of a real training, and those of them that are not counted
+PLAN = """
+import json, sys
+from longreach.framework.config import load
+from longreach.framework.plan import plan
+found = plan(load("quickstart", sys.argv[1:]), node_size=64)
+print(json.dumps([found.compute_seconds, found.exchange_seconds]))
+"""
+
+
+def step(ranks: int, link: cost.Link, directory: Path) -> Step:
+    """Predict a step, then measure it."""
+    words = [f"parallel.ranks={ranks}", f"parallel.sequence={ranks}", "train.threads=1"]
+    words += [f"parallel.near=[{link.latency},{link.bandwidth}]"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    plans = []
+    for _ in range(3):
+        said = subprocess.run([sys.executable, "-c", PLAN, *words], env=environ, stdout=subprocess.PIPE, check=True)
+        plans.append(json.loads(said.stdout.splitlines()[-1]))
+    work, exchange = (median(values) for values in zip(*plans))
+    run = directory / f"run{ranks}"
+    words += [f"run.dir={run}", f"data.cache={directory / 'packed'}", f"train.steps={STEPS}", "checkpoint.every=0"]
+    words += ["train.validate_every=0", "train.validate_batches=1", "monitor.sample_len=0", "monitor.plot=false"]
+    command = [sys.executable, "-m", "longreach", "train", "quickstart", *words]
+    subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return Step(ranks, work, exchange, median(row["step_seconds"] for row in rows[WARM_UP:]))
+
+
+def check() -> None:
+    """Print the table of predicted and measured steps."""
+    cores = len(os.sched_getaffinity(0))
+    link = start_ranks(LOCAL_RANKS, join_and_measure)[0]
+    print(", ".join(f"{key} {value}" for key, value in environment("cpu", cores).items()))
+    print(f"between two ranks: {link.latency * 1e6:,.0f} us, {link.bandwidth / 1e9:.2f} GB/s")
+    print("| ranks | work of one | exchanges, predicted | step, predicted | step, measured | measured / predicted |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as directory:
+        for ranks in CHECKED:
+            one = step(ranks, link, Path(directory))
+            predicted = one.work * max(1, ranks / cores) + one.exchange
+            print(
+                f"| {ranks}{' (emulated)' if ranks > cores else ''} | {one.work * 1e3:,.1f} ms "
+                f"| {one.exchange * 1e3:,.1f} ms | {predicted * 1e3:,.1f} ms | {one.measured * 1e3:,.1f} ms "
+                f"| {one.measured / predicted:.2f} |",
+                flush=True,
+            )
+
+
 def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with trainings on this machine")
+    if parser.parse_args().check:
+        check()
+    else:
+        predict()
+
+
+def predict() -> None:
+    """Print the table of predictions."""
     shape = Shape()
     near, far = cost.links("cuda")
     print(f"{shape}")

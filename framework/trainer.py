@@ -421,7 +421,7 @@ def _changes(config: RunConfig, index: Index, state: dict[str, Any]) -> list[str
         InputError: the corpus is another one.
     """
     now = _identity(config, index)
-    if not isinstance(state.get("consumed"), int):
+    if not checkpoint.is_count(state.get("consumed")):
         raise InputError("checkpoints", config.run.dir, "do not say how far the data was read: no training wrote them")
     if state.get("data") != now["data"] and not config.data.accept_change:
         allowed = "is not the corpus that this run began with: its position there means nothing"

@@ -32,6 +32,7 @@ from .directory import (
     check_files,
     files_of,
     first_good,
+    is_count,
     numbers_of,
     path_of,
     read_state,
@@ -41,7 +42,7 @@ from .saver import Saver, place_of, save, shapes_by_kind
 from .shards import KINDS, MODEL, OPTIMIZER, Damaged, Shapes, Shards, file_name
 
 __all__ = [
-    "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "file_name",
+    "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "file_name", "is_count",
     "load", "load_model", "newest", "resume", "save", "verify",
 ]  # fmt: skip
 
@@ -147,7 +148,7 @@ def _set(engine: Engine, path: Path) -> dict[str, Any]:
 
         engine.load(read)
         if len(model.random) == world.size:
-            restore(model.random[world.rank], engine.mesh.device)
+            restore(model.random[world.rank], engine.mesh.device, path)
     engine.optimizer_step_count = document["optimizer_step"]
     engine.loss_scaler = document["loss_scaler"]
     state: dict[str, Any] = document["state"]

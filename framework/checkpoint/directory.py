@@ -167,8 +167,9 @@ def _is_state(document: dict[str, Any]) -> bool:
     files: Any = document.get("files")
     return (
         isinstance(document.get("state"), dict)
-        and isinstance(document["state"].get("step"), int)
-        and isinstance(document.get("optimizer_step"), int)
+        and is_count(document["state"].get("step"))
+        and isinstance(document["state"].get("held_out"), (float, int, type(None)))
+        and is_count(document.get("optimizer_step"))
         and are(document.get("loss_scaler"), (int, float))
         and are(shapes, dict)
         and shapes.keys() == set(KINDS)
@@ -207,6 +208,11 @@ def digest_of(document: dict[str, Any]) -> str:
     """The SHA-256 of what ``state.json`` says, but for this digest itself."""
     rest = {key: value for key, value in document.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of steps or sequences."""
+    return isinstance(value, int) and 0 <= value < 1 << 53
 
 
 def _named(directory: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from worlds import SmallModel, batches, run_world, whole
 
@@ -380,3 +383,92 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (line,) = run_world(cannot_save, 1, str(tmp_path / "file"))
     assert "cannot be written: File exists" in line or "cannot be written: Not a directory" in line
+
+
+# Whoever can write a whole checkpoint can sign it: what he writes must end in one line all the same.
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(tree: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a tree of dictionaries and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place] * bool(place) + [found for key, child in items for found in places(child, (*place, key))]
+
+
+def sign(path: Path, document: dict[str, Any]) -> None:
+    (path / checkpoint.STATE).write_text(json.dumps({**document, "sha256": digest_of(document)}))
+
+
+def load_it(path: Path) -> None:
+    """Everything that reads a checkpoint."""
+    with contextlib.suppress(InputError):
+        checkpoint.verify(path)
+    with contextlib.suppress(InputError):
+        checkpoint.newest(path.parent)
+    with contextlib.suppress(InputError):
+        checkpoint.load_model(SmallModel(), path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_forged_state_ends_as_an_input_error(copy: Path, data: st.DataObject) -> None:
+    path = copy / "step-00000005"
+    good = (path / checkpoint.STATE).read_bytes()
+    document = json.loads(good)
+    *parents, key = data.draw(st.sampled_from(places(document)))
+    node = document
+    for parent in parents:
+        node = node[parent]
+    if data.draw(st.booleans()):
+        node[key] = data.draw(VALUES)
+    else:
+        del node[key]
+    try:
+        sign(path, document)
+        load_it(path)
+    finally:
+        (path / checkpoint.STATE).write_bytes(good)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_forged_tensors_end_as_an_input_error(copy: Path, data: st.DataObject) -> None:
+    """Changes in the header, where names, types, shapes and places stand, and cuts."""
+    path = copy / "step-00000005"
+    state, good = json.loads((path / checkpoint.STATE).read_text()), (path / MODEL).read_bytes()
+    content = bytearray(good)
+    header = 8 + int.from_bytes(good[:8], "little")
+    for place in data.draw(st.lists(st.integers(0, header - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.sampled_from([len(content), header, 8, 0]) | st.integers(0, len(content)))]
+    (path / MODEL).write_bytes(content)
+    files = {**state["files"], MODEL: {"bytes": len(content), "sha256": digest(path / MODEL).hex()}}
+    try:
+        sign(path, {**state, "files": files})
+        load_it(path)
+    finally:
+        (path / MODEL).write_bytes(good)
+        sign(path, state)
+
+
+def restores_random_states(rank: int, path: str) -> str:
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(engine_of(1), path)
+    return str(caught.value)
+
+
+def test_forged_random_states_end_as_an_input_error(copy: Path) -> None:
+    path = copy / "step-00000005"
+    document = json.loads((path / checkpoint.STATE).read_text())
+    with safe_open(path / MODEL, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path / MODEL), path / MODEL, {**metadata, "random": json.dumps({"cpu": "00ff"})})
+    document["files"][MODEL] = {"bytes": (path / MODEL).stat().st_size, "sha256": digest(path / MODEL).hex()}
+    sign(path, document)
+    (line,) = run_world(restores_random_states, 1, str(path))
+    assert "its random states are none" in line and "\n" not in line
