@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from .model import ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MAX_BYTES = 1 << 18
+MAX_INTERPOLATIONS = 20  # one of another multiplies: so many make a text 1,500 times as long, at most
+MAX_INTERPOLATION_LEN = 1000
 
 
 @dataclass
@@ -191,6 +195,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _read_file(file),
         *(_read_override(item, overrides[i + 1 :]) for i, item in enumerate(overrides)),
     ]
+    _check_interpolations(trees)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *trees)
         if missing := OmegaConf.missing_keys(merged):
@@ -199,13 +204,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = typing.cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise _unresolved(error, trees) from None
+    except RecursionError:
+        raise InputError("config", str(file), "holds an interpolation that is nested too deeply") from None
     given = dataclasses.asdict(config)
     for place, text in _interpolations(OmegaConf.to_container(merged, resolve=False), ()):
         config.interpolations[place] = (text, _at(given, place))
     config.run.dir = config.run.dir or f"runs/{file.stem}"
     if config.optim.schedule_steps is None:
         config.optim.schedule_steps = config.train.steps
-    validate(config)
+    try:
+        validate(config)
+    except InputError as error:
+        raise without_secrets(error, config) from None
     return config
 
 
@@ -227,6 +237,18 @@ def save(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
+def without_secrets(error: InputError, config: RunConfig) -> InputError:
+    """The same mistake, told with ``${oc.env:NAME}`` in place of what the environment gave the configuration."""
+    texts = " ".join(text for text, _ in config.interpolations.values())
+    secrets = {os.environ.get(name, ""): name for name in re.findall(r"oc\.env:\s*(\w+)", texts)}
+    parts = [error.value if isinstance(error.value, str) else repr(error.value), error.allowed, error.fix]
+    for value, name in secrets.items():
+        if len(value) > 3 and not value.isdecimal():  # numbers and words like "off" stand in any message
+            parts = [part.replace(value, f"${{oc.env:{name}}}") for part in parts]
+    unchanged = parts[0] in (error.value, repr(error.value))
+    return InputError(error.field, error.value if unchanged else parts[0], parts[1], parts[2])
+
+
 def validate(config: RunConfig) -> None:
     """Check the values that a type cannot: ranges, and what fields say together.
 
@@ -234,6 +256,8 @@ def validate(config: RunConfig) -> None:
         InputError: for the first that is wrong, with the numbers.
     """
     tree = dataclasses.asdict(config)
+    for key in ("run.dir", "data.source", "data.cache"):
+        _check_path(key, _at(tree, tuple(key.split("."))))
     for low, keys in _AT_LEAST.items():
         for key in keys.split():
             value = _at(tree, tuple(key.split(".")))
@@ -295,6 +319,7 @@ _AT_LEAST = {
 def _find(path: str | Path) -> Path:
     """Return the file that CONFIG means."""
     file, text = Path(path), str(path)
+    _check_path("config", text)
     names = sorted(item.stem for item in CONFIGS.glob("*.yaml"))
     if file.name == text and file.suffix not in (".yaml", ".yml"):
         if text in names:
@@ -304,6 +329,18 @@ def _find(path: str | Path) -> Path:
             fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
             raise InputError("config", text, "is neither a file nor a name in configs/", fix)
     return file
+
+
+def _check_path(key: str, text: str) -> None:
+    """Raise `InputError` for what no file system takes as a path; whether something lies there is asked later."""
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        raise InputError(key, text, f"is no path: {error.strerror}") from None
+    except ValueError as error:  # a NUL, or a character that the system cannot encode
+        raise InputError(key, text, f"is no path: {error}") from None
 
 
 def _read_file(file: Path) -> Any:
@@ -362,6 +399,19 @@ def _interpolations(tree: Any, place: tuple[str | int, ...]) -> Iterator[tuple[t
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, child in items:
         yield from _interpolations(child, (*place, name))
+
+
+def _check_interpolations(trees: Sequence[Any]) -> None:
+    """Raise `InputError` for more or longer interpolations than a configuration needs, before any is resolved."""
+    found = [item for tree in trees for item in _interpolations(tree, ())]
+    for place, text in found:
+        if len(text) > MAX_INTERPOLATION_LEN:
+            allowed = f"a text with an interpolation must be at most {MAX_INTERPOLATION_LEN} characters"
+            raise InputError(".".join(map(str, place)), text, allowed)
+    number = sum(text.count("${") for _, text in found)
+    if number > MAX_INTERPOLATIONS:
+        allowed = f"a configuration must hold at most {MAX_INTERPOLATIONS}"
+        raise InputError("interpolations", number, allowed, "write values out")
 
 
 def _at(tree: Any, place: Sequence[str | int]) -> Any:

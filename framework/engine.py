@@ -33,6 +33,7 @@ from ..kernels.errors import InputError
 from ..parallel.mesh import Mesh
 from .zero import FlatStore, PartitionedStore, WholeStore, share
 
+MAX_BYTES = 1 << 18
 SETTINGS = Path(__file__).parent.parent / "configs" / "deepspeed"
 
 _ALLOWED_KEYS = frozenset(
@@ -68,7 +69,37 @@ _ALLOWED_KEYS = frozenset(
         "comet",
     ]
 )
-_SECTIONS = ("fp16", "bf16", "bfloat16", "zero_optimization", "data_types")
+_SECTIONS = frozenset(
+    [
+        "fp16",
+        "bf16",
+        "bfloat16",
+        "zero_optimization",
+        "data_types",
+        "activation_checkpointing",
+        "comms_logger",
+        "flops_profiler",
+        "timers",
+        "aio",
+        "checkpoint",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+    ]
+)
+_SWITCHES = frozenset(
+    [
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_python_gc",
+        "disable_allgather",
+    ]
+)
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 # Keys that DeepSpeed knows and that would fight with us: the value that changes nothing, and what to do instead.
 _FOREIGN_KEYS: dict[str, tuple[Any, str]] = {
@@ -151,28 +182,33 @@ def _read_settings(choice: str | Mapping[str, Any]) -> tuple[dict[str, Any], str
     """The user's keys without what is "auto", and how messages call their origin."""
     if isinstance(choice, Mapping):
         return _without_auto(choice), "deepspeed."
-    file = SETTINGS / f"{choice}.json"
-    if not file.is_file():
-        file = Path(choice)
     names = sorted(item.stem for item in SETTINGS.glob("*.json"))
-    if not file.is_file():
+    file = SETTINGS / f"{choice}.json" if choice in names else Path(choice)
+    if not os.path.isfile(file):  # which no name is too long for
         near = difflib.get_close_matches(choice, names, 1)
         fix = f"did you mean {near[0]}?" if near else f"names: {', '.join(names)}"
         raise InputError("deepspeed", choice, "is neither a name in configs/deepspeed/ nor a JSON file", fix)
     try:
-        keys = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        if file.stat().st_size > MAX_BYTES:
+            raise InputError("deepspeed", str(file), f"must be at most {MAX_BYTES} bytes")
+        keys = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates)
+        if not isinstance(keys, dict):
+            raise InputError("deepspeed", str(file), "must hold a JSON object")
+        return _without_auto(keys), f"{file.name}: "
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError("deepspeed", str(file), f"cannot be read as JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise InputError("deepspeed", str(file), "must hold a JSON object")
-    return _without_auto(keys), f"{file.name}: "
+    except RecursionError:
+        raise InputError("deepspeed", str(file), "is nested too deeply") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} is given twice")
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ValueError(f"{key!r} is given twice")
+        keys[key] = value
     return keys
 
 
@@ -199,6 +235,12 @@ def _check_keys(given: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}{key}", given[key], "is not a key that DeepSpeed knows", fix)
         elif key in _SECTIONS and not isinstance(given[key], dict):
             raise InputError(f"{where}{key}", given[key], "must hold keys of its own")
+        elif key in _SWITCHES and not isinstance(given[key], bool):
+            raise InputError(f"{where}{key}", given[key], "must be true or false")
+        elif key == "log_level" and given[key] not in _LOG_LEVELS:
+            raise InputError(f"{where}{key}", given[key], f"must be one of {', '.join(_LOG_LEVELS)}")
+        elif key == "steps_per_print" and (type(given[key]) is not int or given[key] < 1):
+            raise InputError(f"{where}{key}", given[key], "must be a whole number and at least 1")
 
 
 def _check_batch(given: dict[str, Any], where: str, ours: dict[str, Any], batch_size: int, world_size: int) -> None:
@@ -212,9 +254,10 @@ def _check_batch(given: dict[str, Any], where: str, ours: dict[str, Any], batch_
     right = {"train_batch_size": {batch_size, ours["train_batch_size"]}}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         allowed = right.get(key, {ours[key]})
-        if given.get(key, ours[key]) not in allowed:
+        value = given.get(key, ours[key])
+        if type(value) is not int or value not in allowed:
             wanted = " or ".join(str(number) for number in sorted(allowed))
-            raise InputError(f"{where}{key}", given[key], f"must be {wanted}, for {equation}", 'or write "auto"')
+            raise InputError(f"{where}{key}", value, f"must be {wanted}, for {equation}", 'or write "auto"')
 
 
 def _contradiction(where: str, key: str, value: object, ours: str, our_value: object) -> InputError:
@@ -241,6 +284,7 @@ def _check_sections(given: dict[str, Any], where: str, precision: str) -> None:
             near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
             fix = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else ""
             raise InputError(f"{where}{key}", first["input"], first["msg"], fix) from None
+    _check_one_by_one(given, where)
     if not given["bf16"].setdefault("check_grad_overflow", True):
         allowed = "must be true, so that a gradient that is not finite never reaches the weights"
         raise InputError(f"{where}bf16.check_grad_overflow", False, allowed)
@@ -258,6 +302,23 @@ def _check_sections(given: dict[str, Any], where: str, precision: str) -> None:
     if stage == 0 and accumulate not in (None, precision):
         allowed = f"must be {precision} in stage 0, like the weights"
         raise InputError(f"{where}data_types.grad_accum_dtype", accumulate, allowed, "choose stage 1, 2 or 3")
+
+
+def _check_one_by_one(given: dict[str, Any], where: str) -> None:
+    """Have DeepSpeed read each key as it will when it starts, where a mistake would be a traceback on every rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    for key, value in given.items():
+        try:
+            DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params({key: copy.deepcopy(value)})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = [str(part) for part in first["loc"]]
+            place = place if place[:1] == [key] else [key, *place]
+            raise InputError(f"{where}{'.'.join(place)}", first["input"], first["msg"]) from None
+        except Exception as error:  # whatever its readers stumble over
+            raise InputError(f"{where}{key}", value, f"DeepSpeed cannot read it: {error}") from None
 
 
 def avoid_compiling() -> None:

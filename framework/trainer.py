@@ -399,7 +399,9 @@ def _start_run_dir(run_dir: Path, config: RunConfig, lock: RunLock) -> None:
         lock.acquire(run_dir)
         save(config, run_dir / "config.yaml")
     except OSError as error:
-        raise InputError("run.dir", str(run_dir), f"a writable directory ({error.strerror})", "set run.dir") from None
+        raise InputError(
+            "run.dir", str(run_dir), f"must be a writable directory ({error.strerror})", "set run.dir"
+        ) from None
 
 
 def peak_memory(mesh: Mesh) -> float:

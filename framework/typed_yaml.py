@@ -13,6 +13,7 @@ import difflib
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -42,6 +43,12 @@ TAGS = {"str": str, "seq": list, "map": dict, **{tag: kind for kind, (tag, _, _)
 
 class Loader(yaml.SafeLoader):
     """Knows the scalars of `NOTATIONS` and no others: no sexagesimals, dates, or yes and no."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Notice depth early: the scanner's work grows with its square."""
+        if self.flow_level > MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
 
 class Dumper(yaml.SafeDumper):
@@ -170,7 +177,9 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode, kind: Any, key: str) -> Any:
         text, base = str(node.value), base_of(kind)
         tag = node.tag.removeprefix(PREFIX)
-        if "${" in text or text == MISSING:
+        if any(unicodedata.category(one) in ("Cc", "Cs") for one in text):
+            raise InputError(key or "config", text, f"must be text without control characters ({self._where(node)})")
+        if key and ("${" in text or text == MISSING):
             return text  # OmegaConf resolves it, and checks what comes out
         if tag == "null" and (base is Any or type(None) in typing.get_args(kind)):
             return None

@@ -15,9 +15,16 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str, fix: str = "") -> None:
         self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
-        line = f"{field} = {value!r}: {allowed}"
-        super().__init__(f"{line}; {fix}" if fix else line)
+        line = f"{_short(field)} = {_short(repr(value))}: {_short(allowed)}"
+        super().__init__(f"{line}; {_short(fix)}" if fix else line)
 
     def __reduce__(self) -> tuple[type[InputError], tuple[object, ...]]:
         # An exception is pickled by its message alone, unless told how it is made.
         return type(self), (self.field, self.value, self.allowed, self.fix)
+
+
+def _short(text: str, most: int = 400) -> str:
+    """One line that a terminal can show: of a long text the beginning and the end, and no character that steers it."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 4 :]}"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Exit codes; stopped: before the last step, as a signal or the clock asked; the same command goes on.
 MISTAKE, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
 PATIENCE_SECONDS = 3.0
-_LOST = ("by peer", "remote process exited", "Timed out", "Timeout")  # how gloo and NCCL say that a rank has gone
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train in the world this process is part of; without one, start ``parallel.ranks`` local ranks. Returns the
     exit code.
     """
-    from ..framework.config import load
+    from ..framework.config import load, without_secrets
 
     overrides = list(arguments.overrides)
     if arguments.deepspeed_config:
@@ -72,11 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError("--world", arguments.world, "only with --dry-run", "set parallel.ranks instead")
         overrides.append(f"parallel.ranks={arguments.world}")
     config = load(arguments.config, overrides)
-    if arguments.dry_run:
-        return _plan(config, arguments.per_node)
-    if not started and config.parallel.ranks > 1:
-        return _start_ranks(config, [arguments.config, *overrides])
-    return _train(config)
+    try:
+        if arguments.dry_run:
+            return _plan(config, arguments.per_node)
+        if not started and config.parallel.ranks > 1:
+            return _start_ranks(config, [arguments.config, *overrides])
+        return _train(config)
+    except InputError as error:
+        raise without_secrets(error, config) from None
 
 
 def _plan(config: RunConfig, node_size: int) -> int:
@@ -197,11 +199,11 @@ def guarded(command: Callable[[], int]) -> int:
         return tell(error)
     except RuntimeError as error:
         from ..framework.watch import Diverged
-        from ..parallel.mesh import PeerFailed
+        from ..parallel.mesh import ExchangeFailed, PeerFailed, RanksDisagree, is_lost
 
-        if isinstance(error, Diverged):
+        if isinstance(error, (Diverged, RanksDisagree)):
             return tell(error, FAILED)
-        if not isinstance(error, PeerFailed) and not any(words in str(error) for words in _LOST):
+        if not isinstance(error, (ExchangeFailed, PeerFailed)) and not is_lost(error):
             raise
         time.sleep(PATIENCE_SECONDS)  # the one that failed says why
         return tell(error, FAILED)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.errors import InputError
-from . import cost
+from . import cost, flight
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,73 @@ def check_mesh(ranks: int, sequence: int) -> None:
 
 
 def join_world(timeout_seconds: float = 1800.0) -> None:
-    """Join the world that torchrun or deepspeed started (NCCL on GPUs, gloo on CPUs). Does nothing for one process."""
+    """Join the world that torchrun or deepspeed started (NCCL on GPUs, gloo on CPUs). Does nothing for one process.
+
+    Args:
+        timeout_seconds: how long to look for the other ranks, and how long an exchange may take later.
+
+    Raises:
+        InputError: the launcher's environment is not one, the first rank cannot be reached, its port is taken, or not
+            all ranks came in time.
+    """
     if dist.is_initialized() or (world_size() == 1 and "MASTER_ADDR" not in os.environ):
         return
+    flight.record()
+    rank, ranks, port = (_from_launcher(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host or not 0 < port < 1 << 16 or not 0 <= rank < ranks:
+        allowed = "must be a host, a port, and a rank below the number of ranks, from the launcher's environment"
+        raise InputError("MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE", (host, port, rank, ranks), allowed, _START)
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _check_port(host, port)
+    else:
+        _reach(host, port, timeout_seconds)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-    )
+    timeout, c10d = timedelta(seconds=timeout_seconds), cast(Any, dist.distributed_c10d)
+    # Torch would let exchanges of groups that are made later, DeepSpeed's among them, hang for half an hour.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    except RuntimeError as error:
+        allowed = f"the {ranks} ranks did not find each other within {timeout_seconds:g} s ({error})"
+        fix = "start all ranks at about the same time, in a network where each reaches each, or raise parallel.timeout"
+        raise InputError("rendezvous", f"{host}:{port}", allowed, fix) from None
+
+
+_START = "start the ranks with torchrun or deepspeed, or let longreach train start them (parallel.ranks)"
+
+
+def _from_launcher(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise InputError(name, text, "must be a whole number in the launcher's environment", _START)
+    return int(text)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise `InputError` unless this process, the first rank, can listen on the port."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        allowed = f"the first rank cannot listen there: {error.strerror}"
+        fix = "end what holds the port, or choose another (torchrun --master-port, deepspeed --master_port)"
+        raise InputError("rendezvous", f"{host}:{port}", allowed, fix) from None
+
+
+def _reach(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens, and raise `InputError` if nobody does for so many seconds."""
+    deadline, why = time.monotonic() + seconds, ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return socket.create_connection((host, port), timeout=left).close()
+        except OSError as error:
+            why = error.strerror or str(error)
+        time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+    allowed = f"the first rank did not answer within {seconds:g} s: {why}"
+    fix = "start it there, and let this machine reach that port, or raise parallel.timeout"
+    raise InputError("rendezvous", f"{host}:{port}", allowed, fix)
 
 
 def pretend_world(ranks: int, rank: int, node_size: int) -> None:
@@ -191,6 +252,20 @@ def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
 
 class PeerFailed(RuntimeError):
     """Another rank failed and has said why."""
+
+
+class ExchangeFailed(RuntimeError):
+    """An exchange between ranks failed, as one of them is lost."""
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks made different exchanges where they had to make the same."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is an exchange's, as gloo and NCCL tell it."""
+    words = ("gloo", "NCCL", "by peer", "remote process exited", "Timed out", "Timeout")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def together(work: Callable[[], None], axis: Axis) -> None:

@@ -1,12 +1,14 @@
 """Which rank has stopped answering: every rank tells the first one every second that it lives, and where it is.
 
 A process that is frozen, or whose machine is gone, says nothing and closes no connection; its peers wait in an
-exchange. The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
+exchange. The same datagrams tell in which exchanges a rank has been, so that ranks which disagree on one can be named.
+The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
 nobody ever waits.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -14,12 +16,25 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 
-from .mesh import Axis, gather_values
+from . import flight
+from .mesh import Axis, ExchangeFailed, RanksDisagree, gather_values, is_lost
 
 SECONDS = 1.0  # between two beats
 WATCHER, DEPUTY = 0, 1
+LIVES, WAITS, FAILED = "lives", "waits", "failed"  # WAITS: an exchange of this rank failed; FAILED: something else did
+
+
+@dataclass
+class _Heard:
+    """The last word of a rank: when, where it was, how it was, and in which exchanges it had been."""
+
+    when: float
+    said: str = "it never answered"
+    mood: str = LIVES
+    trail: flight.Trail = field(default_factory=dict)
 
 
 class Pulse:
@@ -33,7 +48,8 @@ class Pulse:
 
     def __init__(self, world: Axis, timeout: float, lost: Callable[[str], None]) -> None:
         self._world, self._timeout, self._lost = world, timeout, lost
-        self._place = "starting"
+        self._place, self._mood = "starting", LIVES
+        self._heard: dict[int, _Heard] = {}
         self._left = threading.Event()
 
     def at(self, place: str) -> None:
@@ -48,38 +64,68 @@ class Pulse:
             own = [float(int.from_bytes(socket.inet_aton(host), "big")), float(port), float(secrets.randbits(48))]
             rows = gather_values(own, self._world)
             self._ends = [(socket.inet_ntoa(int(row[0]).to_bytes(4, "big")), int(row[1])) for row in rows]
-            self._token = f"{int(rows[WATCHER][2])}"  # a datagram of this run, and of no other
+            self._token = int(rows[WATCHER][2])  # a datagram of this run, and of no other
+            others = {WATCHER: range(1, self._world.size), DEPUTY: range(1)}.get(self._world.rank, range(0))
+            self._heard = {other: _Heard(time.monotonic()) for other in others}
             threading.Thread(target=self._beat, name="pulse", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:  # else somebody may be lost, and is still to be named
+        if kind is None:
+            self._left.set()
+        elif self._world.size > 1:  # somebody may be lost, and is still to be named
+            self._mood = WAITS if error is not None and is_lost(error) else FAILED
+            with suppress(OSError):
+                self._tell()
+            if self._mood == WAITS:
+                why = self._why(str(error))
+                if "imed out" not in str(error):  # a connection was closed: nobody is silent
+                    self._left.set()
+                raise why from error
             self._left.set()
 
-    def _beat(self) -> None:
+    def _why(self, error: str) -> RuntimeError:
+        """What is known of an exchange that failed: which ranks disagree on it, else what torch says."""
+        rank, own = self._world.ranks[self._world.rank], flight.recent()
+        until = time.monotonic() + 2 * SECONDS
+        while self._heard and time.monotonic() < until:
+            for other, heard in self._heard.items():
+                line = flight.parting(rank, own, self._world.ranks[other], heard.trail) if heard.mood == WAITS else ""
+                if line:
+                    return RanksDisagree(f"ranks disagree {self._place}: {line}")
+            time.sleep(0.05)
+        last = f" in {list(own.values())[-1]}" if own else ""
+        return ExchangeFailed(f"an exchange failed {self._place}{last}: {error}")
+
+    def _tell(self) -> None:
         rank = self._world.rank
-        watched = {WATCHER: range(1, self._world.size), DEPUTY: range(1)}.get(rank, range(0))
-        heard = {other: ("it never answered", time.monotonic()) for other in watched}
-        listener = self._ends[DEPUTY if rank == WATCHER else WATCHER]
-        name = f"process {os.getpid()} on {socket.gethostname()}"
+        said = f"process {os.getpid()} on {socket.gethostname()}, {self._place}"
+        words = [self._token, rank, said, self._mood, flight.recent()]
+        self._socket.sendto(json.dumps(words).encode(), self._ends[DEPUTY if rank == WATCHER else WATCHER])
+
+    def _listen(self) -> None:
+        try:
+            token, rank, said, mood, trail = json.loads(self._socket.recv(1 << 14))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return
+        if token == self._token and rank in self._heard and isinstance(trail, dict):
+            self._heard[rank] = _Heard(time.monotonic(), said, mood, trail)
+
+    def _beat(self) -> None:
         while not self._left.is_set():
             with suppress(OSError):  # silence is what the other side notices
-                self._socket.sendto(f"{self._token} {rank} {name}, {self._place}".encode(), listener)
+                self._tell()
             until = time.monotonic() + SECONDS
             while (left := until - time.monotonic()) > 0:
                 self._socket.settimeout(left)
-                try:
-                    token, sender, said = self._socket.recv(1024).decode(errors="replace").split(" ", 2)
-                except (OSError, ValueError):
-                    continue
-                if token == self._token and sender.isdigit() and int(sender) in heard:
-                    heard[int(sender)] = (said, time.monotonic())
-            for other, (said, when) in heard.items():
-                if time.monotonic() - when > self._timeout:
-                    line = f"rank {self._world.ranks[other]} has not answered for {self._timeout:g} s: {said}"
-                    return self._lost(line)
+                self._listen()
+            for other, heard in self._heard.items():
+                if time.monotonic() - heard.when > self._timeout:
+                    rank = self._world.ranks[other]
+                    silent = f"has not answered for {self._timeout:g} s" if heard.mood != FAILED else "failed"
+                    return self._lost(f"rank {rank} {silent}: {heard.said}")
         return None
 
 

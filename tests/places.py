@@ -7,9 +7,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from programs import finish, longreach, start
 
+World = list[subprocess.Popen[str]]
 CONFIG = """
 model: {width: 16, depth: 2, mixers: [elementwise, chela], chela: {heads: 2, modes: 2}}
 data: {source: packed, seq_len: 65, batch_size: 2}
@@ -80,6 +82,26 @@ class Place:
         return sorted(path.name for path in (self.directory / run / "checkpoints").glob("step-*"))
 
 
+def world(place: Place, words: Sequence[str], ranks: int = 2, program: str = "", port: str = "", **more: str) -> World:
+    """Processes that a launcher would make: ``ranks`` of them, or those that are named in RANK.
+
+    Args:
+        program: a script in the place's directory, in place of ``-m longreach.launch.train``.
+        port: of the first rank; a free one if none is given.
+        more: of the environment.
+    """
+    processes, port = [], port or free_port()
+    for rank in range(ranks) if "RANK" not in more else [int(more["RANK"])]:
+        launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        given = {key: str(value) for key, value in launcher.items()}
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+        start_it = f"runpy.run_path({program!r}, run_name='__main__')" if program else "main()"
+        code = f"import os, sys, runpy; os.environ.update({given!r}); sys.argv[1:] = {list(words)!r}; "
+        code += "from longreach.launch.train import main; " + start_it
+        processes.append(start("-c", code, cwd=place.directory))
+    return processes
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks that a process started, from /proc; none if it has ended."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -91,3 +113,23 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     """End a process and all that it started, at once."""
     for number in [process.pid, *ranks_of(process)]:
         os.kill(number, signal.SIGKILL)
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def told(done: CompletedProcess[str], *words: str) -> str:
+    """The one line of the program's own that says why it ended."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: ")]
+    assert lines and "Traceback" not in done.stderr, done.stderr
+    assert all(word in lines[0] for word in words), lines
+    return lines[0]
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by path, with what it holds."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -8,13 +8,12 @@ import os
 import re
 import select
 import signal
-import socket
 import time
 from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
-from places import Place, ranks_of
+from places import Place, free_port, ranks_of, told
 from programs import finish, longreach, start
 from safetensors.numpy import load_file
 
@@ -23,20 +22,6 @@ from longreach.framework.watch import MAX_SKIPPED, RECENT, Diverged, Watch
 
 STOPPED, MISTAKE, FAILED = 75, 2, 1
 HUGE = "optim.lr=2e37"  # the weights after a step with it are finite, what comes of them is not
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def told(done: CompletedProcess[str], *words: str) -> str:
-    """The one line of the program's own that says why it ended."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: ")]
-    assert lines and "Traceback" not in done.stderr, done.stderr
-    assert all(word in lines[0] for word in words), lines
-    return lines[0]
 
 
 def steps(place: Place, run: str) -> list[int]:
