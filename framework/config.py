@@ -233,8 +233,10 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write `to_yaml` to a file, UTF-8."""
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    """Write `to_yaml` to a file, UTF-8; what was there stays until all is written."""
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def without_secrets(error: InputError, config: RunConfig) -> InputError:

@@ -347,8 +347,19 @@ def _import_deepspeed() -> Any:
         logging.disable(logging.WARNING)
         try:
             import deepspeed
+
+            kind = deepspeed.accelerator.get_accelerator().device_name()
+        except (ImportError, ValueError) as error:
+            given = os.environ.get("DS_ACCELERATOR")
+            if given is None:
+                raise
+            raise InputError("DS_ACCELERATOR", given, f"DeepSpeed cannot use it: {error}", "unset it") from None
         finally:
             logging.disable(before)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind != device:
+            allowed = f"is what DeepSpeed takes, but torch computes on {device} here"
+            raise InputError("DS_ACCELERATOR", kind, allowed, f"unset it, or set it to {device}")
     import deepspeed
 
     if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):

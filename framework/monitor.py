@@ -7,7 +7,10 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from ..kernels.errors import InputError
 from .config import RunConfig, to_yaml
 
 matplotlib.use("Agg")
@@ -41,9 +45,6 @@ class Monitor:
         _write_rows(self.metrics, self.rows)
         _write_rows(self.validations, self.held_out)
         self.board: SummaryWriter | None = None
-        if config.monitor.tensorboard:
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-            self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.console = Console(stderr=True, highlight=False, markup=False)
         self.progress: Progress | None = None
         if self.console.is_terminal:
@@ -57,6 +58,11 @@ class Monitor:
             )
             self.progress.start()
             self.task = self.progress.add_task("", total=config.train.steps, completed=first_step, state="")
+        if config.monitor.tensorboard:
+            with self._charts():
+                threading.excepthook = _say_no_writer
+                self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+                self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.started, self.first_step = time.monotonic(), first_step
 
     def say(self, line: str) -> None:
@@ -66,13 +72,11 @@ class Monitor:
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step; ``row["step"]`` counts from 1."""
         self.rows.append(row)
-        with open(self.metrics, "a", encoding="ascii") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            file.write(json.dumps(finite) + "\n")
+        _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()})
         step = row["step"]
-        if self.board is not None:
+        with self._charts():
             for name, value in row.items():
-                if name != "step" and math.isfinite(value):
+                if self.board is not None and name != "step" and math.isfinite(value):
                     self.board.add_scalar(_TAGS.get(name, f"train/{name}"), value, step)
         state = (
             f"loss {row['loss']:.4f}  {row['bits_per_token']:.3f} bits/token  {row['tokens_per_second']:,.0f} tokens/s"
@@ -89,9 +93,10 @@ class Monitor:
         self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
         row = {"step": step, "loss": loss, "bits_per_token": loss * BITS, "by_position": by_position}
         self.held_out.append(row)
-        with open(self.validations, "a", encoding="ascii") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.board is not None:
+        _append(self.validations, row)
+        if self.board is None:
+            return
+        with self._charts():
             self.board.add_scalar("validation/loss", loss, step)
             self.board.add_scalar("validation/bits_per_token", loss * BITS, step)
             figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -100,8 +105,8 @@ class Monitor:
             axes.set(xlabel="position in the sequence", ylabel="bits per token", title=f"held-out, step {step}")
             self.board.add_figure("validation/by_position", figure, step)
 
-    def plot(self) -> Path:
-        """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path."""
+    def plot(self) -> Path | None:
+        """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path, or None if it cannot be written."""
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         shown = [row for row in self.rows if row["bits_per_token"] is not None]
@@ -113,8 +118,12 @@ class Monitor:
         axes.legend()
         axes.grid(alpha=0.3)
         path = self.run_dir / "plots" / "loss.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=120)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            self.say(f"warning: {path} cannot be written ({error.strerror}); metrics.jsonl has every step")
+            return None
         return path
 
     def close(self) -> None:
@@ -122,7 +131,19 @@ class Monitor:
         if self.progress is not None:
             self.progress.stop()
         if self.board is not None:
-            self.board.close()
+            with self._charts():
+                self.board.close()
+
+    @contextmanager
+    def _charts(self) -> Iterator[None]:
+        """Where TensorBoard is written: if it cannot be, that is said once, and the run goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            place = self.run_dir / "tensorboard"
+            why = error.strerror or str(error)
+            self.say(f"warning: {place} cannot be written ({why}): no more charts; metrics.jsonl has every step")
+            self.board = None
 
 
 _TAGS = {
@@ -154,8 +175,30 @@ def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
-    os.replace(partial, path)
+    with _recording(path):
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+        os.replace(partial, path)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with _recording(path), open(path, "a", encoding="ascii") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def _recording(path: Path) -> Iterator[None]:
+    """Raise `InputError` where the record of the run cannot be written: without it, the run is not to go on."""
+    try:
+        yield
+    except OSError as error:
+        fix = "make room, then the same command goes on from the last checkpoint"
+        raise InputError("run.dir", str(path), f"cannot be written: {error.strerror}", fix) from None
+
+
+def _say_no_writer(arguments: threading.ExceptHookArgs) -> None:
+    """Threads tell what ended them, but not TensorBoard's writer: the next call to it does."""
+    if not (isinstance(arguments.exc_value, OSError) and "Writer" in type(arguments.thread).__name__):
+        threading.__excepthook__(arguments)
 
 
 def _clock(seconds: float) -> str:

@@ -100,13 +100,17 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
     if not host or not 0 < port < 1 << 16 or not 0 <= rank < ranks:
         allowed = "must be a host, a port, and a rank below the number of ranks, from the launcher's environment"
         raise InputError("MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE", (host, port, rank, ranks), allowed, _START)
+    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
+        allowed = f"must be at most {torch.cuda.device_count()}, one for each GPU of this machine"
+        fix = "start fewer, or CUDA_VISIBLE_DEVICES= to compute on processors"
+        raise InputError("ranks of a machine", local_size() or local_rank() + 1, allowed, fix)
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_port(host, port)
     else:
         _reach(host, port, timeout_seconds)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank())
     timeout, c10d = timedelta(seconds=timeout_seconds), cast(Any, dist.distributed_c10d)
     # Torch would let exchanges of groups that are made later, DeepSpeed's among them, hang for half an hour.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout

@@ -17,6 +17,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import pytest
 from programs import finish, longreach, start
 
 World = list[subprocess.Popen[str]]
@@ -40,6 +41,21 @@ def make_place(directory: Path) -> Place:
     done = longreach("pack", "source", "packed", "--valid-fraction", "0.1", cwd=directory)
     assert done.returncode == 0, done.stderr
     return Place(directory)
+
+
+@contextmanager
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """A small file system."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @dataclass

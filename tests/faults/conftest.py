@@ -1,11 +1,21 @@
-"""What the tests of faults share: a small corpus that the program packed, and a config that trains on it for ever."""
+"""What the tests of faults share: a small corpus that the program packed, a config that trains on it, a small disk."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
-from places import Place, make_place
+from places import Place, make_place, mounted
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB."""
+    with mounted(tmp_path / "disk", "size=400k") as place:
+        yield place

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import Place
+from places import Place, mounted
 from programs import finish, longreach
 from worlds import run_world
 
@@ -195,28 +195,6 @@ def test_56_only_broken_ones_are_left(place: Place, run: Path) -> None:
     assert done.returncode == MISTAKE
     assert "holds no complete checkpoint" in done.stderr and "another run.dir" in done.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-@contextlib.contextmanager
-def mounted(place: Path, options: str) -> Iterator[Path]:
-    """A small file system."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
-    with mounted(tmp_path / "disk", "size=400k") as place:
-        yield place
 
 
 def free_bytes(place: Path) -> int:

@@ -105,7 +105,7 @@ def test_43_ranks_that_disagree_on_an_exchange(place: Place) -> None:
 
 def test_43_ranks_that_exchange_different_sizes(place: Place) -> None:
     """Gloo ends the process of a rank that is sent too much; the other one says what it was in, at once."""
-    done, seconds = elsewhere(place, "size")
+    done, _ = elsewhere(place, "size")
     assert {one.returncode for one in done} == {-signal.SIGABRT, FAILED}
     aborted, other = sorted(done, key=lambda one: one.returncode)
     assert "gloo::EnforceNotMet" in aborted.stderr

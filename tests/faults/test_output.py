@@ -1,0 +1,81 @@
+"""Faults of what a run shows, numbered as in the list of faults: charts are no reason to end a training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from places import Place, told
+from programs import finish
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+MISTAKE = 2
+CHARTS = "monitor.tensorboard=true"
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Leave so many bytes of a file system."""
+    left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filler").write_bytes(bytes(max(0, left - leave)))
+
+
+@pytest.mark.parametrize("fault", ["a file", "full", "read-only"])
+def test_65_tensorboard_that_cannot_be_written(place: Place, small_disk: Path, fault: str) -> None:
+    """A warning in one line, and the training goes on; metrics.jsonl has every step."""
+    run = f"charts-{fault.replace(' ', '-')}"
+    (place.directory / run).mkdir()
+    board = place.directory / run / "tensorboard"
+    if fault == "a file":
+        board.write_text("")
+    else:
+        board.symlink_to(small_disk)
+        fill(small_disk, 0 if fault == "full" else 1 << 20)
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = place.train(run, CHARTS, "monitor.plot=true", "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: ") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"warning: {run}/tensorboard cannot be written (" in done.stderr
+    assert [row["step"] for row in place.rows(run)] == [1, 2, 3, 4, 5]
+    assert place.checkpoints(run) == ["step-00000005"] and (place.directory / run / "plots/loss.png").exists()
+
+
+def test_65_the_record_of_the_run_that_cannot_be_written(place: Place, small_disk: Path) -> None:
+    """Metrics are the record: the run ends in one line, and goes on from its checkpoint when there is room."""
+    run = str(small_disk / "run")
+    assert place.train(run, "train.steps=2").returncode == 0
+    with place.training(run) as process:
+        place.wait(process, lambda: len(place.rows(run)) > 2)
+        fill(small_disk, 0)
+        done = finish(process, 60)
+    assert done.returncode == MISTAKE
+    told(done, "metrics.jsonl", "cannot be written: No space left on device", "the same command goes on")
+    again = place.train(run, "train.steps=4")
+    assert again.returncode == MISTAKE, "nor does it start"
+    told(again, "No space left on device")
+    (small_disk / "filler").unlink()
+    assert place.train(run, "train.steps=4").returncode == 0
+    assert [row["step"] for row in place.rows(run)] == [1, 2, 3, 4]
+
+
+def test_66_steps_after_a_resume_do_not_double(place: Place) -> None:
+    """Neither in metrics.jsonl nor in what TensorBoard reads, validations included."""
+    words = [CHARTS, "checkpoint.every=2", "checkpoint.keep_last=0", "train.validate_every=1"]
+    assert place.train("doubled", *words, "train.steps=6").returncode == 0
+    for file in (place.directory / "doubled/checkpoints/step-00000006").iterdir():
+        file.unlink()  # as if it had been lost: steps 5 and 6 are trained again
+    (place.directory / "doubled/checkpoints/step-00000006").rmdir()
+    done = place.train("doubled", *words, "train.steps=8")
+    assert done.returncode == 0 and "step-00000004" in done.stderr, done.stderr
+    assert [row["step"] for row in place.rows("doubled")] == list(range(1, 9))
+    charts = EventAccumulator(str(place.directory / "doubled/tensorboard"), size_guidance={"scalars": 0}).Reload()
+    steps = defaultdict(list)
+    for tag in charts.Tags()["scalars"]:
+        steps[tag] = [event.step for event in charts.Scalars(tag)]
+    assert steps["train/loss"] == steps["validation/loss"] == list(range(1, 9))
+    assert all(found == sorted(set(found)) for found in steps.values()), steps
+    rows = {row["step"]: row["loss"] for row in place.rows("doubled")}
+    assert all(abs(event.value - rows[event.step]) < 1e-5 for event in charts.Scalars("train/loss"))
