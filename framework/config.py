@@ -306,14 +306,14 @@ def validate(config: RunConfig) -> None:
 _AT_LEAST = {
     0: (
         "run.seed model.vocab parallel.sequence parallel.block_len data.workers data.valid_fraction "
-        "optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
+        "data.max_bad_samples optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
         "train.validate_every train.validate_batches train.threads train.time_limit checkpoint.every "
         "checkpoint.keep_last checkpoint.keep_every monitor.sample_len "
         "monitor.record_exchanges"
     ),
     1: (
         "model.width model.depth data.seq_len data.batch_size parallel.ranks "
-        "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout"
+        "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout data.timeout"
     ),
 }
 

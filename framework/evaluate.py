@@ -61,7 +61,7 @@ def evaluate(run_dir: str | Path, source: str | Path | None = None, max_batches:
         tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         with progress(f"reading {source}", len(data) - 1) as advance:
             return score(model, [(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), None)], progress=advance)
-    index = Index.load(packed_dir(config.data), verify=config.data.verify)
+    index = Index.load(packed_dir(config.data), verify=config.data.verify, timeout=config.data.timeout)
     batches = validation_batches(index, config.data, micro_batch_size=1)
     sequences = batches.iterate(num_steps=max_batches or None)
     num_sequences = min(len(batches.dataset), max_batches * config.data.batch_size or len(batches.dataset))

@@ -36,7 +36,7 @@ from ..parallel.traffic import Traffic
 from . import checkpoint
 from .agree import compare_ranks
 from .config import OptimConfig, RunConfig, save, validate
-from .data import Batch, Index, packed_dir, prepare, training_batches, validation_batches
+from .data import Batch, Index, check_labels, packed_dir, prepare, training_batches, validation_batches
 from .engine import Engine, deepspeed_settings
 from .lock import RunLock
 from .model import IGNORED, build_model
@@ -230,7 +230,11 @@ def train_step(
     labelled = float(sum(int((micro.labels != IGNORED).sum()) for micro in batch))
     count = sum(row[0] for row in gather_values([labelled], mesh.data))
     if count == 0:
-        raise InputError("data", "a batch without one labelled token", "at least one token that has a next one")
+        indices = torch.cat([micro.indices for micro in batch]).tolist()
+        allowed = "must hold a token that has a next one in its document"
+        raise InputError(
+            "the sequences of a step", indices, allowed, "set data.packing=stream, or a larger data.seq_len"
+        )
     share = config.data.batch_size // mesh.data.size
     nll_sum = penalty_sum = 0.0
     for number, micro in enumerate(batch):
@@ -276,7 +280,7 @@ def validate_model(
     config: RunConfig, engine: Engine, mesh: Mesh, index: Index, step: int, monitor: Monitor | None
 ) -> float | None:
     """Mean loss (nats a token) over the held-out windows, shown with its course over positions; None if none is
-    held out.
+    held out, or none that was read has a label.
     """
     if not index.splits["valid"].num_tokens:
         return None
@@ -304,6 +308,8 @@ def validate_model(
     engine.train()
     rows = gather_values(bins.flatten().tolist(), mesh.world)
     totals = torch.tensor(rows, dtype=torch.float64).sum(0).view(2, POSITION_BINS)
+    if not totals[1].any():
+        return None
     loss = float(totals[0].sum() / totals[1].sum())
     if monitor is not None:
         by_position = [
@@ -328,7 +334,8 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 def open_corpus(config: RunConfig, mesh: Mesh) -> Index:
     """Pack and check the corpus on the first rank, then open it on all; fills in ``model.vocab`` where it is 0."""
     first_alone(lambda: _prepare(config), mesh.world)
-    index = Index.load(packed_dir(config.data), verify=False)
+    index = Index.load(packed_dir(config.data), verify=False, timeout=config.data.timeout)
+    check_labels(index, config.data)
     config.model.vocab = config.model.vocab or int(index.vocabulary["size"])
     index.check_vocab(config.model.vocab)
     return index

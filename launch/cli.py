@@ -56,10 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
-    pack.add_argument("source", metavar="SOURCE", help="a file, a folder, or cpython for this Python's own library")
+    pack.add_argument(
+        "source", metavar="SOURCE", help="a file, a folder, tar shards, or cpython for this Python's own library"
+    )
     pack.add_argument("out_dir", metavar="OUT_DIR")
     pack.add_argument("--name", default="", help="what the corpus is called (default: the source's name)")
     pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
+    pack.add_argument("--max-bad", type=int, metavar="N", default=0, help="leave out up to N bad samples of shards (0)")
     pack.set_defaults(command=_pack)
 
     bench = commands.add_parser(
@@ -168,11 +171,14 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     if not 0 <= arguments.valid_fraction < 1:
         raise InputError("--valid-fraction", arguments.valid_fraction, "from 0 to less than 1")
+    if arguments.max_bad < 0:
+        raise InputError("--max-bad", arguments.max_bad, "at least 0")
     data = DataConfig(
         source=arguments.source,
         name=arguments.name,
         cache=arguments.out_dir,
         valid_fraction=arguments.valid_fraction,
+        max_bad_samples=arguments.max_bad,
         seq_len=1,
         batch_size=1,
     )
@@ -181,6 +187,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     index = prepare(data)
     for name, split in index.splits.items():
         print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {len(split.shards)} shards")
+    if num_bad := index.source.get("num_bad_samples"):
+        print(f"left out: {num_bad:,} bad samples")
     for key, label in BASELINES.items():
         if key in index.baselines:
             print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")

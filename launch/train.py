@@ -198,10 +198,11 @@ def guarded(command: Callable[[], int]) -> int:
     except InputError as error:
         return tell(error)
     except RuntimeError as error:
+        from ..framework.data import WorkerFailed
         from ..framework.watch import Diverged
         from ..parallel.mesh import ExchangeFailed, PeerFailed, RanksDisagree, is_lost
 
-        if isinstance(error, (Diverged, RanksDisagree)):
+        if isinstance(error, (Diverged, RanksDisagree, WorkerFailed)):
             return tell(error, FAILED)
         if not isinstance(error, (ExchangeFailed, PeerFailed)) and not is_lost(error):
             raise

@@ -13,11 +13,12 @@ from typing import Literal
 from omegaconf import MISSING
 
 from ...kernels.errors import InputError
-from .corpus import CPYTHON
+from .corpus import CPYTHON, check_source
 from .index import FILE_NAME, Index
-from .loader import FILLER, IGNORE, Batch, Batches, SequenceDataset, TokenStream
+from .loader import FILLER, IGNORE, Batch, Batches, SequenceDataset, TokenStream, WorkerFailed
 from .pack import BASELINES, pack
 from .progress import Callback
+from .stall import TIMEOUT
 
 __all__ = [
     "BASELINES",
@@ -29,6 +30,8 @@ __all__ = [
     "Index",
     "SequenceDataset",
     "TokenStream",
+    "WorkerFailed",
+    "check_labels",
     "pack",
     "packed_dir",
     "prepare",
@@ -44,7 +47,8 @@ class DataConfig:
     """What is read, and in what portions.
 
     Args:
-        source: ``cpython`` (this Python's own library), or the path of a file, a folder, a packed directory.
+        source: ``cpython`` (this Python's own library), or the path of a file, a folder, a ``.tar`` file or a folder of
+            such, a packed directory.
         name: what the corpus is called; by default the source's own name.
         seq_len: tokens of a whole sequence, before it is split over ranks.
         batch_size: sequences per optimizer step, over all ranks.
@@ -54,6 +58,9 @@ class DataConfig:
         valid_fraction: part of the documents that is held out.
         verify: compare the SHA-256 of every shard before a run.
         accept_change: continue a run whose corpus is no longer the one that it began with.
+        max_bad_samples: so many members of tar files that cannot be decoded are told and left out.
+        timeout: seconds after which a shard that does not answer ends the run; less than ``parallel.timeout``, or the
+            ranks that wait for it are named instead.
     """
 
     source: str = CPYTHON
@@ -66,14 +73,17 @@ class DataConfig:
     valid_fraction: float = 0.05
     verify: bool = True
     accept_change: bool = False
+    max_bad_samples: int = 0
+    timeout: float = TIMEOUT
 
 
 def corpus_name(data: DataConfig) -> str:
     """Return ``data.name``, or the name of the source.
 
     Raises:
-        InputError: it cannot name a directory.
+        InputError: it cannot name a directory, or the source is an address.
     """
+    check_source(data.source)
     name = data.name or (CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem)
     if not NAME.fullmatch(name):
         raise InputError("data.name", name, "must be letters, digits, '.', '_' or '-'", "set data.name")
@@ -97,8 +107,22 @@ def prepare(data: DataConfig, callback: Callback | None = None) -> Index:
     """
     folder = packed_dir(data)
     if not _is_packed(data):
-        pack(data.source, folder, name=corpus_name(data), valid_fraction=data.valid_fraction, callback=callback)
-    return Index.load(folder, verify=data.verify, callback=callback)
+        pack(
+            data.source,
+            folder,
+            name=corpus_name(data),
+            valid_fraction=data.valid_fraction,
+            max_bad_samples=data.max_bad_samples,
+            callback=callback,
+        )
+    return Index.load(folder, verify=data.verify, timeout=data.timeout, callback=callback)
+
+
+def check_labels(index: Index, data: DataConfig) -> None:
+    """Raise InputError where a split of the corpus holds tokens but none to predict: before the first step."""
+    for name, split in index.splits.items():
+        if name == "train" or split.num_tokens:
+            SequenceDataset(TokenStream(index, name), data.seq_len, seed=None, packing=data.packing)
 
 
 def _is_packed(data: DataConfig) -> bool:
@@ -115,7 +139,7 @@ def training_batches(
     num_data_ranks: int = 1,
 ) -> Batches:
     """Return the endless, shuffled batches of the train split; see `Batches`."""
-    dataset = SequenceDataset(TokenStream(index, "train"), data.seq_len, seed=seed, packing=data.packing)
+    dataset = SequenceDataset(TokenStream(index, "train", data.timeout), data.seq_len, seed=seed, packing=data.packing)
     return Batches(
         dataset,
         data.batch_size,
@@ -140,7 +164,7 @@ def validation_batches(
     ``iterate()`` ends by itself, after the same number of micro-batches on every rank;
     ``iterate(num_steps=validate_batches)`` ends sooner. Fillers have index -1 and no labels.
     """
-    dataset = SequenceDataset(TokenStream(index, split), data.seq_len, seed=None, packing=data.packing)
+    dataset = SequenceDataset(TokenStream(index, split, data.timeout), data.seq_len, seed=None, packing=data.packing)
     return Batches(
         dataset,
         data.batch_size,

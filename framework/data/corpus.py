@@ -1,12 +1,14 @@
-"""Where documents come from: a file, a folder, or the sources of this Python's own library.
+"""Where documents come from: a file, a folder, tar shards, or the sources of this Python's own library.
 
-A document is one file: a key (its path below the source, with ``/``) and its bytes. Documents come in the
-byte order of their keys, so the same files give the same order on every machine and in every locale.
+A document is one file, or one member of a tar file: a key (its path below the source, with ``/``) and its bytes.
+Documents come in the byte order of their keys, so the same files give the same order on every machine and in every
+locale.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterator
@@ -14,18 +16,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.errors import InputError
+from .tar import Member, check_suffix, members, read_member
 
 CPYTHON = "cpython"  # ./cpython is a folder of that name
+TAR, COMPRESSED = ".tar", (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One file of a corpus: its key, where it lies, its size in bytes and the time of its last change."""
+    """One document of a corpus.
+
+    Args:
+        key: its path below the source.
+        path: the file that holds it.
+        num_bytes: its size there.
+        mtime_ns: when that file was last changed.
+        member: its place in that file, if that is a tar file.
+    """
 
     key: str
     path: Path
     num_bytes: int
     mtime_ns: int
+    member: Member | None = None
+
+
+def check_source(source: str) -> None:
+    """Raise InputError where ``source`` is a command or an address, as other readers of shards take them."""
+    if URL.match(source):
+        fix = "fetch it first, then give the path of the file or folder"
+        raise InputError("data.source", source, "must be a path: no command is run and nothing is fetched", fix)
 
 
 def list_documents(source: str) -> list[Document]:
@@ -33,15 +54,18 @@ def list_documents(source: str) -> list[Document]:
 
     A folder is searched recursively for regular files. Names that begin with a dot are left out (``.git``),
     and so are links: inside the folder they would repeat a document, outside they would leave it.
-    Empty files hold no token and are left out too.
+    Empty files hold no token and are left out too. A ``.tar`` file, or a folder of nothing else, is read as
+    WebDataset shards: each member is a document, by the same rules.
 
     Args:
         source: the path of a file or of a folder, or ``cpython``: every ``.py`` file of this Python's
             standard library, its tests included, installed packages not.
 
     Raises:
-        InputError: ``source`` is missing, unreadable, or holds nothing but empty files.
+        InputError: ``source`` is missing, unreadable, an address, or holds nothing but empty files; a tar file is
+            damaged, empty, or holds what is not read from one, see `tar.members` and `tar.check_suffix`.
     """
+    check_source(source)
     root = Path(sysconfig.get_path("stdlib") if source == CPYTHON else source).expanduser()
     try:
         mode = root.stat().st_mode
@@ -51,6 +75,8 @@ def list_documents(source: str) -> list[Document]:
             found = [_document(root.name, root)]
         else:
             raise InputError("data.source", source, "must be a regular file or a folder")
+        if _are_shards(found, source):
+            found = [member for document in found for member in _tar_documents(document)]
     except OSError as error:
         raise _unreadable(source, error) from None
     documents = [document for document in found if document.num_bytes > 0]
@@ -68,9 +94,12 @@ def read_document(document: Document) -> bytes:
     """Read one document.
 
     Raises:
+        BadSample: it is a member of a tar file and cannot be decoded.
         InputError: it cannot be read, or its size is no longer the listed one.
     """
     try:
+        if document.member is not None:
+            return read_member(document.path, document.member)
         content = document.path.read_bytes()
     except OSError as error:
         raise _unreadable(str(document.path), error) from None
@@ -100,6 +129,31 @@ def _files(root: Path, source: str) -> Iterator[Path]:
             wanted = name.endswith(".py") if source == CPYTHON else not name.startswith(".")
             if wanted and stat.S_ISREG(path.lstat().st_mode):
                 yield path
+
+
+def _are_shards(found: list[Document], source: str) -> bool:
+    """Tell whether the files of a source are tar shards; InputError where that is in doubt."""
+    names = [document.key for document in found if "/" not in document.key]
+    if compressed := [name for name in names if name.lower().endswith(COMPRESSED)]:
+        allowed = f"holds {compressed[0]!r}: compressed tar files are not read"
+        raise InputError("data.source", source, allowed, "decompress it first")
+    shards = sum(document.key.endswith(TAR) for document in found)
+    if shards < len(found) and any(name.endswith(TAR) for name in names):
+        allowed = f"holds {shards} tar files beside {len(found) - shards} others"
+        raise InputError("data.source", source, allowed, "give a folder of nothing but tar files, or of none")
+    return 0 < shards == len(found)
+
+
+def _tar_documents(tar: Document) -> list[Document]:
+    """The documents in a tar file."""
+    found = []
+    for member in members(tar.path):
+        if not any(part.startswith(".") for part in member.name.split("/")):
+            check_suffix(tar.path, member.name)
+            found.append(Document(f"{tar.key}/{member.name}", tar.path, member.num_bytes, tar.mtime_ns, member))
+    if not any(document.num_bytes for document in found):
+        raise InputError("shard", str(tar.path), "holds no document, or only empty ones", "remove it, or make it anew")
+    return found
 
 
 def _document(key: str, path: Path) -> Document:

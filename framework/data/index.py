@@ -1,7 +1,8 @@
 """``index.json``: what a packed directory holds, byte for byte, and how it is checked.
 
-Shards are ordinary WebDataset tar files, but nothing here opens them as tar: the index says at which byte
-each document begins, so a member's name, a link or a pickle inside a shard can do nothing.
+Shards are ordinary WebDataset tar files, but no run reads them as tar: the index says at which byte each document
+begins, so a member's name, a link or a pickle inside a shard can do nothing. Only verifying looks at the headers, and
+finds there what the index says and nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ import hashlib
 import json
 import os
 import re
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from numpy.typing import NDArray
 
 from ...kernels.errors import InputError
 from .progress import Callback, progress
+from .stall import TIMEOUT, within
+from .tar import members
 
 FILE_NAME = "index.json"
 FORMAT = "longreach-pack"
@@ -111,21 +118,29 @@ class Index:
             os.fsync(file.fileno())
 
     @classmethod
-    def load(cls, directory: str | Path, *, verify: bool = True, callback: Callback | None = None) -> Index:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        verify: bool = True,
+        timeout: float = TIMEOUT,
+        callback: Callback | None = None,
+    ) -> Index:
         """Read ``index.json`` and check every shard against it.
 
         Args:
             directory: of the packed corpus.
-            verify: also compare each shard's SHA-256 (about 1 GiB/s); sizes are always compared.
+            verify: also compare each shard's SHA-256 (about 1 GiB/s) and headers; sizes are always compared.
+            timeout: seconds that a read may take.
             callback: told of the bytes hashed; see `progress`.
 
         Raises:
-            InputError: names the file that is missing, damaged, changed, or of a newer version.
+            InputError: names the file that is missing, damaged, changed, of a newer version, or does not answer.
         """
         directory = Path(directory)
         path = directory / FILE_NAME
         try:
-            fields = json.loads(path.read_bytes())
+            fields = json.loads(within(timeout, path, path.read_bytes))
         except OSError as error:
             fix = f"pack it first: longreach pack SOURCE {directory}"
             raise InputError("index", str(path), f"cannot be read: {error.strerror}", fix) from None
@@ -139,13 +154,14 @@ class Index:
             raise InputError("index", str(path), allowed, "pack the corpus again, or update longreach")
         try:
             index = cls._parse(directory, fields)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            whole = index.fingerprint == fields.get("fingerprint")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise _damaged(path, f"does not have the expected fields ({error!r})") from None
-        if index.fingerprint != fields.get("fingerprint"):
+            raise _damaged(path, f"does not have the expected fields ({repr(error)[:200]})") from None
+        if not whole:
             raise _damaged(path, "does not match its own fingerprint")
-        index._check_shards(verify, callback)
+        index._check_shards(verify, timeout, callback)
         return index
 
     def _content(self) -> dict[str, Any]:
@@ -184,29 +200,54 @@ class Index:
         name, baselines = str(fields["name"]), dict(fields["baselines"])
         return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines)
 
-    def _check_shards(self, verify: bool, callback: Callback | None) -> None:
-        shards = [shard for split in self.splits.values() for shard in split.shards]
-        for shard in shards:
+    def _check_shards(self, verify: bool, timeout: float, callback: Callback | None) -> None:
+        shards = [(split, number) for split in self.splits.values() for number in range(len(split.shards))]
+        for split, number in shards:
+            shard = split.shards[number]
             path = self.directory / shard.name
-            if not path.is_file():
+            status = within(timeout, path, partial(_regular, path))
+            if status is None:
                 raise InputError("shard", str(path), "is missing", "restore it, or pack the corpus again")
-            if (size := path.stat().st_size) != shard.num_bytes:
+            if (size := status.st_size) != shard.num_bytes:
                 allowed = f"has {size} bytes; its index says {shard.num_bytes}"
                 raise InputError("shard", str(path), allowed, "it was cut or changed: pack the corpus again")
         if not verify:
             return
-        total = sum(shard.num_bytes for shard in shards)
+        total = sum(split.shards[number].num_bytes for split, number in shards)
         with progress(f"checking {self.name}", total, callback) as advance:
-            for shard in shards:
-                digest = hashlib.sha256()
-                with open(self.directory / shard.name, "rb") as file:
-                    while piece := file.read(HASH_BYTES):
-                        digest.update(piece)
-                        advance(len(piece))
-                if digest.hexdigest() != shard.sha256:
-                    path = self.directory / shard.name
-                    allowed = "does not have the SHA-256 of its index"
-                    raise InputError("shard", str(path), allowed, "it was changed: pack the corpus again")
+            for split, number in shards:
+                path = self.directory / split.shards[number].name
+                try:
+                    self._verify(path, split, number, timeout, advance)
+                except OSError as error:
+                    raise InputError("shard", str(path), f"cannot be read: {error.strerror}") from None
+
+    def _verify(self, path: Path, split: Split, number: int, timeout: float, advance: Callable[[int], None]) -> None:
+        """Raise InputError unless a shard has its SHA-256, and just the members that the index says."""
+        digest = hashlib.sha256()
+        with within(timeout, path, partial(FileIO, path)) as file:
+            while piece := within(timeout, path, partial(file.read, HASH_BYTES)):
+                digest.update(piece)
+                advance(len(piece))
+        if digest.hexdigest() != split.shards[number].sha256:
+            allowed = "does not have the SHA-256 of its index"
+            raise InputError("shard", str(path), allowed, "it was changed: pack the corpus again")
+        first, last = np.searchsorted(split.shard, [number, number + 1]).tolist()
+        size = np.dtype(self.dtype).itemsize
+        documents = zip(split.offset[first:last].tolist(), split.length[first:last].tolist(), strict=True)
+        said = [(f"{first + place:08d}.bin", offset, length * size) for place, (offset, length) in enumerate(documents)]
+        if [(member.name, member.offset, member.num_bytes) for member in members(path)] != said:
+            allowed = "holds other members than its index says"
+            raise InputError("shard", str(path), allowed, "do not use this directory")
+
+
+def _regular(path: Path) -> os.stat_result | None:
+    """The status of a regular file; None if there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _check_split(path: Path, split: Split, item_size: int) -> None:
@@ -223,7 +264,9 @@ def _check_split(path: Path, split: Split, item_size: int) -> None:
     if len(set(split.keys)) != count:
         raise _damaged(path, "names a document twice")
     counts = np.array([shard.num_samples for shard in split.shards], dtype=np.int64)
-    if not np.array_equal(split.shard, np.repeat(np.arange(len(counts)), counts)):
+    if sum(shard.num_samples for shard in split.shards) != count or not np.array_equal(
+        split.shard, np.repeat(np.arange(len(counts)), counts)
+    ):
         raise _damaged(path, "does not give each shard the number of documents it says")
     sizes = np.array([shard.num_bytes for shard in split.shards], dtype=np.int64)
     if not count:

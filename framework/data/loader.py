@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...kernels.errors import InputError
 from .index import Index
+from .stall import TIMEOUT, within
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 FILLER = -1  # the index of a sequence that only fills up the last validation batch
@@ -55,10 +56,15 @@ class TokenStream:
 
     Files are read with ``pread``, not mapped into memory: a shard that is cut while a run reads it then gives
     an error with its name, where a mapping would kill the process.
+
+    Args:
+        index: of the packed corpus.
+        split: ``train`` or ``valid``.
+        timeout: seconds that a read of a shard may take.
     """
 
-    def __init__(self, index: Index, split: str) -> None:
-        self.index, self.split, self.name = index, index.splits[split], split
+    def __init__(self, index: Index, split: str, timeout: float = TIMEOUT) -> None:
+        self.index, self.split, self.name, self.timeout = index, index.splits[split], split, timeout
         self.dtype = np.dtype(index.dtype).newbyteorder("<")
         self.starts = np.concatenate([[0], np.cumsum(self.split.length)]).astype(np.int64)
 
@@ -74,27 +80,40 @@ class TokenStream:
         """Read the tokens [start, stop) of the stream, in the index's dtype.
 
         Raises:
-            InputError: a shard is missing or has been cut; it is named.
+            InputError: a shard is missing, has been cut, does not answer, or holds a token that is none of the
+                vocabulary; it is named.
         """
         assert 0 <= start <= stop <= self.num_tokens
         tokens = np.empty(stop - start, self.dtype)
         content, size = tokens.view(np.uint8).data, self.dtype.itemsize
-        number = int(np.searchsorted(self.starts, start, "right")) - 1
-        while start < stop:
+        at, number = start, int(np.searchsorted(self.starts, start, "right")) - 1
+        while at < stop:
             # All that is wanted of one shard, document by document, with the file open once.
-            shard = int(self.split.shard[number])
+            shard, pieces = int(self.split.shard[number]), []
+            while at < stop and self.split.shard[number] == shard:
+                inside = at - int(self.starts[number])
+                count = min(stop, int(self.starts[number + 1])) - at
+                pieces.append((int(self.split.offset[number]) + inside * size, content[: count * size]))
+                content, at, number = content[count * size :], at + count, number + 1
             path = self.index.directory / self.split.shards[shard].name
             try:
-                with open(path, "rb", buffering=0) as file:
-                    while start < stop and self.split.shard[number] == shard:
-                        inside = start - int(self.starts[number])
-                        count = min(stop, int(self.starts[number + 1])) - start
-                        offset = int(self.split.offset[number]) + inside * size
-                        _read_into(file.fileno(), offset, content[: count * size], path)
-                        content, start, number = content[count * size :], start + count, number + 1
+                within(self.timeout, path, partial(_read_pieces, path, pieces))
             except OSError as error:
                 raise InputError("shard", str(path), f"cannot be read: {error.strerror}") from None
+        self._check_tokens(tokens, start)
         return tokens
+
+    def _check_tokens(self, tokens: NDArray[Any], start: int) -> None:
+        """Raise InputError where one is none of the vocabulary; the embedding would read elsewhere."""
+        size = int(self.index.vocabulary["size"])
+        if size > np.iinfo(self.dtype).max or not tokens.size or (tokens < size).all():
+            return
+        place = int((tokens >= size).argmax())
+        number = int(np.searchsorted(self.starts, start + place, "right")) - 1
+        path = self.index.directory / self.split.shards[int(self.split.shard[number])].name
+        allowed = f"must be less than {size}, the size of the vocabulary of its index"
+        field = f"token in {self.split.keys[number]!r} in {path}"
+        raise InputError(field, int(tokens[place]), allowed, "pack the corpus again")
 
     def documents(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the document number of each of the tokens [start, stop): int64 [stop - start]."""
@@ -120,7 +139,7 @@ class SequenceDataset:
             next document, and batches tell the documents apart by their segments.
 
     Raises:
-        InputError: the stream has fewer than two tokens, or ``packing`` is unknown.
+        InputError: the stream has no token that follows another one, or ``packing`` is unknown.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None, packing: str = "stream") -> None:
@@ -132,6 +151,10 @@ class SequenceDataset:
             where = f"{stream.index.directory} holds {stream.num_tokens} tokens in its split {stream.name}"
             fix = "pack more documents, or another data.valid_fraction"
             raise InputError("data.source", where, "must hold at least 2", fix)
+        if packing == "documents" and stream.num_tokens == stream.num_documents:
+            where = f"{stream.index.directory} holds only documents of one token in its split {stream.name}"
+            fix = "set data.packing=stream, or pack longer documents"
+            raise InputError("data.source", where, "must hold a token that has a next one in its document", fix)
         self.stream, self.seq_len, self.seed, self.packing = stream, seq_len, seed, packing
 
     def __len__(self) -> int:
@@ -162,6 +185,10 @@ class SequenceDataset:
                 labels[: after - start - 1][numbers[1:] != numbers[:-1]] = IGNORE
         rest = None if segments is None else torch.from_numpy(segments)
         return torch.from_numpy(tokens), torch.from_numpy(labels), rest
+
+
+class WorkerFailed(RuntimeError):
+    """A process that reads ahead has died."""
 
 
 class Batches:
@@ -239,9 +266,10 @@ class Batches:
         with ThreadPoolExecutor(1, "read-ahead") as pool:
             ahead = None
             for position in positions:
-                now, ahead = ahead, pool.submit(self.load, position)
+                now = ahead and ahead.result()  # before the next is begun: its end would be waited for, if this fails
+                ahead = pool.submit(self.load, position)
                 if now is not None:
-                    yield now.result()
+                    yield now
             if ahead is not None:
                 yield ahead.result()
 
@@ -289,7 +317,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _worker_failure(error: Exception) -> RuntimeError:
+def _worker_failure(error: Exception) -> WorkerFailed:
     """Say in one line that a worker failed, which shows as its name, a reset connection or half a pickle."""
     try:
         # torch's handler of SIGCHLD raises too, and knows most; not here, it would break into the traceback.
@@ -298,15 +326,18 @@ def _worker_failure(error: Exception) -> RuntimeError:
         error = named
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     fix = "was there enough memory? data.workers=0 reads in a thread instead"
-    return RuntimeError(f"a data worker failed: {reason}; {fix}")
+    return WorkerFailed(f"a data worker failed: {reason}; {fix}")
 
 
-def _read_into(file: int, offset: int, content: memoryview, path: Path) -> None:
-    while content:
-        count = os.preadv(file, [content], offset)
-        if count == 0:
-            raise InputError("shard", str(path), f"ends at byte {offset}", "it was cut: pack the corpus again")
-        content, offset = content[count:], offset + count
+def _read_pieces(path: Path, pieces: list[tuple[int, memoryview]]) -> None:
+    """Fill each piece with what the file holds from its byte on."""
+    with open(path, "rb", buffering=0) as file:
+        for offset, content in pieces:
+            while content:
+                count = os.preadv(file.fileno(), [content], offset)
+                if count == 0:
+                    raise InputError("shard", str(path), f"ends at byte {offset}", "it was cut: pack the corpus again")
+                content, offset = content[count:], offset + count
 
 
 @lru_cache(maxsize=2)  # a batch can lie across the border of two epochs

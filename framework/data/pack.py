@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import logging
 import lzma
 import math
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from .corpus import CPYTHON, Document, list_documents, read_document
 from .index import FILE_NAME, Index, Shard, Split
 from .loader import TokenStream
 from .progress import Callback, progress
+from .tar import BadSample
 
+log = logging.getLogger("longreach.data")
 SHARD_BYTES = 64 << 20
 TAR_BLOCK = 512  # a tar member's content is padded to whole blocks
 SAMPLE_BLOCK = 1 << 20
@@ -38,6 +41,7 @@ def pack(
     name: str,
     valid_fraction: float = 0.05,
     shard_bytes: int = SHARD_BYTES,
+    max_bad_samples: int = 0,
     callback: Callback | None = None,
 ) -> Index:
     """Pack the documents of ``source`` into ``out_dir``; reuse it where it already holds just that.
@@ -52,11 +56,12 @@ def pack(
         name: what the corpus is called.
         valid_fraction: part of the documents that is held out, in [0, 1); 0 holds out none.
         shard_bytes: a shard is closed once its documents reach this size.
+        max_bad_samples: so many members of tar files that cannot be decoded are told and left out.
         callback: told of the progress in bytes; see `progress`.
 
     Raises:
-        InputError: ``source`` is missing, empty, unreadable or cannot be split; ``out_dir`` is something else
-            or cannot be written.
+        InputError: ``source`` is missing, empty, unreadable or cannot be split, or has too many bad samples;
+            ``out_dir`` is something else or cannot be written.
     """
     out_dir = Path(out_dir).absolute()
     if not 0 <= valid_fraction < 1:
@@ -75,7 +80,7 @@ def pack(
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         partial = tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent)
-        _write(Path(partial), documents, name, made_from, callback)
+        _write(Path(partial), documents, name, made_from, max_bad_samples, callback)
         os.chmod(partial, 0o755)  # mkdtemp's own mode would shut out the other users of a cluster
         _put_in_place(partial, out_dir)
     except OSError as error:
@@ -180,28 +185,54 @@ def _write(
     documents: list[Document],
     name: str,
     made_from: dict[str, Any],
+    max_bad_samples: int,
     callback: Callback | None,
 ) -> None:
     """Write shards and index into the existing ``folder``."""
     train, valid = split_documents(documents, made_from["valid_fraction"])
-    content = hashlib.sha256()
+    content, reader = hashlib.sha256(), _Reader(max_bad_samples)
     with progress(f"packing {name}", sum(document.num_bytes for document in documents), callback) as advance:
         splits = {}
         for split, part in (("train", train), ("valid", valid)):
-            splits[split] = _write_split(folder, split, part, made_from["shard_bytes"], content, advance)
-    source = {**made_from, "content": content.hexdigest()}
+            splits[split] = _write_split(folder, split, reader.read(part, advance), made_from["shard_bytes"], content)
+    source = {**made_from, "content": content.hexdigest(), "num_bad_samples": reader.num_bad}
     index = Index(folder, name, "uint8", {"kind": "bytes", "size": 256}, splits, source)
     dataclasses.replace(index, baselines=baselines(index, callback)).write()
 
 
+class _Reader:
+    """Reads documents, and leaves out up to ``max_bad`` bad ones."""
+
+    def __init__(self, max_bad: float) -> None:
+        self.max_bad, self.num_bad = max_bad, 0
+
+    def read(self, documents: list[Document], advance: Callable[[int], None]) -> Iterator[tuple[Document, bytes]]:
+        """Yield each document with its tokens, if it has any; ``advance`` is told of the bytes read."""
+        for document in documents:
+            tokens = b""
+            try:
+                tokens = read_document(document)
+            except BadSample as error:
+                self.num_bad += 1
+                if self.num_bad > self.max_bad:
+                    count = f"{self.num_bad} bad sample{'s' * (self.num_bad > 1)}, {self.max_bad} allowed"
+                    fix = "mend it, or leave such samples out: data.max_bad_samples=N, or pack --max-bad N"
+                    raise InputError(error.field, error.value, f"{error.allowed} ({count})", fix) from None
+                if self.max_bad < math.inf:
+                    log.warning("left out: %s", error)
+            advance(document.num_bytes)
+            if tokens:
+                yield document, tokens
+
+
 def _write_split(
-    folder: Path, split: str, documents: list[Document], shard_bytes: int, content: Any, advance: Any
+    folder: Path, split: str, documents: Iterator[tuple[Document, bytes]], shard_bytes: int, content: Any
 ) -> Split:
-    """Write one split's shards; ``content`` hashes the documents, ``advance`` is told of their bytes."""
+    """Write one split's shards; ``content`` hashes the documents."""
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
-    left = iter(enumerate(documents))
-    item = next(left, None)
+    keys: list[str] = []
+    item = next(documents, None)
     while item is not None:
         path, first, num_bytes = folder / f"{split}-{len(shards):05d}.tar", len(rows), 0
         with (
@@ -209,19 +240,18 @@ def _write_split(
             TarWriter(file, encoder=False, mtime=0, user="longreach", group="longreach") as writer,
         ):
             while item is not None and num_bytes < shard_bytes:
-                number, document = item
-                tokens = read_document(document)
-                writer.write({"__key__": f"{number:08d}", "bin": tokens})
+                document, tokens = item
+                writer.write({"__key__": f"{len(rows):08d}", "bin": tokens})
                 # After a member tarfile stands behind its padding; only there is the offset known.
                 padded = -(-len(tokens) // TAR_BLOCK) * TAR_BLOCK
                 rows.append((len(shards), writer.tarstream.offset - padded, len(tokens)))
+                keys.append(document.key)
                 _update(content, document, tokens)
                 num_bytes += len(tokens)
-                advance(len(tokens))
-                item = next(left, None)
+                item = next(documents, None)
         shards.append(Shard(path.name, file.num_bytes, file.digest.hexdigest(), len(rows) - first))
     columns = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-    return Split(tuple(shards), tuple(document.key for document in documents), *columns)
+    return Split(tuple(shards), tuple(keys), *columns)
 
 
 def _existing(out_dir: Path, made_from: dict[str, Any], documents: list[Document]) -> Index | None:
@@ -241,8 +271,8 @@ def _existing(out_dir: Path, made_from: dict[str, Any], documents: list[Document
         if max(document.mtime_ns for document in documents) > packed_at:
             content = hashlib.sha256()
             for part in split_documents(documents, made_from["valid_fraction"]):
-                for document in part:
-                    _update(content, document, read_document(document))
+                for document, tokens in _Reader(math.inf).read(part, lambda _: None):
+                    _update(content, document, tokens)
             changed = ["content"] * (index.source.get("content") != content.hexdigest())
     if changed:
         allowed = f"was packed from something else ({', '.join(changed)} differ)"
