@@ -188,7 +188,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     for name, split in index.splits.items():
         print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {len(split.shards)} shards")
     if num_bad := index.source.get("num_bad_samples"):
-        print(f"left out: {num_bad:,} bad samples")
+        print(f"left out: {num_bad} bad samples")
     for key, label in BASELINES.items():
         if key in index.baselines:
             print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")

@@ -21,6 +21,7 @@ import pytest
 from programs import finish, longreach, start
 
 World = list[subprocess.Popen[str]]
+MISTAKE, FAILED = 2, 1  # exit codes
 CONFIG = """
 model: {width: 16, depth: 2, mixers: [elementwise, chela], chela: {heads: 2, modes: 2}}
 data: {source: packed, seq_len: 65, batch_size: 2}
@@ -67,6 +68,10 @@ class Place:
     def train(self, run: str, *words: str, timeout: float = 120.0) -> CompletedProcess[str]:
         """Run ``longreach train`` to its end."""
         return longreach("train", "endless.yaml", f"run.dir={run}", *words, cwd=self.directory, timeout=timeout)
+
+    def pack(self, source: str, out: str, *words: str) -> CompletedProcess[str]:
+        """Run ``longreach pack`` to its end."""
+        return longreach("pack", source, out, *words, cwd=self.directory)
 
     @contextmanager
     def training(self, run: str, *words: str) -> Iterator[subprocess.Popen[str]]:

@@ -195,9 +195,11 @@ class Index:
             splits[name] = Split(tuple(shards), tuple(columns["key"]), *numbers)
             _check_split(path, splits[name], np.dtype(fields["dtype"]).itemsize)
         vocabulary, source = dict(fields["vocabulary"]), dict(fields["source"])
-        if int(vocabulary["size"]) < 1:
-            raise _damaged(path, "has a vocabulary without tokens")
-        name, baselines = str(fields["name"]), dict(fields["baselines"])
+        if not 1 <= int(vocabulary["size"]) <= np.iinfo(fields["dtype"]).max + 1:
+            raise _damaged(path, f"has a vocabulary that does not fit {fields['dtype']}")
+        name, baselines = str(fields["name"]), {key: float(value) for key, value in fields["baselines"].items()}
+        if not name.isprintable():
+            raise _damaged(path, "has a name that cannot be shown")
         return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines)
 
     def _check_shards(self, verify: bool, timeout: float, callback: Callback | None) -> None:

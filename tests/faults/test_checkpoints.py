@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import Place, mounted
+from places import MISTAKE, Place, mounted
 from programs import finish, longreach
 from worlds import run_world
 
@@ -36,7 +36,6 @@ from longreach.framework.model import build_model
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
 
-MISTAKE = 2
 FLIPS = 1000
 MODEL, OPTIMIZER = (checkpoint.file_name(kind, 0, 1) for kind in (checkpoint.MODEL, checkpoint.OPTIMIZER))
 FILES = (MODEL, OPTIMIZER, checkpoint.STATE)

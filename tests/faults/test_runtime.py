@@ -13,14 +13,14 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
-from places import Place, free_port, ranks_of, told
+from places import FAILED, MISTAKE, Place, free_port, ranks_of, told
 from programs import finish, longreach, start
 from safetensors.numpy import load_file
 
 from longreach.framework.config import TrainConfig
 from longreach.framework.watch import MAX_SKIPPED, RECENT, Diverged, Watch
 
-STOPPED, MISTAKE, FAILED = 75, 2, 1
+STOPPED = 75
 HUGE = "optim.lr=2e37"  # the weights after a step with it are finite, what comes of them is not
 
 
