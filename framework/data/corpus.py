@@ -99,6 +99,9 @@ def read_document(document: Document) -> bytes:
     """
     try:
         if document.member is not None:
+            if document.path.stat().st_mtime_ns != document.mtime_ns:
+                allowed = "was changed after its members were listed"
+                raise InputError("shard", str(document.path), allowed, "pack it while nothing writes to it")
             return read_member(document.path, document.member)
         content = document.path.read_bytes()
     except OSError as error:

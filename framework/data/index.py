@@ -140,10 +140,12 @@ class Index:
         directory = Path(directory)
         path = directory / FILE_NAME
         try:
-            fields = json.loads(within(timeout, path, path.read_bytes))
+            content = within(timeout, path, path.read_bytes)
         except OSError as error:
             fix = f"pack it first: longreach pack SOURCE {directory}"
             raise InputError("index", str(path), f"cannot be read: {error.strerror}", fix) from None
+        try:
+            fields = json.loads(content)
         except (ValueError, RecursionError):
             raise _damaged(path, "is not JSON") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:

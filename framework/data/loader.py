@@ -336,7 +336,8 @@ def _read_pieces(path: Path, pieces: list[tuple[int, memoryview]]) -> None:
             while content:
                 count = os.preadv(file.fileno(), [content], offset)
                 if count == 0:
-                    raise InputError("shard", str(path), f"ends at byte {offset}", "it was cut: pack the corpus again")
+                    allowed = f"ends at byte {os.fstat(file.fileno()).st_size}, and byte {offset} is wanted"
+                    raise InputError("shard", str(path), allowed, "it was cut: pack the corpus again")
                 content, offset = content[count:], offset + count
 
 

@@ -498,7 +498,7 @@ def test_33_a_token_that_the_model_does_not_know(place: Place, hostile: dict[str
     done = place.train("few", "model.vocab=200", "parallel.ranks=2")
     assert done.returncode == MISTAKE
     told(done, "model.vocab = 200: must be at least 256, the vocabulary of packed", "set model.vocab=256")
-    refused(hostile, "small-vocabulary", f"token in 'a' in x/{SHARD} = 200: must be less than 200")
+    refused(hostile, "small-vocabulary", "token in '", f" in x/{SHARD} = 200: must be less than 200")
 
 
 def packed_from(place: Place, name: str, *contents: bytes) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from longreach.framework.data import (
@@ -35,6 +39,7 @@ from longreach.framework.data import (
     validation_batches,
 )
 from longreach.framework.data.corpus import documents, list_documents
+from longreach.framework.data.stall import within
 from longreach.kernels.errors import InputError
 
 
@@ -256,6 +261,67 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, source: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     pack(str(source), tmp_path / "out", name="x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+# Tar shards of others
+
+
+def test_shards_that_others_wrote(tmp_path: Path) -> None:
+    """By webdataset's writer and in every format of tarfile, with long and foreign names; hidden and empty members and
+    directories are left out, as in a folder, and compressed ones are inflated.
+    """
+    rng, contents = np.random.default_rng(0), dict[str, bytes]()
+    (tmp_path / "shards/more").mkdir(parents=True)
+    with TarWriter(str(tmp_path / "shards/more/web.tar")) as writer:
+        for number in range(20):
+            text = rng.integers(0, 256, rng.integers(1, 2000), dtype=np.uint8).tobytes()
+            writer.write({"__key__": f"{number:06d}", "txt": text, "json": {"number": number}})
+            contents |= {f"more/web.tar/{number:06d}.txt": text}
+            contents |= {f"more/web.tar/{number:06d}.json": b'{"number": %d}' % number}
+    formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+    for name, kind in formats.items():
+        long = "/".join(["folder"] * (12 if name == "ustar" else 60))
+        members = {
+            "./a.TXT": b"a",
+            f"{long}/b.py": b"b" * 512,
+            "caf\xe9.md": b"c" * 513,
+            "d.jsonl.gz": gzip.compress(b"d"),
+        }
+        with tarfile.open(tmp_path / f"shards/{name}.tar", "w", format=kind) as tar:
+            tar.add(tmp_path / "shards/more", "folder", recursive=False)
+            for key, content in {**members, "empty.txt": b"", ".hidden.txt": b"x", "f/._f.txt": b"x"}.items():
+                about = tarfile.TarInfo(key)
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+        found = {**members, "d.jsonl.gz": b"d"}
+        contents |= {f"{name}.tar/{key.removeprefix('./')}": content for key, content in found.items()}
+    assert list(documents(str(tmp_path / "shards"))) == sorted(contents.items(), key=lambda item: os.fsencode(item[0]))
+    index = pack(str(tmp_path / "shards"), tmp_path / "out", name="x", valid_fraction=0.2)
+    assert {key for split in index.splits.values() for key in split.keys} == contents.keys()
+    again = pack(str(tmp_path / "shards"), tmp_path / "out", name="x", valid_fraction=0.2)
+    assert again.fingerprint == index.fingerprint
+    packed = index.directory / index.splits["train"].shards[0].name  # ours is a shard like any other
+    assert [content for _, content in documents(str(packed))] == [contents[key] for key in index.splits["train"].keys]
+
+
+def test_what_may_be_shards_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    with tarfile.open(tmp_path / "source/a.tar", "w"):
+        pass
+    (tmp_path / "source/b.txt").write_bytes(b"b")
+    assert "1 tar files beside 1 others" in refused(list_documents, str(tmp_path / "source"))
+    (tmp_path / "source/a.tar").rename(tmp_path / "source/a.tar.gz")
+    assert "compressed tar files are not read" in refused(list_documents, str(tmp_path / "source"))
+
+
+def test_a_read_that_takes_too_long(tmp_path: Path) -> None:
+    """The file is named, and what the read gives or raises comes through."""
+    left = threading.Event()
+    assert "has not answered a read for 0.1 s" in refused(within, 0.1, tmp_path / "file", left.wait)
+    left.set()
+    assert within(10, tmp_path / "file", lambda: 3) == 3
+    with pytest.raises(FileNotFoundError):
+        within(10, tmp_path / "file", (tmp_path / "file").read_bytes)
 
 
 # What is damaged is named
