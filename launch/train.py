@@ -198,10 +198,12 @@ def guarded(command: Callable[[], int]) -> int:
     except InputError as error:
         return tell(error)
     except RuntimeError as error:
-        from ..framework.data import WorkerFailed
+        from ..framework.data import KILLED, WorkerFailed, worker_failure
         from ..framework.watch import Diverged
         from ..parallel.mesh import ExchangeFailed, PeerFailed, RanksDisagree, is_lost
 
+        if str(error).startswith(KILLED):
+            error = worker_failure(error)
         if isinstance(error, (Diverged, RanksDisagree, WorkerFailed)):
             return tell(error, FAILED)
         if not isinstance(error, (ExchangeFailed, PeerFailed)) and not is_lost(error):

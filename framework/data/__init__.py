@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from ...kernels.errors import InputError
 from .corpus import CPYTHON, check_source
 from .index import FILE_NAME, Index
-from .loader import FILLER, IGNORE, Batch, Batches, SequenceDataset, TokenStream, WorkerFailed
+from .loader import FILLER, IGNORE, KILLED, Batch, Batches, SequenceDataset, TokenStream, WorkerFailed, worker_failure
 from .pack import BASELINES, pack
 from .progress import Callback
 from .stall import TIMEOUT
@@ -24,6 +24,7 @@ __all__ = [
     "BASELINES",
     "FILLER",
     "IGNORE",
+    "KILLED",
     "Batch",
     "Batches",
     "DataConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "prepare",
     "training_batches",
     "validation_batches",
+    "worker_failure",
 ]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

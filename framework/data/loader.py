@@ -29,6 +29,7 @@ from .index import Index
 from .stall import TIMEOUT, within
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
+KILLED = "DataLoader worker"  # so begins what torch's handler of SIGCHLD raises, wherever the program then is
 FILLER = -1  # the index of a sequence that only fills up the last validation batch
 PACKINGS = ("stream", "documents")
 
@@ -191,6 +192,13 @@ class WorkerFailed(RuntimeError):
     """A process that reads ahead has died."""
 
 
+def worker_failure(error: Exception) -> WorkerFailed:
+    """Say in one line that a worker failed, and why."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    fix = "was there enough memory? data.workers=0 reads in a thread instead"
+    return WorkerFailed(f"a data worker failed: {reason}; {fix}")
+
+
 class Batches:
     """The micro-batches of one data rank.
 
@@ -290,7 +298,7 @@ class Batches:
             except StopIteration:
                 return
             except Exception as error:
-                raise _worker_failure(error) from error
+                raise worker_failure(_cause(error)) from error
             if not isinstance(item, Batch):
                 raise InputError(*item)
             yield item
@@ -317,16 +325,14 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _worker_failure(error: Exception) -> WorkerFailed:
-    """Say in one line that a worker failed, which shows as its name, a reset connection or half a pickle."""
+def _cause(error: Exception) -> Exception:
+    """Why reading from a worker failed, which shows as its name, a reset connection or half a pickle."""
     try:
         # torch's handler of SIGCHLD raises too, and knows most; not here, it would break into the traceback.
         time.sleep(1)
     except RuntimeError as named:
-        error = named
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    fix = "was there enough memory? data.workers=0 reads in a thread instead"
-    return WorkerFailed(f"a data worker failed: {reason}; {fix}")
+        return named
+    return error
 
 
 def _read_pieces(path: Path, pieces: list[tuple[int, memoryview]]) -> None:
