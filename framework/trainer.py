@@ -82,7 +82,8 @@ def train(config: RunConfig) -> Result:
     found = checkpoint.resume(engine, directory) if keep.resume else None
     saved, state = found or (None, {"step": 0, "consumed": 0})
     changed = [] if saved is None else _changes(config, index, state)
-    saver = checkpoint.Saver(engine, directory, checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best))
+    kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
+    saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
     first_alone(lambda: _start_run_dir(run_dir, config, lock), mesh.world)

@@ -116,8 +116,8 @@ def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
     targets = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     targets |= {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
-    _compare(path, document, {MODEL: {name: tuple(target.shape) for name, target in targets.items()}})
     with Shards(path, names, document["shapes"][MODEL]) as shards, torch.no_grad():
+        _compare(path, document, {MODEL: {name: tuple(target.shape) for name, target in targets.items()}})
         for name, target in targets.items():
             target.copy_(shards.whole(name))
     state: dict[str, Any] = document["state"]
@@ -138,9 +138,9 @@ def verify(path: str | Path, rank: int = 0, ranks: int = 1) -> None:
 def _set(engine: Engine, path: Path) -> dict[str, Any]:
     """Set an engine to a checkpoint that was checked."""
     document, world = read_state(path), engine.mesh.world
-    _compare(path, document, shapes_by_kind(engine))
     model, optimizer = (Shards(path, files_of(document, kind), document["shapes"][kind]) for kind in KINDS)
     with model, optimizer:
+        _compare(path, document, shapes_by_kind(engine))
 
         def read(name: str, key: str, start: int, stop: int) -> Tensor:
             kind, label = place_of(name, key)

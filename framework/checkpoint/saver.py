@@ -30,10 +30,14 @@ class Saver:
         engine: whose model and optimizer are saved.
         directory: of the checkpoints, on storage that all ranks see; made if it is missing.
         keep: which earlier ones stay.
+        timeout: seconds that a rank waits for its files to be written, when there is nothing else to do.
     """
 
-    def __init__(self, engine: Engine, directory: str | Path, keep: Keep | None = None) -> None:
+    def __init__(
+        self, engine: Engine, directory: str | Path, keep: Keep | None = None, timeout: float | None = None
+    ) -> None:
         self._engine, self._directory, self._keep = engine, Path(directory), keep or Keep()
+        self._timeout = timeout
         self._world = engine.mesh.world
         self._shapes = shapes_by_kind(engine)
         self._path: Path | None = None  # of the one that is being written
@@ -93,7 +97,11 @@ class Saver:
     def wait(self) -> None:
         """Wait until the checkpoint is complete; raises as `start` does."""
         if self._path is not None:
-            self._thread.join()
+            self._thread.join(self._timeout)
+            if self._thread.is_alive():
+                allowed = f"was not written within {self._timeout:g} s: its storage does not answer"
+                fix = "earlier checkpoints are untouched; parallel.timeout sets the seconds"
+                raise InputError("checkpoint", str(self._path), allowed, fix)  # no exchange, nothing is tidied there
             self._finish(self._path)
 
     def _check_space(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import MISTAKE, Place, mounted
+from places import MISTAKE, Place, files_below, mounted, told
 from programs import finish, longreach
 from worlds import run_world
 
@@ -35,6 +35,7 @@ from longreach.framework.data import Index, training_batches
 from longreach.framework.model import build_model
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
+from longreach.launch.cli import main
 
 FLIPS = 1000
 MODEL, OPTIMIZER = (checkpoint.file_name(kind, 0, 1) for kind in (checkpoint.MODEL, checkpoint.OPTIMIZER))
@@ -303,6 +304,40 @@ def test_60_a_pickle_in_a_checkpoint_does_not_execute(place: Place, run: Path, n
         done = longreach("generate", run.name, "--prompt", "span", "--tokens", "1", cwd=place.directory)
         assert done.returncode == MISTAKE and "is damaged" in done.stderr and "Traceback" not in done.stderr
     assert not list(place.directory.rglob("executed"))
+
+
+HOSTILE = Path(__file__).parents[1] / "data/hostile/checkpoints"
+
+
+def test_60_hostile_checkpoints(
+    place: Place, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Committed ones, each digest of which is right: one line, nothing executed, nothing written."""
+    monkeypatch.chdir(place.directory)
+    (place.directory / "secret").write_text("secret")
+    names = sorted(path.name for path in HOSTILE.iterdir())
+    assert len(names) > 25
+    for name in names:
+        shutil.rmtree(run / "checkpoints")
+        shutil.copytree(HOSTILE / name, run / "checkpoints/step-00000001")
+        before = files_below(place.directory)
+        code = main(["generate", run.name, "--prompt", "span", "--tokens", "1"])
+        said = capsys.readouterr()
+        lines = said.err.splitlines()
+        assert code == MISTAKE and said.out == "", (name, said)
+        assert len(lines) == 1 and lines[0].startswith("longreach: ") and lines[0].isprintable(), (name, lines)
+        words = {"another-model": "does not fit the model", "newer": "install a newer longreach"}
+        assert words.get(name, "damaged") in lines[0], (name, lines)
+        assert files_below(place.directory) == before, name
+
+
+@pytest.mark.parametrize("name", ["header-huge", "starts-negative", "traversal-name"])
+def test_60_a_hostile_checkpoint_is_not_resumed(place: Place, run: Path, name: str) -> None:
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(HOSTILE / name, run / "checkpoints/step-00000001")
+    done = place.train(run.name, "train.steps=5")
+    assert done.returncode == MISTAKE and "Traceback" not in done.stderr
+    assert "damaged" in told(done, "checkpoint")
 
 
 def test_61_a_newer_format(place: Place, run: Path) -> None:

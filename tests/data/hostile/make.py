@@ -132,6 +132,74 @@ INDICES: dict[str, tuple[bytes, Callable[[Any, dict[str, Any]], None], Any]] = {
 }
 
 
+def tensors(header: Any, content: bytes = bytes(16), length: int | None = None) -> bytes:
+    """A safetensors file with this header, of the length that is said."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + content
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    """The header of a file that holds four values of a tensor ``w``."""
+    metadata = {"starts": '{"w": 0}', "random": "{}", **changes.pop("metadata", {})}
+    return {"__metadata__": metadata, "w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **changes}}
+
+
+STATE: dict[str, Any] = {
+    "format": 2,
+    "state": {"step": 1, "consumed": 2, "seed": 0, "batch_size": 2},
+    "optimizer_step": 1,
+    "loss_scaler": {},
+    "shapes": {"model": {"w": [4]}, "optimizer": {}},
+}
+GOOD_TENSORS = tensors(described())
+MODELS = {  # of which a checkpoint is right otherwise
+    "another-model": GOOD_TENSORS,
+    "beyond-the-file": tensors(described(data_offsets=[0, 1 << 40])),
+    "header-cut": tensors(described())[:20],
+    "header-huge": tensors(b"{}", length=1 << 62),
+    "header-no-json": tensors(b"{" * 64),
+    "header-of-nothing": b"",
+    "negative-shape": tensors(described(shape=[-4])),
+    "no-metadata": tensors({"w": described()["w"]}),
+    "overlapping": tensors({**described(), "v": described()["w"]}),
+    "pickle": EXECUTES,
+    "random-no-json": tensors(described(metadata={"random": "["})),
+    "shape-huge": tensors(described(shape=[1 << 62])),
+    "starts-deep": tensors(described(metadata={"starts": "[" * 20_000})),
+    "starts-elsewhere": tensors(described(metadata={"starts": '{"w": 2}'})),
+    "starts-negative": tensors(described(metadata={"starts": '{"w": -4}'})),
+    "starts-no-number": tensors(described(metadata={"starts": '{"w": "../../evil"}'})),
+    "two-dimensions": tensors(described(shape=[2, 2])),
+    "unknown-type": tensors(described(dtype="PICKLE")),
+}
+STATES: dict[str, Callable[[dict[str, Any]], object]] = {  # what is changed in one that is right otherwise
+    "absolute-name": lambda d: d["files"].update({"/etc/passwd": {"bytes": 0, "sha256": ""}}),
+    "command": lambda d: d["files"].update({"model-$(touch executed).safetensors": {"bytes": 0, "sha256": ""}}),
+    "files-no-list": lambda d: d.update(files=["state.json"]),
+    "negative-step": lambda d: d["state"].update(step=-1),
+    "newer": lambda d: d.update(format=3),
+    "no-shapes": lambda d: d.pop("shapes"),
+    "shape-of-text": lambda d: d["shapes"]["model"].update(w=["4"]),
+    "step-of-text": lambda d: d["state"].update(step="1; touch executed"),
+    "step-too-large": lambda d: d["state"].update(step=10**30),
+    "traversal-name": lambda d: d["files"].update({"../../secret": {"bytes": 0, "sha256": ""}}),
+}
+
+
+def write_checkpoint(directory: Path, model: bytes, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write a checkpoint of which every digest is right."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {"model-00000-of-00001.safetensors": model, "optimizer-00000-of-00001.safetensors": tensors({})}
+    document = json.loads(json.dumps(STATE))
+    document["files"] = {}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+        document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(document)
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    (directory / "state.json").write_text(json.dumps({**document, "sha256": digest}))
+
+
 def make(folder: Path) -> None:
     """Write all of them into a folder."""
     (folder / "tars").mkdir(exist_ok=True)
@@ -144,6 +212,10 @@ def make(folder: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "index.json").write_text(sign(fields))
         (directory / "train-00000.tar").write_bytes(shard)
+    for name, model in MODELS.items():
+        write_checkpoint(folder / "checkpoints" / name, model, lambda document: None)
+    for name, change_state in STATES.items():
+        write_checkpoint(folder / "checkpoints" / name, GOOD_TENSORS, change_state)
     deep = folder / "indices" / "deep"
     deep.mkdir(exist_ok=True)
     (deep / "index.json").write_text(100_000 * "[")
