@@ -98,7 +98,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 def test_24_any_damage_of_a_shard_is_found(place: Place) -> None:
     """Cuts, flips, zeros, swaps and additions: every one of them, and the shard is named."""
-    directory, draw, done = copy_of(place, "damaged"), random.Random(24), 0
+    directory, draw, done = copy_of(place, "damaged-corpus"), random.Random(24), 0
     shards = sorted(directory.glob("*.tar"))
     while done < DAMAGES:
         shard = draw.choice(shards)
