@@ -24,6 +24,11 @@ def load_run(run_dir: str | Path) -> tuple[RunConfig, Model]:
     Raises:
         InputError: there is no such run, or it has saved nothing yet.
     """
+    return load_step(run_dir)[:2]
+
+
+def load_step(run_dir: str | Path) -> tuple[RunConfig, Model, int]:
+    """What `load_run` gives, and the step after which the model was saved."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         fix = "give the directory of a run, such as runs/quickstart"
@@ -33,8 +38,8 @@ def load_run(run_dir: str | Path) -> tuple[RunConfig, Model]:
     if saved is None:
         raise InputError("RUN_DIR", str(run_dir), "no checkpoint was saved there yet", "train it first")
     model = build_model(config.model)
-    checkpoint.load_model(model, saved)
-    return config, model.eval()
+    state = checkpoint.load_model(model, saved)
+    return config, model.eval(), state["step"]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The command line: ``longreach train | evaluate | generate | pack | bench | doctor``."""
+"""The command line: ``longreach train | evaluate | generate | pack | export | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
     pack.add_argument("--max-bad", type=int, metavar="N", default=0, help="leave out up to N bad samples of shards (0)")
     pack.set_defaults(command=_pack)
+
+    export = commands.add_parser("export", help="write a run's newest model as safetensors, to be loaded anywhere")
+    export.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
+    export.add_argument("out_dir", metavar="OUT_DIR", help="directory to be made; an earlier export is replaced")
+    export.set_defaults(command=_export)
 
     bench = commands.add_parser(
         "bench",
@@ -193,6 +198,15 @@ def _pack(arguments: argparse.Namespace) -> int:
         if key in index.baselines:
             print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")
     print(f"packed into {index.directory}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ..framework.export import export
+
+    model, step = export(arguments.run_dir, arguments.out_dir)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"step {step}, {num_parameters:,} parameters: exported to {arguments.out_dir}")
     return 0
 
 

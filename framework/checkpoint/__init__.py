@@ -42,8 +42,8 @@ from .saver import Saver, place_of, save, shapes_by_kind
 from .shards import KINDS, MODEL, OPTIMIZER, Damaged, Shapes, Shards, file_name
 
 __all__ = [
-    "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "file_name", "is_count",
-    "load", "load_model", "newest", "resume", "save", "verify",
+    "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "differences", "file_name", "is_count",
+    "load", "load_model", "newest", "resume", "save", "tensors_of", "verify",
 ]  # fmt: skip
 
 
@@ -113,15 +113,29 @@ def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
     document = read_state(path)
     names = files_of(document, MODEL)
     check_files(path, document, names)
-    targets = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    targets |= {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
+    targets = tensors_of(model)
     with Shards(path, names, document["shapes"][MODEL]) as shards, torch.no_grad():
         _compare(path, document, {MODEL: {name: tuple(target.shape) for name, target in targets.items()}})
         for name, target in targets.items():
             target.copy_(shards.whole(name))
     state: dict[str, Any] = document["state"]
     return state
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What is to be kept of a model, by name: parameters, tied ones once, and persistent buffers; not copies."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return found | {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
+
+
+def differences(found: Shapes, expected: Shapes) -> str:
+    """How the names and shapes of a file differ from those of a model; nothing if they do not."""
+    lines = [f"{name} is not in it" for name in expected.keys() - found.keys()]
+    lines += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
+    both = expected.keys() & found.keys()
+    lines += [f"{k} is {[*found[k]]}, not {[*expected[k]]}" for k in both if [*found[k]] != [*expected[k]]]
+    return ", ".join(sorted(lines)[:10] + [f"and {len(lines) - 10} more"] * (len(lines) > 10))
 
 
 def verify(path: str | Path, rank: int = 0, ranks: int = 1) -> None:
@@ -157,16 +171,9 @@ def _set(engine: Engine, path: Path) -> dict[str, Any]:
 
 def _compare(path: Path, document: dict[str, Any], expected: Mapping[str, Shapes]) -> None:
     """Compare names and shapes with those of the checkpoint."""
-    lines = []
-    for kind, shapes in expected.items():
-        found = document["shapes"][kind]
-        lines += [f"{name} is not in it" for name in shapes.keys() - found.keys()]
-        lines += [f"{name} is not in the model" for name in found.keys() - shapes.keys()]
-        both = shapes.keys() & found.keys()
-        lines += [f"{k} is {found[k]}, not {[*shapes[k]]}" for k in both if found[k] != [*shapes[k]]]
-    if lines:
-        shown = sorted(lines)[:10] + [f"and {len(lines) - 10} more"] * (len(lines) > 10)
-        raise InputError("checkpoint", str(path), f"does not fit the model: {', '.join(shown)}", "check model.*")
+    found = {name: shape for kind in expected for name, shape in document["shapes"][kind].items()}
+    if lines := differences(found, {name: shape for shapes in expected.values() for name, shape in shapes.items()}):
+        raise InputError("checkpoint", str(path), f"does not fit the model: {lines}", "check model.*")
 
 
 def _agreed(directory: Path, world: Axis) -> list[Path]:

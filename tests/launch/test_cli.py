@@ -18,6 +18,8 @@ import pytest
 import torch
 from programs import Job, finish, longreach, python, start
 
+from longreach.framework.export import load_exported
+from longreach.framework.generate import load_run
 from longreach.launch.cli import main
 
 PROGRESS = re.compile(
@@ -56,7 +58,7 @@ def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
     script += "try: cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = python("-c", script, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("False\n")
-    for command in ("train", "evaluate", "generate", "pack", "doctor"):
+    for command in ("train", "evaluate", "generate", "pack", "export", "doctor"):
         assert re.search(rf"^  +{command} ", done.stdout, re.MULTILINE), command
 
 
@@ -135,6 +137,15 @@ def test_generate_continues_a_prompt(job: Job, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == done.stdout
 
 
+def test_export_writes_what_loads(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = str(job.directory / "runs/tiny")
+    assert main(["export", run_dir, str(tmp_path / "out")]) == 0
+    assert re.match(r"step 2, [\d,]+ parameters: exported to .*/out\n", capsys.readouterr().out)
+    model, tokens = load_exported(tmp_path / "out"), torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), load_run(run_dir)[1](tokens))
+
+
 def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
     done = longreach("doctor", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("a job runs here\n")
@@ -189,6 +200,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "generate: nan": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "nan"], ["--temperature = nan"]),
     "generate: warm": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "warm"], ["--temperature", "warm"]),
     "generate: no tokens": (["generate", "runs/tiny", "--prompt", "a", "--tokens", "0"], ["--tokens = 0"]),
+    "export: no run": (["export", "runs/none", "out"], ["RUN_DIR = 'runs/none'"]),
+    "export: no place": (["export", "runs/tiny"], ["OUT_DIR", "longreach export --help"]),
+    "export: a folder": (["export", "runs/tiny", "source"], ["OUT_DIR = 'source'", "something else than an export"]),
+    "export: over itself": (["export", "runs/tiny", "runs/tiny"], ["OUT_DIR = 'runs/tiny'", "something else"]),
+    "export: in a file": (["export", "runs/tiny", "byte/out"], ["OUT_DIR = 'byte/out'"]),
     "generate: bad seed": (["generate", "runs/tiny", "--prompt", "a", "--seed", "-1"], ["--seed = -1"]),
 }
 
