@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.errors import InputError
 from ..parallel.span import Span
-from . import checkpoint
+from . import carry, checkpoint
 from .config import RunConfig, load
 from .model import Model, build_model
 
@@ -73,7 +74,104 @@ def read_prompt(
     return model.head(features[:, -1]), span
 
 
-@torch.no_grad()
+class Decoder:
+    """A model and where it stands in a text: it reads, it writes, and what it stands at can be saved in between.
+
+    Args:
+        model: causal.
+        seed: of the draws.
+        mark: where to go on, as of `save`; None at the beginning.
+
+    Attributes:
+        span: where the text continues; None while nothing was read.
+    """
+
+    def __init__(self, model: Model, seed: int = 0, mark: carry.Bookmark | None = None) -> None:
+        self.model, self.span = model, None if mark is None else mark.span
+        self._logits = None if mark is None else mark.logits
+        self._unread: Tensor | None = None  # the last token that was written; read when it matters
+        self._generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+        if mark is not None:
+            self._generator.set_state(mark.random)
+
+    @classmethod
+    def load(cls, model: Model, path: str | Path, seed: int | None = None) -> Decoder:
+        """Go on where `save` was called, exactly as if nothing had been in between.
+
+        Args:
+            model: the one that wrote the file, or an export of it.
+            path: of the file.
+            seed: begins other draws; None goes on with those of the file.
+
+        Raises:
+            InputError: the file is missing, damaged, of another format, or the carry of another model.
+        """
+        decoder = cls(model, mark=carry.load(path, model))
+        if seed is not None:
+            decoder._generator.manual_seed(seed)
+        return decoder
+
+    def save(self, path: str | Path) -> None:
+        """Write what is needed to go on from here: carry, position, draws.
+
+        Raises:
+            InputError: nothing was read yet, or the file cannot be written.
+        """
+        logits = self._next()
+        assert self.span is not None
+        carry.save(path, self.model, carry.Bookmark(self.span, logits, self._generator.get_state()))
+
+    def fork(self) -> Decoder:
+        """Another decoder that stands here; what one of them does, the other does not see."""
+        twin = copy.copy(self)
+        twin.span = None if self.span is None else self.span.entered(self.span.carry)
+        twin._generator = self._generator.clone_state()
+        return twin
+
+    def read(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
+        """Read ``tokens [B, L]`` int64, L >= 1, after what was read and written so far; see `read_prompt`.
+
+        Raises:
+            InputError: the model is not causal, or there are no tokens, or not as many rows as before.
+        """
+        if self.span is not None and self._next().shape[0] != tokens.shape[0]:
+            allowed = f"{self._next().shape[0]} rows, as before"
+            raise InputError("tokens", [*tokens.shape], allowed)
+        self._logits, self.span = read_prompt(self.model, tokens, self.span, progress)
+
+    @torch.no_grad()
+    def write(
+        self, num_tokens: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> Iterator[Tensor]:
+        """Draw tokens one after another.
+
+        Args:
+            num_tokens: how many.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: draw among so many of the most likely tokens; 0 among all.
+            top_p: draw among the fewest tokens that make up this probability, more than 0; 1 among all.
+
+        Yields:
+            ``[B]`` int64, the next token of each row.
+
+        Raises:
+            InputError: nothing was read yet.
+        """
+        for _ in range(num_tokens):
+            token = _draw(self._next().float(), temperature, top_k, top_p, self._generator)
+            self._unread = token
+            yield token
+
+    def _next(self) -> Tensor:
+        """The logits ``[B, vocab]`` of the token that follows."""
+        if self._unread is not None:
+            self._logits, self.span = read_prompt(self.model, self._unread.unsqueeze(1), self.span)
+            self._unread = None
+        if self._logits is None:
+            raise InputError("prompt", "", "at least one token")
+        return self._logits
+
+
 def generate(
     model: Model,
     prompt: Tensor,
@@ -81,17 +179,17 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Continue a prompt, one token at a time.
+    """Continue a prompt, one token at a time: `Decoder` without stops.
 
     Args:
         model: causal.
         prompt: ``[B, L]`` int64 tokens, L >= 1.
         num_tokens: how many tokens to draw.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw among so many of the most likely tokens; 0 among all.
+        temperature, top_k, top_p: as of `Decoder.write`.
         seed: of the draws.
         progress: called with the number of tokens of the prompt just read.
 
@@ -99,22 +197,23 @@ def generate(
         ``[B]`` int64, the next token of each row. The cost of a token does not depend on its position, unless a
         mixer's state grows (``softmax``).
     """
-    generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    logits, span = read_prompt(model, prompt, progress=progress)
-    for number in range(num_tokens):
-        token = _draw(logits.float(), temperature, top_k, generator)
-        yield token
-        if number + 1 < num_tokens:
-            logits, span = read_prompt(model, token.unsqueeze(1), span)
+    decoder = Decoder(model, seed)
+    decoder.read(prompt, progress)
+    yield from decoder.write(num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # never the first
+        probabilities = probabilities.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 def encode(text: str | bytes) -> Tensor:

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,16 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
-    generate.add_argument("--prompt", metavar="TEXT", required=True, help="text to continue; @FILE reads a file")
+    prompt_help = "text to continue; @FILE reads a file; several are continued in turn, each as if it were alone"
+    generate.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=prompt_help)
     generate.add_argument("--tokens", type=int, default=256, help="how many to write (default 256)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0 among all")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    top_p_help = "draw among the fewest tokens that make up this probability; 1 among all"
+    generate.add_argument("--top-p", type=float, metavar="P", default=1.0, help=top_p_help)
+    generate.add_argument("--seed", type=int, help="of the draws (default 0, or those of --carry-in go on)")
+    generate.add_argument("--carry-out", metavar="FILE", help="save the state after all that was read and written")
+    generate.add_argument("--carry-in", metavar="FILE", help="go on from such a state, as if nothing had been between")
     generate.set_defaults(command=_generate)
 
     pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
@@ -126,36 +130,56 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    _check_generate(arguments)
+    prompts = [_prompt(text) for text in arguments.prompt] or [b""]  # nothing more to read
     from ..framework.data.progress import progress
-    from ..framework.generate import decode_stream, encode, generate, load_run
+    from ..framework.generate import Decoder, decode_stream, encode, load_run
 
+    _, model = load_run(arguments.run_dir)
+    if arguments.carry_in:
+        start = Decoder.load(model, arguments.carry_in, arguments.seed)
+    else:
+        start = Decoder(model, arguments.seed or 0)
+    for number, prompt in enumerate(prompts, 1):
+        decoder = start.fork()
+        if prompt:
+            with progress("reading the prompt", len(prompt)) as advance:
+                decoder.read(encode(prompt), advance)
+        if len(prompts) > 1:
+            sys.stdout.write(f"prompt {number} of {len(prompts)}:\n")
+        sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
+        tokens = decoder.write(
+            arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+        )
+        for text in decode_stream(int(token) for token in tokens):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if arguments.carry_out:
+            decoder.save(arguments.carry_out)
+    return 0
+
+
+def _check_generate(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for what is wrong before the model is loaded."""
     for name, value, low in (
-        ("--tokens", arguments.tokens, 1),
+        ("--tokens", arguments.tokens, 0 if arguments.carry_out else 1),
         ("--top-k", arguments.top_k, 0),
-        ("--seed", arguments.seed, 0),
+        ("--seed", arguments.seed or 0, 0),
         ("--temperature", arguments.temperature, 0),
     ):
         if not low <= value < 2**63:  # NaN is not either
             raise InputError(name, value, f"at least {low}")
-    prompt = _prompt(arguments.prompt)
-    _, model = load_run(arguments.run_dir)
-    with progress("reading the prompt", len(prompt)) as advance:
-        tokens = generate(
-            model,
-            encode(prompt),
-            arguments.tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed,
-            progress=advance,
-        )
-        first = next(tokens)
-    sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-    for text in decode_stream(int(token) for token in chain([first], tokens)):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return 0
+    if not 0 < arguments.top_p <= 1:
+        raise InputError("--top-p", arguments.top_p, "more than 0, at most 1")
+    if not arguments.prompt and not arguments.carry_in:
+        raise InputError("--prompt", None, "a text, or --carry-in to go on with one", "see longreach generate --help")
+    if arguments.carry_out:
+        if len(arguments.prompt) > 1:
+            raise InputError("--carry-out", arguments.carry_out, "one --prompt at a time has a state to save")
+        place = Path(arguments.carry_out)
+        if place.is_dir() or not place.parent.is_dir():
+            raise InputError("--carry-out", arguments.carry_out, "a file in a directory that exists")
 
 
 def _prompt(text: str) -> bytes:

@@ -137,6 +137,27 @@ def test_generate_continues_a_prompt(job: Job, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == done.stdout
 
 
+def test_generate_goes_on_from_a_carry(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two commands what one would have written, to the last bit; reading alone; and several prompts in turn."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", str(job.directory / "runs/tiny"), "--top-p", "0.9"]
+    assert main([*words, "--prompt", "span", "--seed", "3", "--tokens", "20", "--carry-out", "whole"]) == 0
+    assert main([*words, "--prompt", "span", "--seed", "3", "--tokens", "0", "--carry-out", "part"]) == 0
+    assert main([*words, "--carry-in", "part", "--tokens", "8", "--carry-out", "part"]) == 0
+    assert main([*words, "--carry-in", "part", "--tokens", "12", "--carry-out", "part"]) == 0
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    capsys.readouterr()
+
+    alone = []
+    for prompt in ("halo", "relay scan"):
+        assert main([*words, "--carry-in", "part", "--prompt", prompt, "--tokens", "9"]) == 0
+        alone.append(capsys.readouterr().out)
+    assert main([*words, "--carry-in", "part", "--prompt", "halo", "--prompt", "relay scan", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out == f"prompt 1 of 2:\n{alone[0]}prompt 2 of 2:\n{alone[1]}"
+
+
 def test_export_writes_what_loads(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = str(job.directory / "runs/tiny")
     assert main(["export", run_dir, str(tmp_path / "out")]) == 0
@@ -200,6 +221,23 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "generate: nan": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "nan"], ["--temperature = nan"]),
     "generate: warm": (["generate", "runs/tiny", "--prompt", "a", "--temperature", "warm"], ["--temperature", "warm"]),
     "generate: no tokens": (["generate", "runs/tiny", "--prompt", "a", "--tokens", "0"], ["--tokens = 0"]),
+    "generate: top-p of 0": (["generate", "runs/tiny", "--prompt", "a", "--top-p", "0"], ["--top-p = 0.0"]),
+    "generate: top-p over 1": (["generate", "runs/tiny", "--prompt", "a", "--top-p", "1.1"], ["--top-p = 1.1"]),
+    "generate: top-p nan": (["generate", "runs/tiny", "--prompt", "a", "--top-p", "nan"], ["--top-p = nan"]),
+    "generate: no carry": (["generate", "runs/tiny", "--carry-in", "nothing"], ["carry = 'nothing'"]),
+    "generate: no such carry": (["generate", "runs/tiny", "--carry-in", "byte"], ["carry = 'byte'", "damaged"]),
+    "generate: two carries": (
+        ["generate", "runs/tiny", "--prompt", "a", "--prompt", "b", "--carry-out", "out"],
+        ["--carry-out = 'out'", "one --prompt"],
+    ),
+    "generate: carry to a folder": (
+        ["generate", "runs/tiny", "--prompt", "a", "--carry-out", "source"],
+        ["--carry-out = 'source'"],
+    ),
+    "generate: carry to nowhere": (
+        ["generate", "runs/tiny", "--prompt", "a", "--carry-out", "no/such"],
+        ["--carry-out = 'no/such'"],
+    ),
     "export: no run": (["export", "runs/none", "out"], ["RUN_DIR = 'runs/none'"]),
     "export: no place": (["export", "runs/tiny"], ["OUT_DIR", "longreach export --help"]),
     "export: a folder": (["export", "runs/tiny", "source"], ["OUT_DIR = 'source'", "something else than an export"]),
