@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from longreach.launch import cli, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,3 +24,14 @@ def test_the_five_files_to_read_exist() -> None:
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^longreach (.+)", README, re.MULTILINE))
+def test_commands_are_understood(line: str) -> None:
+    arguments = train.parse(cli._parser(), shlex.split(line, comments=True))
+    assert callable(arguments.command)
+
+
+@pytest.mark.parametrize("page", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_pages_exist(page: str) -> None:
+    assert (ROOT / page).is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,21 +91,18 @@ def test_what_is_exported_is_the_runs_model(run: Path, tmp_path: Path) -> None:
         assert torch.equal(loaded(tokens), model(tokens))
 
 
-def test_three_lines_load_it_without_deepspeed(run: Path, tmp_path: Path) -> None:
+def test_readmes_lines_load_it_without_deepspeed(run: Path, tmp_path: Path) -> None:
     """In a process where importing DeepSpeed fails."""
-    export(run, tmp_path / "out")
-    above = str(Path(longreach.__path__[0]).parent)
-    script = (
-        f"import sys; sys.modules['deepspeed'] = None; sys.path.insert(0, {above!r})\n"
-        "import torch\n"
-        "from longreach.framework.export import load_exported\n"
-        "model = load_exported('out')\n"
-        "print(model(torch.arange(9).unsqueeze(0)).double().sum().item())\n"
-    )
+    export(run, tmp_path / "exported")
+    package = Path(longreach.__path__[0])
+    lines = re.search(r"^```python\n(.*?)^```$", (package / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert lines and "load_exported" in lines[1]
+    script = f"import sys; sys.modules['deepspeed'] = None; sys.path.insert(0, {str(package.parent)!r})\n{lines[1]}"
+    script += "print(logits.double().sum().item())\n"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        expected = load_run(run)[1](torch.arange(9).unsqueeze(0)).double().sum().item()
+        expected = load_run(run)[1](torch.tensor([list(b"def main(")])).double().sum().item()
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
 
 
