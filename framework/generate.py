@@ -124,7 +124,6 @@ class Decoder:
     def fork(self) -> Decoder:
         """Another decoder that stands here; what one of them does, the other does not see."""
         twin = copy.copy(self)
-        twin.span = None if self.span is None else self.span.entered(self.span.carry)
         twin._generator = self._generator.clone_state()
         return twin
 
@@ -134,10 +133,17 @@ class Decoder:
         Raises:
             InputError: the model is not causal, or there are no tokens, or not as many rows as before.
         """
-        if self.span is not None and self._next().shape[0] != tokens.shape[0]:
-            allowed = f"{self._next().shape[0]} rows, as before"
-            raise InputError("tokens", [*tokens.shape], allowed)
-        self._logits, self.span = read_prompt(self.model, tokens, self.span, progress)
+        rows = self.rows
+        if rows and rows != tokens.shape[0]:
+            raise InputError("tokens", [*tokens.shape], f"{rows} rows, as before")
+        if rows:
+            self._next()
+        self._advance(tokens, progress)
+
+    @property
+    def rows(self) -> int:
+        """B, how many texts it reads and writes side by side; 0 while nothing was read."""
+        return 0 if self._logits is None else self._logits.shape[0]
 
     @torch.no_grad()
     def write(
@@ -165,11 +171,16 @@ class Decoder:
     def _next(self) -> Tensor:
         """The logits ``[B, vocab]`` of the token that follows."""
         if self._unread is not None:
-            self._logits, self.span = read_prompt(self.model, self._unread.unsqueeze(1), self.span)
+            self._advance(self._unread.unsqueeze(1))
             self._unread = None
         if self._logits is None:
             raise InputError("prompt", "", "at least one token")
         return self._logits
+
+    def _advance(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
+        # A view of its own: a fork, or a reading that was interrupted, leaves nothing in this span.
+        span = None if self.span is None else self.span.entered(self.span.carry)
+        self._logits, self.span = read_prompt(self.model, tokens, span, progress)
 
 
 def generate(

@@ -138,6 +138,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     _, model = load_run(arguments.run_dir)
     if arguments.carry_in:
         start = Decoder.load(model, arguments.carry_in, arguments.seed)
+        if start.rows > 1:
+            raise InputError("--carry-in", arguments.carry_in, f"one text, not {start.rows} side by side")
     else:
         start = Decoder(model, arguments.seed or 0)
     for number, prompt in enumerate(prompts, 1):
@@ -178,7 +180,7 @@ def _check_generate(arguments: argparse.Namespace) -> None:
         if len(arguments.prompt) > 1:
             raise InputError("--carry-out", arguments.carry_out, "one --prompt at a time has a state to save")
         place = Path(arguments.carry_out)
-        if place.is_dir() or not place.parent.is_dir():
+        if (place.exists() and not place.is_file()) or not place.parent.is_dir():
             raise InputError("--carry-out", arguments.carry_out, "a file in a directory that exists")
 
 

@@ -94,6 +94,27 @@ def test_forks_do_not_see_each_other() -> None:
         assert written(fork, 12) == written(alone, 12)
 
 
+def test_a_reading_that_was_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the carry nor in the position: another reading begins where the first one did."""
+    model, decoder = small_model(), Decoder(small_model())
+    decoder.read(text(7))
+    head = decoder.model.head.forward
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder.model.head, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.read(text(8))
+    monkeypatch.setattr(decoder.model.head, "forward", head)
+    decoder.read(text(5))
+    whole = Decoder(model)
+    assert (whole.rows, decoder.rows) == (0, 1)
+    whole.read(text(7))
+    whole.read(text(5))
+    assert written(decoder, 9) == written(whole, 9)
+
+
 def test_stopping_within_the_writing_counts_what_was_taken(tmp_path: Path) -> None:
     model = small_model()
     decoder, whole = Decoder(model), Decoder(model)

@@ -23,7 +23,7 @@ from longreach.framework.checkpoint.files import digest
 from longreach.framework.checkpoint.shards import write
 from longreach.framework.config import RunConfig, save
 from longreach.framework.export import CONFIG, TENSORS, export, load_exported
-from longreach.framework.generate import load_run
+from longreach.framework.generate import Decoder, load_run
 from longreach.framework.model import build_model
 from longreach.kernels.errors import InputError
 
@@ -104,6 +104,16 @@ def test_readmes_lines_load_it_without_deepspeed(run: Path, tmp_path: Path) -> N
     with torch.no_grad():
         expected = load_run(run)[1](torch.tensor([list(b"def main(")])).double().sum().item()
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_export_goes_on_from_a_carry_of_the_run(run: Path, tmp_path: Path) -> None:
+    """They are one model, by the digest too."""
+    export(run, tmp_path / "out")
+    decoder = Decoder(load_run(run)[1], seed=4)
+    decoder.read(torch.arange(30).unsqueeze(0))
+    decoder.save(tmp_path / "carry")
+    other = Decoder.load(load_exported(tmp_path / "out"), tmp_path / "carry")
+    assert [*map(int, other.write(12))] == [*map(int, decoder.write(12))]
 
 
 def test_an_earlier_export_is_replaced(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from programs import Job, finish, longreach, python, start
 
 from longreach.framework.export import load_exported
-from longreach.framework.generate import load_run
+from longreach.framework.generate import Decoder, load_run
 from longreach.launch.cli import main
 
 PROGRESS = re.compile(
@@ -148,7 +148,12 @@ def test_generate_goes_on_from_a_carry(
     assert main([*words, "--carry-in", "part", "--tokens", "8", "--carry-out", "part"]) == 0
     assert main([*words, "--carry-in", "part", "--tokens", "12", "--carry-out", "part"]) == 0
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    pair = Decoder(load_run(job.directory / "runs/tiny")[1])
+    pair.read(torch.arange(8).view(2, 4))
+    pair.save("pair")
     capsys.readouterr()
+    assert main([*words, "--carry-in", "pair"]) == 2
+    assert_one_line(capsys.readouterr().err, "--carry-in = 'pair'", "not 2 side by side")
 
     alone = []
     for prompt in ("halo", "relay scan"):
@@ -233,6 +238,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "generate: carry to a folder": (
         ["generate", "runs/tiny", "--prompt", "a", "--carry-out", "source"],
         ["--carry-out = 'source'"],
+    ),
+    "generate: carry to a device": (
+        ["generate", "runs/tiny", "--prompt", "a", "--carry-out", "/dev/null"],
+        ["--carry-out = '/dev/null'"],
     ),
     "generate: carry to nowhere": (
         ["generate", "runs/tiny", "--prompt", "a", "--carry-out", "no/such"],
