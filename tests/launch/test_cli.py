@@ -112,7 +112,7 @@ def test_one_rank_needs_no_launcher(job: Job) -> None:
 def test_evaluate_gives_the_held_out_loss(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the batch that training held out, in a process of its own; and of a file as one sequence."""
     done = longreach("evaluate", "runs/tiny", "--batches", "1", cwd=job.directory)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and "longreach: " not in done.stderr  # its progress shows where that takes long
     found = re.match(r"([\d,]+) tokens: ([\d.]+) nats, ([\d.]+) bits per token", done.stdout)
     validated = json.loads((job.directory / "runs/tiny/validation.jsonl").read_text().splitlines()[-1])
     assert found and found[1] == str(2 * 129)
