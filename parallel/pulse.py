@@ -1,9 +1,9 @@
 """Which rank has stopped answering: every rank tells the first one every second that it lives, and where it is.
 
 A process that is frozen, or whose machine is gone, says nothing and closes no connection; its peers wait in an
-exchange. The same datagrams tell in which exchanges a rank has been, so that ranks which disagree on one can be named.
-The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
-nobody ever waits.
+exchange. The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
+nobody ever waits; these also tell where a rank is in the program, and in which exchanges it has been, so that one
+that falls silent is named with its last stack, and ranks that disagree on an exchange are named with what each was in.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 
 from . import flight
 from .mesh import Axis, ExchangeFailed, RanksDisagree, gather_values, is_lost
 
 SECONDS = 1.0  # between two beats
+FRAMES = 5  # of a rank's stack that it tells
+PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 WATCHER, DEPUTY = 0, 1
 LIVES, WAITS, FAILED = "lives", "waits", "failed"  # WAITS: an exchange of this rank failed; FAILED: something else did
 
@@ -49,6 +53,7 @@ class Pulse:
     def __init__(self, world: Axis, timeout: float, lost: Callable[[str], None]) -> None:
         self._world, self._timeout, self._lost = world, timeout, lost
         self._place, self._mood = "starting", LIVES
+        self._thread = threading.get_ident()  # whose doings are told
         self._heard: dict[int, _Heard] = {}
         self._left = threading.Event()
 
@@ -101,7 +106,7 @@ class Pulse:
 
     def _tell(self) -> None:
         rank = self._world.rank
-        said = f"process {os.getpid()} on {socket.gethostname()}, {self._place}"
+        said = f"process {os.getpid()} on {socket.gethostname()}, {self._place}{_stack(self._thread)}"
         words = [self._token, rank, said, self._mood, flight.recent()]
         self._socket.sendto(json.dumps(words).encode(), self._ends[DEPUTY if rank == WATCHER else WATCHER])
 
@@ -127,6 +132,18 @@ class Pulse:
                     silent = f"has not answered for {self._timeout:g} s" if heard.mood != FAILED else "failed"
                     return self._lost(f"rank {rank} {silent}: {heard.said}")
         return None
+
+
+def _stack(thread: int) -> str:
+    """Where a thread is, in a line: this package's functions, the innermost first."""
+    frame = sys._current_frames().get(thread)
+    found: list[str] = []
+    while frame is not None and len(found) < FRAMES:
+        file = frame.f_code.co_filename
+        if file.startswith(PACKAGE) and "site-packages" not in file:
+            found.append(f"{frame.f_code.co_name} ({file.removeprefix(PACKAGE)}:{frame.f_lineno})")
+        frame = frame.f_back
+    return ", in " + " of ".join(found) if found else ""
 
 
 def _own_address() -> str:

@@ -94,7 +94,7 @@ def test_41_a_rank_that_is_killed_restarts_from_the_last_checkpoint(place: Place
 
 @pytest.mark.parametrize("child", [0, 1])
 def test_42_a_frozen_rank_is_named(place: Place, child: int) -> None:
-    """Within the time-out and five seconds, although its connections stay open."""
+    """Within the time-out and five seconds, although its connections stay open, and with its last stack."""
     run = f"frozen-{child}"
     with place.training(run, "parallel.ranks=2", "parallel.timeout=6") as process:
         frozen, began = ranks_of(process)[child], time.monotonic()
@@ -106,7 +106,8 @@ def test_42_a_frozen_rank_is_named(place: Place, child: int) -> None:
             if select.select([pipe], [], [], 0.1)[0]:
                 said += os.read(pipe, 1 << 16).decode()
         line = (
-            rf"longreach: rank [01] has not answered for 6 s: process {frozen} on \S+, (starting|(in|after) step \d+)\n"
+            rf"longreach: rank [01] has not answered for 6 s: process {frozen} on \S+, (starting|(in|after) step \d+), "
+            r"in \w+ \(\w+/\S+\.py:\d+\) of .*\(framework/trainer\.py:\d+\).*\n"
         )
         assert re.search(line, said), said
         done = finish(process, 90)
