@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from . import median
 from .kernels import softmax_attention
 from .peers import ring, show_world_to_deepspeed, ulysses
 
+BY_PIPELINE = ", by pipeline"
 STATES = ("elementwise", "linear_attention, chela", "linear_attention, feedforward_kernel")
 PEERS = ("Ulysses", "ring attention")
 
@@ -131,13 +132,19 @@ def layers(width: int, heads: int) -> dict[str, Layer]:
         Layer([shared, shared, values], partial(_scan, gated)),
         Layer([per_head] * 3, positive),
     ]
+    states = dict(zip(STATES, ours, strict=True))
     return {
-        **dict(zip(STATES, ours, strict=True)),
+        **states,
+        **{name + BY_PIPELINE: replace(layer, run=partial(_by_pipeline, layer.run)) for name, layer in states.items()},
         "modal convolution": Layer([(width,)], partial(convolved, modal), list(modal.parameters())),
         "free convolution": Layer([(width,)], partial(convolved, free), list(free.parameters())),
         "Ulysses": Layer([per_head] * 3, ulysses, alone=softmax_attention),
         "ring attention": Layer([per_head] * 3, ring, alone=softmax_attention),
     }
+
+
+def _by_pipeline(run: Callable[..., Tensor], axis: Axis, *inputs: Tensor) -> Tensor:
+    return run(replace(axis, relay="pipeline"), *inputs)
 
 
 def _span(axis: Axis, x: Tensor) -> Span:

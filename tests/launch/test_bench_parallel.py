@@ -23,9 +23,12 @@ from longreach.framework.config import load
 from longreach.launch.bench import exchange
 from longreach.launch.bench import parallel as bench
 from longreach.launch.cli import main
+from longreach.parallel.cost import Link
 
 JOB = exchange.Job(tokens=512, width=32, heads=4, checked=64, budget=0.0, timeout=60.0)
-NAMES = [*bench.STATES, "modal convolution", "free convolution", *bench.PEERS]
+BY_PIPELINE = [name + exchange.BY_PIPELINE for name in bench.STATES]
+NAMES = [*bench.STATES, *BY_PIPELINE, "modal convolution", "free convolution", *bench.PEERS]
+LINK = Link(1e-4, 2e9)
 HEAD_BYTES = 512 * 32 * 4  # of a tensor [1, L, D]
 
 
@@ -120,7 +123,7 @@ def test_bytes_are_those_of_the_formulas(done: Done) -> None:
     # k and v once; backward, again, and their gradients twice.
     assert (forward["ring attention"], backward["ring attention"]) == (2 * half, 2 * half + 2 * 2 * half)
     for name in NAMES:  # of two ranks, each gets what the other hands over
-        one_way = forward[name] if "attention, " in name or name in ("elementwise", "modal convolution") else 0
+        one_way = forward[name] if name in (*bench.STATES, *BY_PIPELINE, "modal convolution") else 0
         assert received[name] == (one_way or forward[name] + backward[name])
     over = {row["layer"]: row["bytes_over"] for row in done.report["rows"]}
     assert over["Ulysses"] == {"Ulysses": 1.0, "ring attention": 0.5}
@@ -140,7 +143,8 @@ def found(layer: str, ranks: int, num_bytes: int, error: float = 1e-7) -> exchan
 
 
 def some_layers(ranks: int, states: int = 1000, error: float = 1e-7) -> list[exchange.Found]:
-    ours = [found(name, ranks, states) for name in bench.STATES]
+    ours = [found(name, ranks, 9 * states) for name in bench.STATES]  # which are not held to anything
+    ours += [found(name, ranks, states) for name in BY_PIPELINE]
     return [*ours, found("Ulysses", ranks, 100_000, error), found("ring attention", ranks, 200_000)]
 
 
@@ -149,7 +153,12 @@ def some_layers(ranks: int, states: int = 1000, error: float = 1e-7) -> list[exc
     [
         (0.95, 1000, 1e-7, []),
         (0.94, 1000, 1e-7, ["tokens/s on 2 ranks", "0.94, wanted >= 0.95"]),
-        (1.2, 1002, 1e-7, ["bytes of elementwise on 8 ranks", "bytes of linear_attention, chela on 2 ranks"]),
+        (
+            1.2,
+            1002,
+            1e-7,
+            ["bytes of elementwise, by pipeline on 8 ranks", "of linear_attention, chela, by pipeline on 2 ranks"],
+        ),
         (1.2, 1000, math.nan, ["error of any layer on 4 ranks", "nan"]),
     ],
 )
@@ -157,7 +166,7 @@ def test_a_broken_bound_is_told_in_one_line(
     speed: float, states: int, error: float, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "training_speeds", lambda turns, steps: {"two": [9.0, speed, 0.1], "one": [1.0]})
-    monkeypatch.setattr(bench, "exchanges", lambda ranks, job: some_layers(ranks, states, error))
+    monkeypatch.setattr(bench, "exchanges", lambda ranks, job: (LINK, some_layers(ranks, states, error)))
     done = run(tmp_path)
     assert done.code == bool(told), done.said
     lines = [line for line in done.said.splitlines() if line.startswith("longreach: ")]
