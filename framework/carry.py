@@ -30,7 +30,7 @@ from ..kernels.errors import InputError
 from ..kernels.scan import Carry
 from ..parallel.span import Span
 from .checkpoint import differences, tensors_of
-from .checkpoint.files import remove, sync
+from .files import remove, sync
 from .model import Model
 
 FORMAT = 1

@@ -36,39 +36,6 @@ from .zero import FlatStore, PartitionedStore, WholeStore, share
 MAX_BYTES = 1 << 18
 SETTINGS = Path(__file__).parent.parent / "configs" / "deepspeed"
 
-_ALLOWED_KEYS = frozenset(
-    [
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "fp16",
-        "bf16",
-        "bfloat16",
-        "zero_optimization",
-        "data_types",
-        "communication_data_type",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "activation_checkpointing",
-        "comms_logger",
-        "flops_profiler",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "steps_per_print",
-        "timers",
-        "dump_state",
-        "disable_python_gc",
-        "disable_allgather",
-        "log_level",
-        "aio",
-        "checkpoint",
-        "tensorboard",
-        "wandb",
-        "csv_monitor",
-        "comet",
-    ]
-)
 _SECTIONS = frozenset(
     [
         "fp16",
@@ -98,6 +65,21 @@ _SWITCHES = frozenset(
         "disable_python_gc",
         "disable_allgather",
     ]
+)
+_ALLOWED_KEYS = (
+    _SECTIONS
+    | _SWITCHES
+    | frozenset(
+        [
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "communication_data_type",
+            "steps_per_print",
+            "log_level",
+        ]
+    )
 )
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from . import typed_yaml
 from .checkpoint import differences, tensors_of
-from .checkpoint.files import digest, remove, sync, write_text
+from .files import digest, remove, sync, write_text
 from .generate import load_step
 from .model import Model, ModelConfig, build_model
 

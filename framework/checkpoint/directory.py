@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import InputError
-from .files import digest, remove, sync, write_text
+from ..files import digest, remove, sync, write_text
 from .shards import KINDS, Damaged
 
 FORMAT = 2

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...kernels.errors import InputError
 from ...parallel.mesh import PeerFailed, first_alone, gather_values
 from ..engine import Engine
+from ..files import digest, remove, sync
 from .directory import FORMAT, Keep, clear, complete, partial_of, path_of
-from .files import digest, remove, sync
 from .randomness import states
 from .shards import KINDS, MODEL, OPTIMIZER, Pieces, file_name, write
 

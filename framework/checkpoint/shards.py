@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...kernels.errors import InputError
-from .files import sync
+from ..files import sync
 
 MODEL, OPTIMIZER = "model", "optimizer"  # the two kinds of files
 KINDS = (MODEL, OPTIMIZER)

@@ -20,6 +20,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from ...kernels.errors import InputError
+from ..files import sync
 from .corpus import CPYTHON, Document, list_documents, read_document
 from .index import FILE_NAME, Index, Shard, Split
 from .loader import TokenStream
@@ -283,9 +284,9 @@ def _existing(out_dir: Path, made_from: dict[str, Any], documents: list[Document
 
 def _put_in_place(partial: str, out_dir: Path) -> None:
     """Make the finished folder appear under its name, durably; OSError where something else is there."""
-    _flush_folder(Path(partial))
+    sync(Path(partial))
     os.rename(partial, out_dir)  # replaces nothing but an empty folder
-    _flush_folder(out_dir.parent)
+    sync(out_dir.parent)
 
 
 def _check_outside(source: str, out_dir: Path) -> None:
@@ -309,11 +310,3 @@ def _place(key: str) -> float:
     """Map a key to a number in [0, 1), the same everywhere and for ever."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return math.ldexp(int.from_bytes(digest[:6], "big"), -48)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

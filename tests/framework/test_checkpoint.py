@@ -24,8 +24,8 @@ from worlds import SmallModel, batches, run_world, whole
 
 from longreach.framework import checkpoint
 from longreach.framework.checkpoint.directory import digest_of
-from longreach.framework.checkpoint.files import digest
 from longreach.framework.engine import Engine, deepspeed_settings
+from longreach.framework.files import digest
 from longreach.kernels.errors import InputError
 from longreach.parallel.mesh import PeerFailed, init_mesh
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import longreach
 from longreach.framework.checkpoint import tensors_of
 from longreach.framework.checkpoint.directory import FORMAT, Keep, complete, partial_of, path_of
-from longreach.framework.checkpoint.files import digest
 from longreach.framework.checkpoint.shards import write
 from longreach.framework.config import RunConfig, save
 from longreach.framework.export import CONFIG, TENSORS, export, load_exported
+from longreach.framework.files import digest
 from longreach.framework.generate import Decoder, load_run
 from longreach.framework.model import build_model
 from longreach.kernels.errors import InputError
