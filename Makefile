@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c co
 VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev test test-faults test-gpu check check-format check-lint check-types check-imports clean FORCE
+.PHONY: help quickstart dev release-check test test-faults test-gpu docs check check-format check-lint check-types check-imports clean FORCE
 
 help:
 	@echo "make quickstart   set up .venv and train the main example"
@@ -21,6 +21,8 @@ help:
 	@echo "make test-gpu     make dev, then test the kernels on this machine's GPU"
 	@echo "make check        make dev, then check format, lint, types and the import contracts"
 	@echo "                  one of them: make check-format, check-lint, check-types, check-imports"
+	@echo "make docs         make dev, then build the reference into build/docs and check the links of all pages"
+	@echo "make release-check  make dev, then build wheel and sdist, and train with the wheel in an empty environment"
 	@echo "make clean        remove build output and caches; .venv and runs stay"
 	@echo "Another Python:   make PYTHON=/path/to/python3 dev"
 
@@ -31,8 +33,9 @@ quickstart: $(if $(wildcard .venv/installed-dev),.venv/installed-dev,.venv/insta
 dev: .venv/installed-dev
 	@echo ".venv is ready: . .venv/bin/activate"
 
+# Two at a time, each file by one worker, as its tests share fixtures; ARGS='-n 0' for one at a time.
 test: .venv/installed-dev
-	@$(PY) -m pytest --ignore=tests/faults $(ARGS)
+	@$(PY) -m pytest --ignore=tests/faults -n 2 --dist loadfile $(ARGS)
 
 test-faults: .venv/installed-dev
 	@$(PY) -m pytest tests/faults $(ARGS)
@@ -63,6 +66,12 @@ check-imports: .venv/installed-dev
 	@for layer in launch framework parallel kernels; do \
 		ln -sfn "../../../../$$layer" ".venv/links/layers/longreach/$$layer" || exit 1; done
 	@PYTHONPATH=.venv/links/layers .venv/bin/lint-imports --no-logo --cache-dir .import_linter_cache
+
+docs: .venv/installed-dev
+	@$(PY) docs/build.py
+
+release-check: .venv/installed-dev
+	@$(PY) tests/release.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -12,6 +12,7 @@ import torch
 from ..kernels.errors import InputError
 from ..parallel.mesh import Axis, gather_values
 from .config import RunConfig, to_yaml
+from .files import digest
 
 CODE = Path(__file__).resolve().parent.parent
 LAYERS = ("framework", "kernels", "launch", "parallel")
@@ -26,6 +27,7 @@ def compare_ranks(config: RunConfig, world: Axis) -> None:
     own = {
         "configuration": to_yaml(config),
         "code": code(),
+        "file of model.code": " ".join(digest(Path(file)).hex() for file in config.model.code),
         "version of torch": torch.__version__,
         "version of Python": platform.python_version(),
     }
@@ -41,8 +43,8 @@ def compare_ranks(config: RunConfig, world: Axis) -> None:
 @cache
 def code() -> str:
     """A digest of this package's own source."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for layer in LAYERS:
         for path in sorted((CODE / layer).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -24,7 +24,9 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 from ..kernels.errors import InputError
 from . import typed_yaml
 from .data import DataConfig
+from .mixers.registry import run_files
 from .model import ModelConfig
+from .tasks import TaskConfig, kind_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MAX_BYTES = 1 << 18
@@ -153,12 +155,15 @@ class MonitorConfig:
         tensorboard, plot: write TensorBoard's events, and the loss curve at the end.
         sample_len: tokens of generated text at the end.
         record_exchanges: of so many first steps, every exchange of every rank, in ``exchanges/rank-N.jsonl``.
+        profile_steps: the first and the last step that are traced, as in ``[10, 12]``, every rank in a file of
+            ``profile/``; empty for none.
     """
 
     tensorboard: bool = True
     plot: bool = True
     sample_len: int = 0
     record_exchanges: int = 0
+    profile_steps: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -166,6 +171,7 @@ class RunConfig:
     """A whole run. ``deepspeed`` is a name in ``configs/deepspeed/``, the path of a JSON, or its keys."""
 
     run: RunSection = field(default_factory=RunSection)
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -181,7 +187,7 @@ class RunConfig:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration and check it.
+    """Read a configuration, check it, and run the files of ``model.code``.
 
     Args:
         path: of a YAML file, or the bare name of one in ``configs/``.
@@ -214,6 +220,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config.optim.schedule_steps = config.train.steps
     try:
         validate(config)
+        run_files(config.model.code)
     except InputError as error:
         raise without_secrets(error, config) from None
     return config
@@ -258,7 +265,7 @@ def validate(config: RunConfig) -> None:
         InputError: for the first that is wrong, with the numbers.
     """
     tree = dataclasses.asdict(config)
-    for key in ("run.dir", "data.source", "data.cache"):
+    for key in ("run.dir", "data.source", "data.cache", "data.tokenizer"):
         _check_path(key, _at(tree, tuple(key.split("."))))
     for low, keys in _AT_LEAST.items():
         for key in keys.split():
@@ -277,11 +284,15 @@ def validate(config: RunConfig) -> None:
     if optim.warmup_steps >= schedule_steps:
         allowed = f"must be less than optim.schedule_steps = {schedule_steps}"
         raise InputError("optim.warmup_steps", optim.warmup_steps, allowed)
+    kind_of(config.task)
     if config.data.valid_fraction >= 1:
         raise InputError("data.valid_fraction", config.data.valid_fraction, "must be less than 1")
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
         raise InputError("deepspeed", config.deepspeed, allowed)
+    profiled = config.monitor.profile_steps
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]):
+        raise InputError("monitor.profile_steps", profiled, "must be a first and a last step, as in [10, 12]")
     for key, link in (("parallel.near", parallel.near), ("parallel.far", parallel.far)):
         if link and not (len(link) == 2 and 0 <= link[0] < math.inf and 0 < link[1] < math.inf):
             allowed = "must be a latency in seconds and a bandwidth in bytes a second"
@@ -305,13 +316,15 @@ def validate(config: RunConfig) -> None:
 
 _AT_LEAST = {
     0: (
-        "run.seed model.vocab parallel.sequence parallel.block_len data.workers data.valid_fraction "
+        "run.seed task.seed model.vocab model.channels model.outputs model.dropout "
+        "parallel.sequence parallel.block_len data.workers data.vocab data.valid_fraction "
         "data.max_bad_samples optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
         "train.validate_every train.validate_batches train.threads train.time_limit checkpoint.every "
         "checkpoint.keep_last checkpoint.keep_every monitor.sample_len "
         "monitor.record_exchanges"
     ),
     1: (
+        "task.examples task.test_examples task.horizon task.pairs task.size "
         "model.width model.depth data.seq_len data.batch_size parallel.ranks "
         "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout data.timeout"
     ),

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..kernels.errors import InputError
 from ..parallel.mesh import Mesh
+from ..parallel.traffic import Stopwatch, timed
 from .zero import FlatStore, PartitionedStore, WholeStore, share
 
 MAX_BYTES = 1 << 18
@@ -368,6 +369,21 @@ def _join_world(deepspeed: Any, mesh: Mesh) -> None:
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))  # DeepSpeed will not start without it
 
 
+_COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_base",
+    "all_gather_coalesced",
+    "all_to_all_single",
+)
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed.
 
@@ -385,6 +401,10 @@ class Engine:
         settings: from `deepspeed_settings`.
         mesh: of the world that was joined; that of a single process needs none.
 
+    Attributes:
+        waiting: runs while DeepSpeed reduces gradients and gathers weights. With ``overlap_comm`` on a GPU, what
+            overlaps with other work counts too.
+
     Raises:
         InputError: this device cannot compute in the precision asked for.
     """
@@ -393,7 +413,11 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
     ) -> None:
         deepspeed = _import_deepspeed()
+        self.waiting = Stopwatch(mesh.device)
         _join_world(deepspeed, mesh)
+        self._backend = deepspeed.comm.comm.cdb
+        for name in _COLLECTIVES:
+            setattr(self._backend, name, timed(getattr(self._backend, name), self.waiting))
         _check_precision(settings, mesh)
         self.module, self.mesh = model, mesh
         self.num_parameters = sum(p.numel() for p in model.parameters())  # stage 3 leaves only a part of each
@@ -568,8 +592,10 @@ class Engine:
         return scaler if self._deepspeed.fp16_enabled() else None
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model."""
+        """Take DeepSpeed's hooks off the model, and the stopwatch off its collectives."""
         self._deepspeed.destroy()
+        for name in _COLLECTIVES:
+            vars(self._backend).pop(name, None)
 
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

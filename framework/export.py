@@ -1,8 +1,9 @@
-"""A trained model as a directory of two files, which three lines of Python load without DeepSpeed.
+"""A trained model as a directory of two files or three, which three lines of Python load without DeepSpeed.
 
 - ``model.safetensors``: whole tensors by their names in the model, tied ones once; floating-point ones are fp32.
-- ``config.json``: ``format`` (1), ``step``, ``model`` (the configuration's section of that name) and the ``sha256`` of
-  the other file.
+- ``config.json``: ``format`` (1), ``step``, ``model`` (the configuration's section of that name), the ``sha256`` of
+  the first file, and what tells transformers which model it is (`huggingface`).
+- ``tokenizer.json``: of a run on tokens, the tokenizer that it was trained with.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -24,13 +25,17 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from . import typed_yaml
 from .checkpoint import differences, tensors_of
+from .data import Pieces, load_vocabulary
+from .data.vocabulary import TOKENIZER
 from .files import digest, remove, sync, write_text
 from .generate import load_step
 from .model import Model, ModelConfig, build_model
 
+T = TypeVar("T")
 FORMAT = 1
 TENSORS, CONFIG = "model.safetensors", "config.json"
 MAX_CONFIG_BYTES = 1 << 16
+MODEL_TYPE, ARCHITECTURE = "longreach", "LongreachForCausalLM"  # in transformers' terms
 
 
 @dataclass
@@ -40,6 +45,8 @@ class _Document:
     format: int = FORMAT
     step: int = 0
     sha256: str = ""
+    model_type: str = MODEL_TYPE
+    architectures: list[str] = field(default_factory=lambda: [ARCHITECTURE])
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -59,6 +66,7 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
     place = Path(os.path.realpath(out_dir))
     _check_place(place, out_dir)
     config, model, step = load_step(run_dir)
+    vocabulary = load_vocabulary(run_dir)
     partial, aside = (place.parent / f".{place.name}.{end}" for end in ("partial", "replaced"))
     try:
         remove(partial)
@@ -67,6 +75,8 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
         sync(partial / TENSORS)
         document = _Document(step=step, sha256=digest(partial / TENSORS).hex(), model=config.model)
         write_text(partial / CONFIG, json.dumps(dataclasses.asdict(document), indent=2) + "\n")
+        if isinstance(vocabulary, Pieces):
+            write_text(partial / TOKENIZER, vocabulary.content.decode())
         sync(partial)
         if place.exists():
             remove(aside)
@@ -137,7 +147,7 @@ def _check_place(place: Path, given: str | Path) -> None:
     """Raise `InputError` where anything but an export, or an empty directory, would be replaced."""
     try:
         names = set(os.listdir(place))
-        if not names or (names == {TENSORS, CONFIG} and _read(place / CONFIG)):
+        if not names or (names - {TOKENIZER} == {TENSORS, CONFIG} and _read(place / CONFIG)):
             return
     except FileNotFoundError:
         return
@@ -161,11 +171,21 @@ def _read(file: Path) -> _Document:
     written = tree.get("format") if isinstance(tree, dict) else None
     if written != FORMAT:
         raise InputError("model", str(file), f"is of format {written!r}; this version reads {FORMAT}")
-    if "${" in text or not isinstance(tree.get("sha256"), str) or not isinstance(tree.get("model"), dict):
+    if not isinstance(tree.get("sha256"), str) or not isinstance(tree.get("model"), dict):
         raise InputError("model", str(file), "is not what longreach export writes")
+    return read_as(text, _Document, str(file))
+
+
+def read_as(text: str, kind: type[T], source: str) -> T:
+    """JSON as the dataclass ``kind``, every type checked; keys that are not there have their defaults.
+
+    Raises:
+        InputError: an unknown key, a value of another type, or one that the environment would fill in.
+    """
+    if "${" in text:
+        raise InputError("model", source, "must hold plain values, no ${...}")
     try:
-        values = typed_yaml.read_document(text, _Document, str(file))
-        merged = OmegaConf.merge(OmegaConf.structured(_Document), values)
-        return cast(_Document, OmegaConf.to_object(merged))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), typed_yaml.read_document(text, kind, source))
+        return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise InputError("model", str(file), str(error).splitlines()[0]) from None
+        raise InputError("model", source, str(error).splitlines()[0]) from None

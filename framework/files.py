@@ -17,6 +17,17 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all; what was there stays until all is written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_text(partial, text)
+        os.replace(partial, path)
+    except OSError:
+        remove(partial)
+        raise
+
+
 def sync(path: Path) -> None:
     """Have the disk hold a file, or a directory's entries, before we go on."""
     descriptor = os.open(path, os.O_RDONLY)

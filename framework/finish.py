@@ -7,7 +7,7 @@ import logging
 from rich.console import Console
 
 from .config import RunConfig
-from .data import BASELINES, Index, packed_dir
+from .data import BASELINES, Ids, Index, load_vocabulary, packed_dir
 from .generate import decode_stream, encode, generate, load_run
 from .monitor import BITS
 from .trainer import Result
@@ -19,15 +19,22 @@ PROMPT = "def "
 def report(config: RunConfig, result: Result) -> None:
     """Print the end of a run; on the first rank only."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if result.held_out is not None:
+    if result.test is not None:
+        console.print(f"test, {result.test.num_labels:,} answers:")
+        for name, value in result.test.metrics.items():
+            console.print(f"  {name:<18} {value:6.4f}   (the simplest answer: {result.chance[name]:.4f})")
+    elif result.held_out is not None:
         index = Index.load(packed_dir(config.data), verify=False)
-        console.print(f"held-out bits per byte, {index.name}:")
+        bits = index.bits_per_byte(result.held_out)
+        unit, bits = ("token", result.held_out * BITS) if bits is None else ("byte", bits)
+        console.print(f"held-out bits per {unit}, {index.name}:")
         known = [(name, index.baselines[key]) for key, name in BASELINES.items() if key in index.baselines]
-        for name, bits in [*known, ("this model", result.held_out * BITS)]:
-            console.print(f"  {name:<18} {bits:6.3f}")
-    if config.monitor.sample_len and config.model.causal:
-        console.print(f"a sample, after {PROMPT!r}:")
-        console.print(sample(config, result))
+        for name, figure in [*known, ("this model", bits)]:
+            console.print(f"  {name:<18} {figure:6.3f}")
+    if config.monitor.sample_len and config.model.causal and config.task.name == "language":
+        prompt, text = sample(config, result)
+        console.print(f"a sample, after {prompt!r}:")
+        console.print(text)
     console.print(f"run:          {result.run_dir}")
     if result.plot is not None:
         console.print(f"loss curve:   {result.plot}")
@@ -35,8 +42,11 @@ def report(config: RunConfig, result: Result) -> None:
         console.print(f"TensorBoard:  tensorboard --logdir {result.run_dir / 'tensorboard'}")
 
 
-def sample(config: RunConfig, result: Result) -> str:
-    """Text that the run's saved model writes after a short prompt."""
+def sample(config: RunConfig, result: Result) -> tuple[str, str]:
+    """A short prompt, and the text that begins with it and that the run's saved model went on to write."""
     _, model = load_run(result.run_dir)
-    tokens = generate(model, encode(PROMPT), config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
-    return PROMPT + "".join(decode_stream(int(token) for token in tokens))
+    vocabulary = load_vocabulary(result.run_dir)
+    prompt = "0" if isinstance(vocabulary, Ids) else PROMPT
+    read = encode(prompt, vocabulary)
+    tokens = generate(model, read, config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
+    return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary))

@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-import codecs
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.errors import InputError
+from ..kernels.scan import Carry
 from ..parallel.span import Span
 from . import carry, checkpoint
 from .config import RunConfig, load
+from .data import Bytes
 from .model import Model, build_model
 
 PROMPT_BLOCK = 8192  # prompt tokens read at a time, so that memory does not grow with the prompt
 
 
-def load_run(run_dir: str | Path) -> tuple[RunConfig, Model]:
-    """The config and the newest trained model of a run, on the CPU, ready for inference.
+def load_run(place: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, Model]:
+    """The newest trained model of a run, or an exported one, on the CPU, ready for inference.
+
+    Args:
+        place: directory of a run, or one that `export` wrote.
+        overrides: of the run's config, as of `config.load`.
+
+    Returns:
+        The run's config (an export has none), and the model.
 
     Raises:
-        InputError: there is no such run, or it has saved nothing yet.
+        InputError: there is neither, the run has saved nothing yet, or the export is damaged.
     """
-    return load_step(run_dir)[:2]
+    from .export import CONFIG, load_exported  # which imports this module
+
+    if (Path(place) / CONFIG).is_file():
+        if overrides:
+            raise InputError("key=value", " ".join(overrides), "for a run: an export has no configuration of one")
+        return None, load_exported(place)
+    return load_step(place, overrides)[:2]
 
 
-def load_step(run_dir: str | Path) -> tuple[RunConfig, Model, int]:
-    """What `load_run` gives, and the step after which the model was saved."""
+def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Model, int]:
+    """What `load_run` gives of a run, and the step after which the model was saved."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        fix = "give the directory of a run, such as runs/quickstart"
+        fix = "give the directory of a run, such as runs/quickstart, or of an export"
         raise InputError("RUN_DIR", str(run_dir), "a run's directory, which holds config.yaml", fix)
-    config = load(run_dir / "config.yaml")
+    config = load(run_dir / "config.yaml", overrides)
     saved = checkpoint.newest(run_dir / "checkpoints")
     if saved is None:
         raise InputError("RUN_DIR", str(run_dir), "no checkpoint was saved there yet", "train it first")
@@ -43,7 +59,7 @@ def load_step(run_dir: str | Path) -> tuple[RunConfig, Model, int]:
     return config, model.eval(), state["step"]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read_prompt(
     model: Model, prompt: Tensor, span: Span | None = None, progress: Callable[[int], None] | None = None
 ) -> tuple[Tensor, Span]:
@@ -61,6 +77,8 @@ def read_prompt(
     Raises:
         InputError: the model is not causal, or the prompt empty.
     """
+    if model.config.head != "token":
+        raise InputError("model.head", model.config.head, "token: only such a model can continue a text")
     if not model.config.causal:
         raise InputError("model.causal", False, "only a causal model can continue a text")
     if not prompt.shape[1]:
@@ -90,9 +108,9 @@ class Decoder:
         self.model, self.span = model, None if mark is None else mark.span
         self._logits = None if mark is None else mark.logits
         self._unread: Tensor | None = None  # the last token that was written; read when it matters
-        self._generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+        self._generators = [torch.Generator(device=next(model.parameters()).device).manual_seed(seed)]
         if mark is not None:
-            self._generator.set_state(mark.random)
+            self._generators[0].set_state(mark.random)
 
     @classmethod
     def load(cls, model: Model, path: str | Path, seed: int | None = None) -> Decoder:
@@ -108,23 +126,50 @@ class Decoder:
         """
         decoder = cls(model, mark=carry.load(path, model))
         if seed is not None:
-            decoder._generator.manual_seed(seed)
+            decoder._generators[0].manual_seed(seed)
         return decoder
+
+    @classmethod
+    def stack(cls, decoders: Sequence[Decoder]) -> Decoder | None:
+        """One decoder that goes on with several texts side by side, each by its own draws, or None where that cannot
+        be: the texts are not of one length, and a mixer keeps the tokens themselves (``softmax``), or positions count
+        (``model.positions``).
+
+        Args:
+            decoders: of one model; each has read something. They are not changed.
+        """
+        marks = [(decoder._next(), decoder.span) for decoder in decoders]
+        spans = [span for _, span in marks if span is not None]
+        first = spans[0]
+        placed = decoders[0].model.config.positions != "none"
+        for span in spans[1:]:
+            grows = any(span.carry[key].state.shape[1:] != left.state.shape[1:] for key, left in first.carry.items())
+            if grows or (placed and span.position != first.position):
+                return None
+        carry = {key: Carry(torch.cat([span.carry[key].state for span in spans])) for key in first.carry}
+        together = cls(decoders[0].model)
+        # Whoever asks for positions has refused texts at several.
+        together.span = first.entered(carry)
+        together._logits = torch.cat([logits for logits, _ in marks])
+        together._generators = [own.clone_state() for decoder in decoders for own in decoder._generators]
+        return together
 
     def save(self, path: str | Path) -> None:
         """Write what is needed to go on from here: carry, position, draws.
 
         Raises:
-            InputError: nothing was read yet, or the file cannot be written.
+            InputError: nothing was read yet, the file cannot be written, or these are several texts (`stack`).
         """
         logits = self._next()
         assert self.span is not None
-        carry.save(path, self.model, carry.Bookmark(self.span, logits, self._generator.get_state()))
+        if len(self._generators) > 1:
+            raise InputError("carry", str(path), "one text, not several side by side")
+        carry.save(path, self.model, carry.Bookmark(self.span, logits, self._generators[0].get_state()))
 
     def fork(self) -> Decoder:
         """Another decoder that stands here; what one of them does, the other does not see."""
         twin = copy.copy(self)
-        twin._generator = self._generator.clone_state()
+        twin._generators = [own.clone_state() for own in self._generators]
         return twin
 
     def read(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
@@ -145,7 +190,12 @@ class Decoder:
         """B, how many texts it reads and writes side by side; 0 while nothing was read."""
         return 0 if self._logits is None else self._logits.shape[0]
 
-    @torch.no_grad()
+    @property
+    def carry_bytes(self) -> int:
+        """Bytes of all that it keeps of what was read and written but the last token's logits."""
+        return sum(part.nbytes for part in carry.pack({} if self.span is None else self.span.carry).values())
+
+    @torch.inference_mode()
     def write(
         self, num_tokens: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     ) -> Iterator[Tensor]:
@@ -161,10 +211,16 @@ class Decoder:
             ``[B]`` int64, the next token of each row.
 
         Raises:
-            InputError: nothing was read yet.
+            InputError: nothing was read yet, or what follows is not finite.
         """
         for _ in range(num_tokens):
-            token = _draw(self._next().float(), temperature, top_k, top_p, self._generator)
+            logits = self._next().float()
+            if not logits.isfinite().all():
+                assert self.span is not None
+                field = f"logits after {self.span.position:,} tokens"
+                worst = float(logits.abs().max())
+                raise InputError(field, worst, "must be finite", "the weights or the carry are damaged")
+            token = _draw(logits, temperature, top_k, top_p, self._generators)
             self._unread = token
             yield token
 
@@ -213,7 +269,35 @@ def generate(
     yield from decoder.write(num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+def continuations(decoders: Sequence[Decoder], num_tokens: int, **how: Any) -> Iterator[Iterator[int]]:
+    """Continue several texts, each as if it were alone: side by side where `Decoder.stack` can, else in turn.
+
+    Args:
+        decoders: one text each. A single one stands behind its text afterwards.
+        num_tokens, how: as of `Decoder.write`.
+
+    Yields:
+        The new tokens of each text, in order, to be taken before the next text is asked for: the first ones as they
+        are written.
+    """
+    together = Decoder.stack(decoders) if len(decoders) > 1 else None
+    for decoder in decoders if together is None else [together]:
+        rows: list[list[int]] = [[] for _ in range(decoder.rows)]
+        yield _first_row(decoder.write(num_tokens, **how), rows)
+        yield from map(iter, rows[1:])
+
+
+def _first_row(tokens: Iterable[Tensor], rows: list[list[int]]) -> Iterator[int]:
+    """The first row's tokens as they come; all rows' are added to ``rows``."""
+    for token in tokens:
+        for row, one in zip(rows, token.tolist(), strict=True):
+            row.append(one)
+        yield rows[0][-1]
+
+
+def _draw(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generators: Sequence[torch.Generator]
+) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
@@ -224,20 +308,16 @@ def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generato
         ranked, order = probabilities.sort(descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p  # never the first
         probabilities = probabilities.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    rows = zip(probabilities.chunk(len(generators)), generators, strict=True)
+    return torch.cat([torch.multinomial(some, 1, generator=own) for some, own in rows]).squeeze(1)
 
 
-def encode(text: str | bytes) -> Tensor:
-    """A text's bytes as tokens ``[1, L]``."""
+def encode(text: str | bytes, vocabulary: Bytes | None = None) -> Tensor:
+    """A text as tokens ``[1, L]`` int64, bytes unless a vocabulary is given; see `Bytes.prompt`."""
     data = text.encode() if isinstance(text, str) else text
-    return torch.tensor(list(data), dtype=torch.int64).unsqueeze(0)
+    return torch.from_numpy((vocabulary or Bytes()).prompt(data).astype(np.int64)).unsqueeze(0)
 
 
-def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
-    """Tokens that are bytes, as text, as soon as a character is whole; what is not UTF-8 shows as the replacement
-    character.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield decoder.decode(bytes([token & 0xFF]))
-    yield decoder.decode(b"", final=True)
+def decode_stream(tokens: Iterable[int], vocabulary: Bytes | None = None) -> Iterator[str]:
+    """Tokens as text, as soon as a character is whole; see `Bytes.decode`."""
+    return (vocabulary or Bytes()).decode(tokens)

@@ -32,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, D]`` -> the same, every group with root mean square ``scale``."""
+        if x.shape[-1] == self.group:
+            return self._normed(x, self.weight)
         whole = x.shape[-1] - x.shape[-1] % self.group
         weights = self.weight.split([whole, x.shape[-1] - whole])
         groups = x[..., :whole].unflatten(-1, (-1, self.group))
@@ -42,20 +44,26 @@ class RMSNorm(nn.Module):
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            return _Normed.apply(x, weight, self.eps)
+            return _Normed.apply(x, weight, self.eps) if torch.is_grad_enabled() else _normed(x, weight, self.eps)[0]
         normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight
         return normed.to(x.dtype)  # a 16-bit x stays so under autocast, whose weights are fp32
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``weight * x / rms(x)`` over the last dimension, and ``1 / rms(x)``, in few passes."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rate).mul_(weight).to(x.dtype), rate
+
+
 class _Normed(torch.autograd.Function):
-    """``weight * x / rms(x)`` over the last dimension in few passes; it saves nothing as large as x but x itself."""
+    """`_normed`, which saves nothing as large as x but x itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, rate = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rate)
-        return (wide * rate).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""The model: embedding, pre-norm residual blocks, tied head. Plain single-device code that takes a `Span`.
+"""The model: embedding, pre-norm residual blocks, a head. Plain single-device code that takes a `Span`.
 
 Whether the tokens it sees are a whole sequence, one rank's piece, the next streamed block or the next generated
 token is the span's business alone.
@@ -7,25 +7,28 @@ token is the span's business alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.errors import InputError
 from ..parallel.span import Span
-from .layers import RMSNorm, SwiGLU
+from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
+from .layers import RMSNorm, SwiGLU, dropout
 from .mixers import (
+    CONFIGS,
+    MIXERS,
     ChelaConfig,
     ElementwiseConfig,
     FeedforwardKernelConfig,
     SoftmaxConfig,
     build_mixer,
+    options,
 )
 
-IGNORED = -100  # the label of a token that the loss leaves out
-LOGITS_AT_ONCE = 2**22  # logits that the loss holds at a time (16 MiB in fp32)
+__all__ = ["IGNORED", "Model", "ModelConfig", "build_model"]
 
 
 @dataclass
@@ -39,7 +42,16 @@ class ModelConfig:
         mixers: token mixers by name; the pattern is repeated over the depth.
         causal: tokens see only their past.
         ffn_ratio: hidden width of the feed-forward layers over the width.
+        dropout: rate at the end of each mixer and feed-forward layer.
+        positions: what is added to the embedded tokens: "sinusoidal" (arXiv 1706.03762), or nothing.
+        channels: numbers that a token consists of; 0 where tokens are ids.
+        head: what is answered: the next "token"; a "class" or "numbers" for the whole sequence; numbers for each token
+            ("series").
+        outputs: classes, or numbers; taken from the data where 0.
+        documents: 2 where the whole sequence is two documents to be compared.
         elementwise, chela, feedforward_kernel, softmax: the mixers' options.
+        code: Python files, run by `config.load`, which register mixers of your own; `build_model` runs none.
+        options: the options of those, by name.
     """
 
     vocab: int = 0
@@ -48,17 +60,26 @@ class ModelConfig:
     mixers: list[str] = field(default_factory=lambda: ["elementwise", "chela"])
     causal: bool = True
     ffn_ratio: float = 8 / 3
+    dropout: float = 0.0
+    positions: Literal["none", "sinusoidal"] = "none"
+    channels: int = 0
+    head: Literal["token", "class", "numbers", "series"] = "token"
+    outputs: int = 0
+    documents: int = 1
     elementwise: ElementwiseConfig = field(default_factory=ElementwiseConfig)
     chela: ChelaConfig = field(default_factory=ChelaConfig)
     feedforward_kernel: FeedforwardKernelConfig = field(default_factory=FeedforwardKernelConfig)
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
+    code: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``."""
 
-    def __init__(self, mixer: nn.Module, width: int, hidden: int) -> None:
+    def __init__(self, mixer: nn.Module, width: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.mixer_norm = RMSNorm(width)
         self.mixer = mixer
         self.ffn_norm = RMSNorm(width)
@@ -68,42 +89,12 @@ class Block(nn.Module):
         """``[B, L, D]`` -> ``[B, L, D]``, and the mixer's penalty on its weights (a scalar, 0 for most)."""
         mixed = self.mixer(self.mixer_norm(x), span)
         mixed, penalty = mixed if isinstance(mixed, tuple) else (mixed, x.new_zeros(()))
-        x = x + mixed
-        return x + self.ffn(self.ffn_norm(x)), penalty
-
-
-class Head(nn.Module):
-    """Final norm and logits. With labels it returns each token's loss and never holds all logits at once."""
-
-    def __init__(self, width: int, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.norm = RMSNorm(width)
-        self.weight = embedding.weight  # tied
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """``[B, L, D]`` -> logits ``[B, L, vocab]``, or with ``labels [B, L]`` the negative log-likelihoods ``[B,
-        L]`` in nats.
-        """
-        x = self.norm(x)
-        if labels is None:
-            return F.linear(x, self.weight)
-        rows, wanted = x.flatten(0, 1), labels.flatten()
-        size = max(1, LOGITS_AT_ONCE // self.weight.shape[0])
-        losses = [
-            checkpoint(_token_loss, part, self.weight, ids, use_reentrant=False)
-            for part, ids in zip(rows.split(size), wanted.split(size), strict=True)
-        ]
-        return torch.cat(losses).view(labels.shape) if losses else x.sum(-1)
-
-
-def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(x, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        x = x + dropout(mixed, self.dropout, span, "mixer")
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, span, "ffn"), penalty
 
 
 class Model(nn.Module):
-    """A sequence model over token ids.
+    """A sequence model over token ids, or over vectors of numbers.
 
     Attributes:
         recompute: keep only each block's input for backward, and compute the block again then.
@@ -113,20 +104,23 @@ class Model(nn.Module):
         super().__init__()
         _check(config)
         self.config, self.recompute = config, False
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.embedding = nn.Linear(config.channels, config.width) if config.channels else _embedding(config)
         hidden = int(-(-config.width * config.ffn_ratio // 8)) * 8
         self.blocks = nn.ModuleList()
         for number in range(config.depth):
             name = config.mixers[number % len(config.mixers)]
-            mixer = build_mixer(name, config.width, getattr(config, name, None), causal=config.causal)
-            self.blocks.append(Block(mixer, config.width, hidden))
-        self.head = Head(config.width, self.embedding)
+            mixer = build_mixer(name, config.width, _options(config, name), causal=config.causal)
+            self.blocks.append(Block(mixer, config.width, hidden, config.dropout))
+        self.head = _head(config, self.embedding)
         self._initialize()
 
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal(0, 1/sqrt(fan in)); what writes to the residual stream is divided by sqrt(2 depth)."""
-        nn.init.normal_(self.embedding.weight, std=0.3 * self.config.width**-0.5)  # tied: the first logits are small
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(
+                self.embedding.weight, std=0.3 * self.config.width**-0.5
+            )  # tied: the first logits are small
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
@@ -135,33 +129,55 @@ class Model(nn.Module):
                 nn.init.normal_(module.weight, std=std)
 
     def forward(
-        self, tokens: Tensor, span: Span | None = None, labels: Tensor | None = None, *, head: bool = True
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict every next token of this piece.
+        self,
+        tokens: Tensor,
+        span: Span | None = None,
+        labels: Tensor | None = None,
+        *,
+        head: bool = True,
+        measure: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Predict every next token of this piece, or what else the head answers.
 
         Args:
-            tokens: ``[B, L]`` int64 ids of this rank's piece.
+            tokens: ``[B, L]`` int64 ids of this rank's piece, or ``[B, L, channels]`` numbers.
             span: the piece and the way to the rest of its sequence; None for a whole sequence.
-            labels: ``[B, L]`` int64 wanted ids, `IGNORED` where there is none.
+            labels: ``[B, L]`` int64 wanted ids, `IGNORED` where there is none; for heads that answer numbers ``[B, L,
+                outputs]``, NaN where there is none.
             head: False returns what the head would see, ``[B, L, D]``; enough to move the span's carry on.
+            measure: with labels, find the head's metrics too.
 
         Returns:
-            Logits ``[B, L, vocab]``; with labels, the negative log-likelihoods ``[B, L]`` in nats (0 where ignored)
-            and the penalty on the weights, a scalar to be added to the loss once.
+            What the head answers: for tokens, logits ``[B, L, vocab]``; with labels, each token's loss ``[B, L]`` (nats
+            or squared errors; 0 where there is no label), the penalty on the weights, a scalar to be added to the loss
+            once, and with ``measure`` the metrics ``[B, L, metrics]`` of the labelled tokens.
         """
         x, penalty = self.features(tokens, span if span is not None else Span())
         if not head:
             return x
-        return self.head(x) if labels is None else (self.head(x, labels), penalty)
+        if labels is None:
+            return self.head(x)
+        found = self.head(x, labels), penalty
+        return (*found, self.head.measure(x, labels)) if measure else found
 
     def features(self, tokens: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """What the head sees, ``[B, L, D]``, and the penalty on the weights (a scalar)."""
-        x = self.embedding(tokens) * self.config.width**0.5
+        """What the head sees (``[B, L, D]``, or what it has collected of the whole sequence), and the penalty on the
+        weights (a scalar).
+        """
+        x = self._embed(tokens, span)
         penalty = x.new_zeros(())
         for number, block in enumerate(self.blocks):
             x, cost = self._run(block, x, span, f"blocks.{number}")
             penalty = penalty + cost
-        return x, penalty
+        return self.head.collect(x, span), penalty
+
+    def _embed(self, tokens: Tensor, span: Span) -> Tensor:
+        width = self.config.width
+        if self.config.channels:
+            x = self.embedding(tokens.to(self.embedding.weight.dtype))
+        else:
+            x = self.embedding(tokens) * width**0.5
+        return x if self.config.positions == "none" else x + _sinusoids(span.position, x.shape[1], width).to(x)
 
     def _run(self, block: nn.Module, x: Tensor, span: Span, name: str) -> tuple[Tensor, Tensor]:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -183,9 +199,52 @@ def build_model(config: ModelConfig) -> Model:
     return Model(config)
 
 
+def _embedding(config: ModelConfig) -> nn.Embedding:
+    return nn.Embedding(config.vocab, config.width)
+
+
+def _head(config: ModelConfig, embedding: nn.Module) -> Head:
+    if isinstance(embedding, nn.Embedding) and config.head == "token":
+        return TokenHead(config.width, embedding)
+    if config.head == "series":
+        return SeriesHead(config.width, config.outputs)
+    kind = ClassHead if config.head == "class" else NumberHead
+    return kind(config.width, config.outputs, config.documents)
+
+
+def _sinusoids(start: int, length: int, width: int) -> Tensor:
+    """``[length, width]`` sines and cosines of positions from ``start`` on, fp64, wavelengths from 2 pi to 2e4 pi."""
+    rates = 1e-4 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(start, start + length, dtype=torch.float64).unsqueeze(-1) * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
+
+
 def _check(config: ModelConfig) -> None:
-    for name in ("vocab", "width", "depth"):
+    needed = ["width", "depth"]
+    needed += [] if config.channels else ["vocab"]
+    needed += [] if config.head == "token" else ["outputs"]
+    for name in needed:
         if getattr(config, name) < 1:
             raise InputError(f"model.{name}", getattr(config, name), "at least 1")
     if not config.mixers:
         raise InputError("model.mixers", config.mixers, "at least one mixer", "for example [elementwise, chela]")
+    if config.head == "token" and config.channels:
+        raise InputError("model.head", "token", "class, numbers or series, where tokens are numbers (model.channels)")
+    if not 0 <= config.dropout < 1:
+        raise InputError("model.dropout", config.dropout, "at least 0 and less than 1")
+    if config.documents not in (1, 2):
+        raise InputError("model.documents", config.documents, "1, or 2 to be compared")
+    for name in config.mixers:
+        if name not in MIXERS:
+            fix = "name the file of one of your own in model.code"
+            if config.code:
+                fix = f"import {' and '.join(config.code)} first, if that registers it"
+            raise InputError("model.mixers", name, f"one of {', '.join(MIXERS)}", fix)
+    for name, given in config.options.items():
+        if name not in CONFIGS:
+            raise InputError(f"model.options.{name}", given, "no file of model.code registers a mixer of this name")
+
+
+def _options(config: ModelConfig, name: str) -> Any:
+    """The options of the mixer ``name``."""
+    return options(name, config.options.get(name, {})) if name in CONFIGS else getattr(config, name)

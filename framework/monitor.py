@@ -1,4 +1,7 @@
-"""What a run shows while it goes: metrics.jsonl, TensorBoard, the console, and the loss curve at the end."""
+"""What a run shows while it goes: metrics.jsonl, TensorBoard, the console, and the loss curve at the end.
+
+`charts` arranges what TensorBoard shows, `figures` draws, `probe` looks into the model, `profile` traces steps.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -19,13 +23,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from ..kernels.errors import InputError
+from . import figures
+from .charts import TAGS, hyperparameters, layout
 from .config import RunConfig, to_yaml
+from .probe import Probe
 
 matplotlib.use("Agg")
 log = logging.getLogger("longreach.monitor")
 BITS = math.log2(math.e)  # bits in a nat
+RECENT = 20  # steps whose mean training loss is a result
 
 
 class Monitor:
@@ -39,6 +48,7 @@ class Monitor:
 
     def __init__(self, run_dir: Path, config: RunConfig, first_step: int) -> None:
         self.run_dir, self.config = run_dir, config
+        self.in_bits = config.task.name == "language"  # losses are of tokens
         self.metrics, self.validations = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
         self.rows = _rows_up_to(self.metrics, first_step)
         self.held_out = _rows_up_to(self.validations, first_step)
@@ -61,6 +71,8 @@ class Monitor:
         if config.monitor.tensorboard:
             with self._charts():
                 threading.excepthook = _say_no_writer
+                with self._rewritten("layout") as board:
+                    board.add_custom_scalars(layout(config))
                 self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
                 self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.started, self.first_step = time.monotonic(), first_step
@@ -71,16 +83,20 @@ class Monitor:
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step; ``row["step"]`` counts from 1."""
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        before = self.rows[-1].get("skipped_steps", 0) if self.rows else 0
+        row["skipped_steps"] = before + (not finite)
+        if self.in_bits:
+            row["bits_per_token"] = row["loss"] * BITS
         self.rows.append(row)
         _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()})
         step = row["step"]
         with self._charts():
             for name, value in row.items():
                 if self.board is not None and name != "step" and math.isfinite(value):
-                    self.board.add_scalar(_TAGS.get(name, f"train/{name}"), value, step)
-        state = (
-            f"loss {row['loss']:.4f}  {row['bits_per_token']:.3f} bits/token  {row['tokens_per_second']:,.0f} tokens/s"
-        )
+                    self.board.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+        bits = f"{row['bits_per_token']:.3f} bits/token  " if self.in_bits else ""
+        state = f"loss {row['loss']:.4f}  {bits}{row['tokens_per_second']:,.0f} tokens/s"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, state=state)
         elif step % self.config.train.log_every == 0 or step == self.config.train.steps:
@@ -88,33 +104,76 @@ class Monitor:
             left = _clock(pace * (self.config.train.steps - step))
             self.say(f"step {step}/{self.config.train.steps}  {state}  {left} left")
 
-    def validation(self, step: int, loss: float, by_position: list[tuple[int, float]]) -> None:
-        """Record a validation: ``loss`` in nats a token, and the loss of each stretch of positions."""
-        self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
-        row = {"step": step, "loss": loss, "bits_per_token": loss * BITS, "by_position": by_position}
-        self.held_out.append(row)
-        _append(self.validations, row)
+    def validation(
+        self, step: int, loss: float, by_position: list[tuple[int, float]], metrics: dict[str, float], probe: Probe
+    ) -> None:
+        """Record a validation: ``loss`` in nats a token, the loss of each stretch of positions, what else the task
+        measures, and what a probe saw in the model.
+        """
+        row = {"step": step, "loss": loss, **metrics}
+        if self.in_bits:
+            row["bits_per_token"] = loss * BITS
+            row["gain_of_context"] = (by_position[0][1] - by_position[-1][1]) * BITS
+            self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
+        else:
+            found = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+            self.say(f"step {step}: held-out {loss:.4f}{found}")
+        if probe.outside_range is not None:
+            row["outside_range"] = probe.outside_range
+        self.held_out.append({**row, "by_position": by_position})
+        _append(self.validations, self.held_out[-1])
         if self.board is None:
             return
+        title = f"held-out, step {step}"
         with self._charts():
-            self.board.add_scalar("validation/loss", loss, step)
-            self.board.add_scalar("validation/bits_per_token", loss * BITS, step)
-            figure = Figure(figsize=(6, 3.5), layout="constrained")
-            axes = figure.subplots()
-            axes.plot(*zip(*[(position, value * BITS) for position, value in by_position], strict=True))
-            axes.set(xlabel="position in the sequence", ylabel="bits per token", title=f"held-out, step {step}")
-            self.board.add_figure("validation/by_position", figure, step)
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(TAGS.get(name, f"validation/{name}"), value, step)
+            if self.in_bits:
+                bits = [(position, value * BITS) for position, value in by_position]
+                self.board.add_figure("validation/by_position", figures.by_position(bits, title), step)
+            self.board.add_figure("figures/where_the_time_goes", figures.time_parts(self.rows), step)
+            if probe.kernels:
+                self.board.add_figure("figures/long_kernels", figures.long_kernels(probe.kernels, title), step)
+            if probe.products:
+                self.board.add_figure("figures/products", figures.products(probe.products, title), step)
+
+    def profile(self, step: int, path: Path, table: str) -> None:
+        """Show what a trace of steps found, and where it is."""
+        self.say(f"step {step}: traced in {path}; open it in https://ui.perfetto.dev or chrome://tracing")
+        if self.board is not None:
+            with self._charts():
+                self.board.add_text("profile/top_operators", f"{path}\n\n```\n{table}\n```", step)
+
+    def finish(self) -> None:
+        """Add the run, which did all its steps, to TensorBoard's table of runs: hyperparameters and what they gave."""
+        if self.board is None or not self.rows:
+            return
+        step, finite = self.rows[-1]["step"], [row for row in self.rows if _is_finite(row["loss"])]
+        results = {}
+        if self.held_out:
+            results["result/held_out"] = self.held_out[-1]["loss"]
+        if finite:
+            results["result/loss"] = fmean(row["loss"] for row in finite[-RECENT:])
+        results["result/tokens_per_second"] = median(row["tokens_per_second"] for row in self.rows)
+        with self._charts(), self._rewritten("results") as board:
+            assert board.file_writer is not None
+            for summary in hparams(hyperparameters(self.config), results):
+                board.file_writer.add_summary(summary, step)
+            for tag, value in results.items():
+                board.add_scalar(tag, value, step)
 
     def plot(self) -> Path | None:
         """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path, or None if it cannot be written."""
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        shown = [row for row in self.rows if row["bits_per_token"] is not None]
-        axes.plot([r["step"] for r in shown], [r["bits_per_token"] for r in shown], lw=0.8, label="training")
+        shown = [row for row in self.rows if _is_finite(row["loss"])]
+        scale = BITS if self.in_bits else 1.0
+        axes.plot([r["step"] for r in shown], [r["loss"] * scale for r in shown], lw=0.8, label="training")
         if self.held_out:
-            steps, bits = zip(*[(r["step"], r["bits_per_token"]) for r in self.held_out], strict=True)
-            axes.plot(steps, bits, "o-", label="held-out")
-        axes.set(xlabel="step", ylabel="bits per token", title=self.run_dir.name)
+            steps, losses = zip(*[(r["step"], r["loss"] * scale) for r in self.held_out], strict=True)
+            axes.plot(steps, losses, "o-", label="held-out")
+        axes.set(xlabel="step", ylabel="bits per token" if self.in_bits else "loss", title=self.run_dir.name)
         axes.legend()
         axes.grid(alpha=0.3)
         path = self.run_dir / "plots" / "loss.png"
@@ -135,6 +194,15 @@ class Monitor:
                 self.board.close()
 
     @contextmanager
+    def _rewritten(self, name: str) -> Iterator[SummaryWriter]:
+        """A file of TensorBoard's beside the main one; it replaces that of this name, from before a run was resumed."""
+        directory = self.run_dir / "tensorboard"
+        for old in directory.glob(f"events.out.tfevents.*.{name}"):
+            old.unlink()
+        with SummaryWriter(str(directory), filename_suffix=f".{name}") as board:
+            yield board
+
+    @contextmanager
     def _charts(self) -> Iterator[None]:
         """Where TensorBoard is written: if it cannot be, that is said once, and the run goes on without it."""
         try:
@@ -146,16 +214,9 @@ class Monitor:
             self.board = None
 
 
-_TAGS = {
-    "tokens_per_second": "speed/tokens_per_second",
-    "step_seconds": "speed/step_seconds",
-    "data_wait_seconds": "speed/data_wait_seconds",
-    "save_seconds": "speed/save_seconds",
-    "peak_memory_bytes": "memory/peak_bytes",
-    "bytes_scan": "exchange/scan_bytes",
-    "bytes_halo": "exchange/halo_bytes",
-    "bytes_by_channel": "exchange/by_channel_bytes",
-}
+def _is_finite(value: float | None) -> bool:
+    """Whether a row's value is a finite number; one read from ``metrics.jsonl`` is None if it was not."""
+    return value is not None and math.isfinite(value)
 
 
 def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:

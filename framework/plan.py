@@ -14,8 +14,9 @@ from ..parallel.mesh import Mesh, leave_world, pretend_world
 from ..parallel.recorder import Event, Recorder
 from ..parallel.traffic import Traffic
 from .config import RunConfig, validate
-from .data import Batch
+from .data import Batch, Batches
 from .engine import Engine, compare_with_nobody
+from .tasks import open_task
 from .trainer import mesh_of, num_micro_batches, peak_memory, settings_of, start_engine, train_step
 
 
@@ -70,9 +71,10 @@ class Plan:
 
 
 def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> Plan:
-    """Two training steps as one rank of ``config.parallel.ranks``, on random tokens; the second one is reported.
+    """Two training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the second
+    one is reported.
 
-    Nothing is written, and no corpus is read. The process joins a world of its own making and leaves it.
+    Nothing is written; the corpus of a language is not read. The process joins a world of its own making and leaves it.
 
     Args:
         config: of the run.
@@ -84,8 +86,7 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
     """
     validate(config)
     world, sequence = config.parallel.ranks, config.parallel.num_sequence_ranks
-    if config.model.vocab == 0:
-        config.model.vocab = 256  # bytes
+    batch = _batch(config)
     rank = sequence // 2 if rank is None else rank
     if node_size < 1:
         raise InputError("--per-node", node_size, "at least 1")
@@ -97,13 +98,13 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
     try:
         mesh = mesh_of(config)
         engine = start_engine(config, settings, mesh)
-        _step(config, engine, mesh, Traffic())  # compiles kernels, fills caches
+        _step(config, engine, mesh, batch, Traffic())  # compiles kernels, fills caches
         traffic = Traffic()
         started = time.monotonic()
-        _step(config, engine, mesh, traffic)
+        _step(config, engine, mesh, batch, traffic)
         seconds = time.monotonic() - started
         with Recorder(traffic) as recorder, FlopCounterMode(display=False) as flops:
-            _step(config, engine, mesh, traffic)
+            _step(config, engine, mesh, batch, traffic)
         lengths = -(-config.data.seq_len // sequence)
         own = max(0, min(lengths, config.data.seq_len - mesh.sequence.rank * lengths))
         return Plan(
@@ -128,11 +129,20 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
         leave_world()
 
 
-def _step(config: RunConfig, engine: Engine, mesh: Mesh, traffic: Traffic) -> None:
+def _batch(config: RunConfig) -> Batch:
+    """A micro-batch of random tokens, or of the examples of a task that needs no corpus."""
     shape = config.train.micro_batch_size, config.data.seq_len
+    if config.task.name != "language":
+        task = open_task(config.task, config.data)
+        task.fit(config.model)
+        return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
+    config.model.vocab = config.model.vocab or 256  # bytes
     tokens = torch.randint(0, config.model.vocab, shape)
     segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
-    batch = Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
+    return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
+
+
+def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic) -> None:
     train_step(config, engine, mesh, [batch] * num_micro_batches(config), 0, config.optim.lr, traffic)
     if mesh.device.type == "cuda":
         torch.cuda.synchronize()

@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +36,28 @@ from ..parallel.traffic import Traffic
 from . import checkpoint
 from .agree import compare_ranks
 from .config import OptimConfig, RunConfig, save, validate
-from .data import Batch, Index, check_labels, packed_dir, prepare, training_batches, validation_batches
+from .data import Batch
 from .engine import Engine, deepspeed_settings
+from .files import write_text
+from .heads import labelled
 from .lock import RunLock
-from .model import IGNORED, build_model
-from .monitor import BITS, Monitor
+from .model import Model, build_model
+from .monitor import Monitor
+from .probe import Probe
+from .profile import StepProfile
+from .scoring import batches_of, blocks_of, score
 from .stop import Stop
+from .tasks import Score, Task, kind_of, open_task
 from .watch import Diverged, Watch
 
 log = logging.getLogger("longreach.trainer")
-POSITION_BINS = 32  # stretches of positions in the validation figure
 
 
 @dataclass
 class Result:
     """What a run tells when it ends: steps done, held-out loss (nats a token; None if nothing was held out), its
-    directory, the loss curve, and why it ended before its last step, if it did.
+    directory, the loss curve, why it ended before its last step, if it did; and how the task's test was done, beside
+    what the simplest answer reaches.
     """
 
     step: int
@@ -59,6 +65,8 @@ class Result:
     run_dir: Path
     plot: Path | None
     stopped: str = ""
+    test: Score | None = None
+    chance: dict[str, float] = field(default_factory=dict)
 
 
 def train(config: RunConfig) -> Result:
@@ -75,28 +83,31 @@ def train(config: RunConfig) -> Result:
     join_world(config.parallel.timeout)
     mesh = mesh_of(config)
     compare_ranks(config, mesh.world)
-    index = open_corpus(config, mesh)
+    task = start_task(config, mesh)
     run_dir, lock = Path(config.run.dir), RunLock()
     engine = start_engine(config, settings, mesh)
     directory, keep = run_dir / "checkpoints", config.checkpoint
     found = checkpoint.resume(engine, directory) if keep.resume else None
     saved, state = found or (None, {"step": 0, "consumed": 0})
-    changed = [] if saved is None else _changes(config, index, state)
+    changed = [] if saved is None else _changes(config, task, state)
     kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
     saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
-    first_alone(lambda: _start_run_dir(run_dir, config, lock), mesh.world)
+    first_alone(lambda: _start_run_dir(run_dir, config, task, lock), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
-        monitor.say(_introduction(config, index, engine.num_parameters, mesh))
+        monitor.say(_introduction(config, task, engine.num_parameters, mesh))
         if saved is not None:
             monitor.say(_continuation(saved, state["step"], config.train.steps))
         for line in changed:
             monitor.say(line)
     try:
         with Stop(config.train.time_limit) as stop, Pulse(mesh.world, config.parallel.timeout, _give_up) as pulse:
-            stopped = _loop(config, engine, mesh, index, state, run_dir, monitor, saver, stop, pulse)
+            stopped = _loop(config, engine, mesh, task, state, run_dir, monitor, saver, stop, pulse)
+        test = None if stopped else test_model(config, engine, mesh, task, state["step"], run_dir)
+        if monitor is not None and not stopped:
+            monitor.finish()
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     finally:
         if monitor is not None:
@@ -104,7 +115,7 @@ def train(config: RunConfig) -> Result:
         lock.release()
     gather_values([0.0], mesh.world)  # so that no rank goes while the first one writes
     engine.close()
-    return Result(state["step"], state.get("held_out"), run_dir, plot, stopped)
+    return Result(state["step"], state.get("held_out"), run_dir, plot, stopped, test, task.chance)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _loop(
     config: RunConfig,
     engine: Engine,
     mesh: Mesh,
-    index: Index,
+    task: Task,
     state: dict[str, Any],
     run_dir: Path,
     monitor: Monitor | None,
@@ -151,16 +162,16 @@ def _loop(
 ) -> str:
     """Steps, validations and checkpoints until ``train.steps``; why it ended before, if it did."""
     train = config.train
-    traffic, watch = Traffic(), Watch(config.train)
-    batches = training_batches(
-        index,
-        config.data,
-        seed=config.run.seed,
-        micro_batch_size=train.micro_batch_size,
-        data_rank=mesh.data.rank,
-        num_data_ranks=mesh.data.size,
-    )
+    traffic, watch = Traffic(mesh.device), Watch(config.train)
+    batches = batches_of(config, mesh, task, "train", config.run.seed)
     micro_batches = batches.iterate(state["consumed"], train.steps - state["step"])
+    profile = StepProfile(
+        config.monitor.profile_steps,
+        run_dir,
+        mesh.world.rank,
+        engine.module,
+        lambda *found: monitor.profile(*found) if monitor is not None else None,
+    )
     stopped, save_seconds = "", 0.0
     while state["step"] < train.steps and not stopped:
         pulse.at(f"in step {state['step'] + 1}")
@@ -168,7 +179,7 @@ def _loop(
         batch = list(islice(micro_batches, batches.num_micro_batches))
         waited = time.monotonic() - started
         lr = learning_rate(config.optim, state["step"], train.steps)
-        with _recorder(config, mesh, run_dir, traffic, state["step"]):
+        with _recorder(config, mesh, run_dir, traffic, state["step"]), profile.step(state["step"] + 1):
             row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
         try:
             notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
@@ -194,16 +205,17 @@ def _loop(
         last = state["step"] == train.steps
         stopped = "" if last else stop.reason(mesh.world)
         if last or (train.validate_every and state["step"] % train.validate_every == 0 and not stopped):
-            state["held_out"] = validate_model(config, engine, mesh, index, state["step"], monitor)
+            state["held_out"] = validate_model(config, engine, mesh, task, state["step"], monitor)
         pulse.at(f"after step {state['step']}")
         saving = time.monotonic()
         saver.poll()
         every = config.checkpoint.every
         if last or stopped or (every and state["step"] % every == 0):
-            saver.start({**state, **_identity(config, index)})
+            saver.start({**state, **_identity(config, task)})
         if last or stopped:
             saver.wait()
         save_seconds = time.monotonic() - saving
+    profile.finish()
     return stopped
 
 
@@ -225,11 +237,17 @@ def train_step(
         traffic: counts what is exchanged.
 
     Returns:
-        ``loss`` (nats a labelled token), ``bits_per_token``, ``penalty``, ``lr``, ``grad_norm``,
-        ``peak_memory_bytes``: over all ranks.
+        ``loss`` (nats, or squared errors, a labelled token), ``penalty``, ``lr``, ``grad_norm``,
+        ``peak_memory_bytes``: over all ranks. And where this rank's time went, four parts of it: ``exchange_seconds``
+        in the verbs' exchanges and in agreeing on sums, ``zero_seconds`` in DeepSpeed's collectives,
+        ``optimizer_seconds`` in the rest of the engine's step, ``compute_seconds`` for all else: forward and backward.
     """
-    labelled = float(sum(int((micro.labels != IGNORED).sum()) for micro in batch))
-    count = sum(row[0] for row in gather_values([labelled], mesh.data))
+    started = time.monotonic()
+    for stopwatch in (traffic.waiting, engine.waiting):
+        stopwatch.read()  # what came before counts elsewhere
+    num_labels = float(sum(int(labelled(micro.labels).sum()) for micro in batch))
+    with traffic.waiting:
+        count = sum(row[0] for row in gather_values([num_labels], mesh.data))
     if count == 0:
         indices = torch.cat([micro.indices for micro in batch]).tolist()
         allowed = "must hold a token that has a next one in its document"
@@ -257,69 +275,66 @@ def train_step(
             return nll.sum() / count + penalty / summands
 
         streaming.train(spans, advance, summand, engine.backward, park=config.parallel.park_carries)
+    reducing, stepping = engine.waiting.read(), time.monotonic()
     grad_norm = engine.step(lr)
-    rows_all = gather_values([nll_sum, penalty_sum, peak_memory(mesh)], mesh.world)
+    gathering = engine.waiting.read()
+    optimizer_seconds = max(0.0, time.monotonic() - stepping - gathering)
+    with traffic.waiting:
+        rows_all = gather_values([nll_sum, penalty_sum, peak_memory(mesh)], mesh.world)
+    exchange_seconds, zero_seconds = traffic.waiting.read(), reducing + gathering
+    elsewhere = exchange_seconds + zero_seconds + optimizer_seconds
     loss = sum(row[0] for row in rows_all) / count
     return {
         "loss": loss,
-        "bits_per_token": loss * BITS,
         "penalty": sum(row[1] for row in rows_all),
         "lr": lr,
         "grad_norm": grad_norm,
         "peak_memory_bytes": max(row[2] for row in rows_all),
+        "compute_seconds": max(0.0, time.monotonic() - started - elsewhere),
+        "exchange_seconds": exchange_seconds,
+        "zero_seconds": zero_seconds,
+        "optimizer_seconds": optimizer_seconds,
     }
 
 
-def blocks_of(batch: Batch, config: RunConfig, mesh: Mesh, noise: Tensor | None, traffic: Traffic) -> list[Span]:
-    """This rank's spans of a micro-batch of whole sequences: one a block, a single one where nothing is streamed."""
-    length, block_len = batch.tokens.shape[1], config.parallel.block_len
-    return streaming.blocks(mesh, length, block_len, segments=batch.segments, noise=noise, traffic=traffic)
-
-
-@torch.no_grad()
 def validate_model(
-    config: RunConfig, engine: Engine, mesh: Mesh, index: Index, step: int, monitor: Monitor | None
+    config: RunConfig, engine: Engine, mesh: Mesh, task: Task, step: int, monitor: Monitor | None
 ) -> float | None:
-    """Mean loss (nats a token) over the held-out windows, shown with its course over positions; None if none is
-    held out, or none that was read has a label.
+    """Mean loss over the held-out examples, shown with its course over positions; None if none is held out, or none
+    that was read has a label.
     """
-    if not index.splits["valid"].num_tokens:
-        return None
-    batches = validation_batches(
-        index,
-        config.data,
-        micro_batch_size=config.train.micro_batch_size,
-        data_rank=mesh.data.rank,
-        num_data_ranks=mesh.data.size,
-    )
-    bins = torch.zeros(2, POSITION_BINS, dtype=torch.float64)
+    probe = Probe(engine.module, wanted=monitor is not None)
+    found = _score(config, engine, mesh, task, "valid", config.train.validate_batches, probe)
+    if found is not None and monitor is not None:
+        monitor.validation(step, found.loss, found.by_position, found.metrics, probe)
+    return None if found is None else found.loss
+
+
+def _score(config: RunConfig, engine: Engine, mesh: Mesh, task: Task, *what: Any) -> Score | None:
     engine.eval()
-    for micro in batches.iterate(num_steps=config.train.validate_batches or None):
-
-        def add(span: Span, micro: Batch = micro) -> None:
-            labels = span.take(micro.labels)
-            nll, _ = engine(span.take(micro.tokens).to(mesh.device), span=span, labels=labels.to(mesh.device))
-            place = torch.arange(span.position, span.position + labels.shape[1])
-            place = (place * POSITION_BINS // config.data.seq_len).expand_as(labels).flatten()
-            bins[0].index_add_(0, place, nll.double().cpu().flatten())
-            bins[1].index_add_(0, place, (labels != IGNORED).double().flatten())
-
-        for _ in streaming.read(blocks_of(micro, config, mesh, noise=None, traffic=Traffic()), add):
-            pass
+    found = score(config, engine, cast(Model, engine.module).head, mesh, task, *what)
     engine.train()
-    rows = gather_values(bins.flatten().tolist(), mesh.world)
-    totals = torch.tensor(rows, dtype=torch.float64).sum(0).view(2, POSITION_BINS)
-    if not totals[1].any():
-        return None
-    loss = float(totals[0].sum() / totals[1].sum())
-    if monitor is not None:
-        by_position = [
-            (int((place + 0.5) * config.data.seq_len / POSITION_BINS), float(total / count))
-            for place, (total, count) in enumerate(totals.T.tolist())
-            if count
-        ]
-        monitor.validation(step, loss, by_position)
-    return loss
+    return found
+
+
+def test_model(config: RunConfig, engine: Engine, mesh: Mesh, task: Task, step: int, run_dir: Path) -> Score | None:
+    """How the model does in the task's test, also written to ``result.json``; None where the task has none."""
+    found = _score(config, engine, mesh, task, "test") if "test" in task.splits else None
+    if found is not None and mesh.world.rank == 0:
+        result = {
+            "task": asdict(config.task),
+            "title": task.title,
+            "mixers": config.model.mixers,
+            "seed": config.run.seed,
+            "step": step,
+            "num_parameters": engine.num_parameters,
+            "num_labels": found.num_labels,
+            "loss": found.loss,
+            "metrics": found.metrics,
+            "chance": task.chance,
+        }
+        write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    return found
 
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
@@ -332,18 +347,12 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     return optim.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def open_corpus(config: RunConfig, mesh: Mesh) -> Index:
-    """Pack and check the corpus on the first rank, then open it on all; fills in ``model.vocab`` where it is 0."""
-    first_alone(lambda: _prepare(config), mesh.world)
-    index = Index.load(packed_dir(config.data), verify=False, timeout=config.data.timeout)
-    check_labels(index, config.data)
-    config.model.vocab = config.model.vocab or int(index.vocabulary["size"])
-    index.check_vocab(config.model.vocab)
-    return index
-
-
-def _prepare(config: RunConfig) -> None:
-    prepare(config.data)
+def start_task(config: RunConfig, mesh: Mesh) -> Task:
+    """The task with its data, made ready on the first rank and opened on all; fills in what the model takes from it."""
+    first_alone(lambda: kind_of(config.task).prepare(config.data), mesh.world)
+    task = open_task(config.task, config.data)
+    task.fit(config.model)
+    return task
 
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -401,11 +410,12 @@ def _give_up(why: str) -> None:
     os._exit(1)
 
 
-def _start_run_dir(run_dir: Path, config: RunConfig, lock: RunLock) -> None:
+def _start_run_dir(run_dir: Path, config: RunConfig, task: Task, lock: RunLock) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(run_dir)
         save(config, run_dir / "config.yaml")
+        task.keep(run_dir)
     except OSError as error:
         raise InputError(
             "run.dir", str(run_dir), f"must be a writable directory ({error.strerror})", "set run.dir"
@@ -419,18 +429,18 @@ def peak_memory(mesh: Mesh) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _identity(config: RunConfig, index: Index) -> dict[str, Any]:
+def _identity(config: RunConfig, task: Task) -> dict[str, Any]:
     """What a resumed run must have in common to be the same run."""
-    return {"seed": config.run.seed, "batch_size": config.data.batch_size, "data": index.fingerprint}
+    return {"seed": config.run.seed, "batch_size": config.data.batch_size, "data": task.fingerprint}
 
 
-def _changes(config: RunConfig, index: Index, state: dict[str, Any]) -> list[str]:
+def _changes(config: RunConfig, task: Task, state: dict[str, Any]) -> list[str]:
     """What is no longer exact in a run that is continued, a line each.
 
     Raises:
         InputError: the corpus is another one.
     """
-    now = _identity(config, index)
+    now = _identity(config, task)
     if not checkpoint.is_count(state.get("consumed")):
         raise InputError("checkpoints", config.run.dir, "do not say how far the data was read: no training wrote them")
     if state.get("data") != now["data"] and not config.data.accept_change:
@@ -445,11 +455,11 @@ def _changes(config: RunConfig, index: Index, state: dict[str, Any]) -> list[str
     ]
 
 
-def _introduction(config: RunConfig, index: Index, num_parameters: int, mesh: Mesh) -> str:
+def _introduction(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh) -> str:
     mixers, ranks = ", ".join(config.model.mixers), mesh.sequence.size
     return (
         f"{num_parameters:,} parameters ({mixers}; width {config.model.width}, depth {config.model.depth}), "
-        f"{index.splits['train'].num_tokens:,} training tokens in {index.name}, "
+        f"{task.introduction()}, "
         f"sequences of {config.data.seq_len:,} tokens on {ranks} rank{'s' * (ranks > 1)}, {mesh.data.size} at once"
     )
 

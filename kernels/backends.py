@@ -57,10 +57,20 @@ class Backends(Generic[T]):
             self._chosen[key] = self._choose(backend, device.type, case)
         return self._chosen[key]
 
+    def automatic(self, device: str, *case: Hashable) -> tuple[str, dict[str, str]]:
+        """What "auto" takes on such a device, and what each that is preferred to it lacks, by name."""
+        missing = {}
+        for name, option in self.options.items():
+            if lack := option.lacks(device, *case):
+                missing[name] = lack
+            else:
+                return name, missing
+        raise AssertionError(f"{self.operator}: no implementation runs everywhere")
+
     def _choose(self, backend: str, device: str, case: tuple[Hashable, ...]) -> T:
         field = f"{self.operator}: backend"
         if backend == "auto":
-            backend = next(name for name, option in self.options.items() if not option.lacks(device, *case))
+            backend = self.automatic(device, *case)[0]
             if (device, backend) not in self._said and not torch.compiler.is_dynamo_compiling():  # no logging there
                 self._said.add((device, backend))
                 log.info("%s on %s runs %s", self.operator, device, backend)

@@ -1,17 +1,25 @@
-"""The command line: ``longreach train | evaluate | generate | pack | export | bench | doctor``."""
+"""The command line: ``longreach train | evaluate | generate | pack | tokenizer | export | bench | doctor |
+completion``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..kernels.errors import InputError
 from . import train as train_command
+from .examples import EXAMPLES
+
+if TYPE_CHECKING:
+    from ..framework.tasks import Score, Task
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -39,15 +47,28 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_arguments(train)
     train.set_defaults(command=train_command.run)
 
-    evaluate = commands.add_parser("evaluate", help="bits per byte of held-out documents, or of a file of any length")
-    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
-    evaluate.add_argument("--source", metavar="FILE", help="score this file as one sequence")
+    evaluate = commands.add_parser("evaluate", help="bits per byte of held-out documents, or of files of any length")
+    evaluate.add_argument(
+        "run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart, or an export"
+    )
+    source_help = "score these files, and the files of these folders, each as one sequence of any length"
+    evaluate.add_argument("--source", metavar="PATH", nargs="+", default=[], help=source_help)
+    document_help = "a table of documents; held-out ones are one sequence each too, from an empty past"
+    evaluate.add_argument("--by-document", action="store_true", help=document_help)
+    contexts_help = "score again with the past forgotten every so many tokens: does more context help?"
+    evaluate.add_argument("--contexts", metavar="N,N", default="", help=contexts_help)
+    evaluate.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    evaluate.add_argument("--figure", metavar="FILE.png", help="plot bits per byte by position, and by context")
     evaluate.add_argument("--batches", type=int, default=0, help="held-out batches to read; 0 reads all")
+    overrides_help = "replaces a value of the run's config: data.seq_len=1048576, say"
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=overrides_help)
     evaluate.set_defaults(command=_evaluate)
 
     generate = commands.add_parser("generate", help="continue a text")
-    generate.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
-    prompt_help = "text to continue; @FILE reads a file; several are continued in turn, each as if it were alone"
+    generate.add_argument(
+        "run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart, or an export"
+    )
+    prompt_help = "text to continue; @FILE reads a file; several are continued side by side, each as if it were alone"
     generate.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=prompt_help)
     generate.add_argument("--tokens", type=int, default=256, help="how many to write (default 256)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
@@ -60,14 +81,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
-    pack.add_argument(
-        "source", metavar="SOURCE", help="a file, a folder, tar shards, or cpython for this Python's own library"
-    )
+    _add_source(pack)
     pack.add_argument("out_dir", metavar="OUT_DIR")
     pack.add_argument("--name", default="", help="what the corpus is called (default: the source's name)")
-    pack.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
-    pack.add_argument("--max-bad", type=int, metavar="N", default=0, help="leave out up to N bad samples of shards (0)")
+    pack.add_argument("--tokenizer", metavar="FILE", default="", help="pack tokens of this tokenizer.json, not bytes")
+    vocab_help = "train a tokenizer of N tokens and pack those; of .npy arrays, what their ids are below"
+    pack.add_argument("--vocab", type=int, metavar="N", default=0, help=vocab_help)
     pack.set_defaults(command=_pack)
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on the documents that are not held out")
+    _add_source(tokenizer)
+    tokenizer.add_argument("file", metavar="FILE", help="tokenizer.json to be made")
+    tokenizer.add_argument("--vocab", type=int, metavar="N", default=8192, help="how many tokens (8192)")
+    tokenizer.set_defaults(command=_tokenizer)
 
     export = commands.add_parser("export", help="write a run's newest model as safetensors, to be loaded anywhere")
     export.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
@@ -76,9 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="check and measure on this machine: kernels, memory or parallel",
+        help="check and measure on this machine: kernels, memory, parallel or decode",
         description=_BENCH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument(
         "name",
@@ -89,15 +114,37 @@ def _parser() -> argparse.ArgumentParser:
         help=", ".join(_BENCH_OPTIONS),
     )
     bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the results go")
-    bench.add_argument("--threads", type=int, help="kernels, memory: processor threads; 0, the default, takes all")
-    bench.add_argument("--longest", type=int, help="kernels, memory: tokens up to which it measures (default 2^20)")
+    bench.add_argument("--threads", type=int, help="processor threads (default 0: all; decode: 1; not parallel)")
+    bench.add_argument("--longest", type=int, help="tokens up to which it measures (default 2^20; not parallel)")
     bench.add_argument("--seconds", type=float, help="memory: what a step that is not streamed may take (300)")
-    bench.add_argument("--memory-gib", type=float, help="memory: and its resident memory (12)")
+    bench.add_argument(
+        "--memory-gib", type=float, help="memory: and its resident memory (12); decode: that of the past of softmax (4)"
+    )
     bench.set_defaults(command=_bench)
 
     doctor = commands.add_parser("doctor", help="check this machine before a job")
+    doctor.add_argument("directory", metavar="DIR", nargs="?", default=".", help="that takes the runs (default: this)")
+    doctor.add_argument("--json", metavar="FILE", help="also append the findings to a file, as one line")
     doctor.set_defaults(command=_doctor)
+
+    completion = commands.add_parser("completion", help="print what a shell needs to complete these commands")
+    completion.add_argument("shell", metavar="SHELL", choices=["bash", "zsh"], help="bash or zsh")
+    completion.set_defaults(command=_completion)
+
+    for name, command in commands.choices.items():
+        if name in EXAMPLES:
+            command.epilog = f"examples:{EXAMPLES[name]}"
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """What is read, and which of it; for `pack` and `tokenizer`."""
+    source_help = "a file or folder of text, JSONL, FASTA or .npy ids, tar shards, or cpython for Python's own library"
+    parser.add_argument("source", metavar="SOURCE", help=source_help)
+    parser.add_argument("--valid-fraction", type=float, default=0.05, help="part of the documents held out (0.05)")
+    parser.add_argument("--field", default="text", metavar="NAME", help="of a line of JSONL that holds the text (text)")
+    parser.add_argument("--max-bad", type=int, metavar="N", default=0, help="leave out up to N bad documents (0)")
 
 
 _TRAIN = """Train as CONFIG says. Starts parallel.ranks local ranks itself; under torchrun or deepspeed
@@ -108,57 +155,137 @@ _BENCH = """Measure on this machine: a table, a JSON and a plot, with machine, c
   kernels   checks the operators, then times them against what bounds them and what they replace (the default)
   memory    peak memory of a training step against the sequence's length: softmax, whole, and streamed in blocks
   parallel  ranks on gloo: training speed of two against one, and the bytes and time that a layer exchanges, beside
-            DeepSpeed's Ulysses and ring attention"""
+            DeepSpeed's Ulysses and ring attention
+  decode    tokens a second and bytes of state against the position, beside softmax attention with its cache"""
 _BENCH_OPTIONS: dict[str, dict[str, int]] = {  # the options of each, and their least values
     "kernels": {"threads": 0, "longest": 16_384},
     "memory": {"threads": 0, "longest": 1, "seconds": 1, "memory_gib": 0},
     "parallel": {},
+    "decode": {"threads": 0, "longest": 4096, "memory_gib": 0},
 }
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ..framework.evaluate import evaluate
-
     if arguments.batches < 0:
         raise InputError("--batches", arguments.batches, "at least 0")
-    score = evaluate(arguments.run_dir, arguments.source, arguments.batches)
-    print(f"{score.num_tokens:,} tokens: {score.loss:.4f} nats, {score.bits_per_token:.4f} bits per token")
-    print("from position   bits per token")
-    for position, loss in score.by_position:
-        print(f"{position:13,}   {loss / score.loss * score.bits_per_token:.4f}")
+    if arguments.batches and (arguments.source or arguments.by_document):
+        raise InputError("--batches", arguments.batches, "for the windows that training validates with", "leave it out")
+    contexts = _contexts(arguments.contexts)
+    for option in ("json", "figure"):
+        _check_file(f"--{option}", getattr(arguments, option))
+    if arguments.figure and Path(arguments.figure).suffix != ".png":
+        raise InputError("--figure", arguments.figure, "a name that ends in .png")
+    from ..framework.evaluate import evaluate, evaluate_task, has_test, plot, write_json
+
+    if has_test(arguments.run_dir):
+        if arguments.source or arguments.by_document or contexts or arguments.batches or arguments.figure:
+            allowed = "is of a task: only --json and key=value say how it is scored"
+            raise InputError("RUN_DIR", arguments.run_dir, allowed)
+        return _evaluate_task(*evaluate_task(arguments.run_dir, arguments.overrides), arguments.json)
+    found = evaluate(
+        arguments.run_dir,
+        arguments.source,
+        overrides=arguments.overrides,
+        by_document=arguments.by_document,
+        max_batches=arguments.batches,
+        contexts=contexts,
+    )
+    whole = found.score.whole
+    print(
+        f"{whole.num_tokens:,} tokens: {whole.loss:.4f} nats, {whole.bits_per_byte:.4f} bits per {found.unit}, "
+        f"perplexity {whole.perplexity:.3f}"
+    )
+    print(f"from position{f'bits per {found.unit}':>16}   standard error       tokens")
+    for one in found.score.by_position:
+        print(f"{one.first:13,}{found.bits(one.loss):16.4f}{found.bits(one.error):17.4f}{one.num_tokens:13,}")
+    if found.by_context:
+        print(f"past forgotten every{f'bits per {found.unit}':>16}")
+        for context, figure in found.by_context:
+            print(f"{context:13,} tokens{figure.bits_per_byte:16.4f}")
+        print(f"{'never':>20}{whole.bits_per_byte:16.4f}")
+    if arguments.by_document:
+        print(f"       tokens      nats{f'bits per {found.unit}':>16}   perplexity   document")
+        for name, figure in found.score.documents:
+            words = f"{figure.loss:10.4f}{figure.bits_per_byte:16.4f}{figure.perplexity:13.3f}"
+            print(f"{figure.num_tokens:13,}{words}   {name if name.isprintable() else ascii(name)}")
+    try:
+        if arguments.json:
+            write_json(found, Path(arguments.json))
+        if arguments.figure:
+            plot(found, Path(arguments.figure), arguments.run_dir)
+    except OSError as error:
+        raise InputError("--json or --figure", error.filename, f"cannot be written: {error.strerror}") from None
     return 0
+
+
+def _evaluate_task(task: Task, found: Score | None, json_file: str | None) -> int:
+    if found is None:
+        raise InputError("data", task.title, "an example to be scored")
+    print(f"{task.title}: {found.num_labels:,} answers, loss {found.loss:.4f}")
+    for name, value in found.metrics.items():
+        print(f"{name:>12}{value:10.4f}   (the simplest answer: {task.chance[name]:.4f})")
+    if json_file:
+        Path(json_file).write_text(json.dumps({**asdict(found), "chance": task.chance}, indent=2) + "\n")
+    return 0
+
+
+def _contexts(text: str) -> list[int]:
+    """The numbers of ``--contexts``."""
+    try:
+        found = [int(word) for word in text.split(",") if word]
+    except ValueError:
+        found = [0]
+    if any(number < 1 for number in found):
+        raise InputError("--contexts", text, "numbers of tokens, at least 1", "for example 256,1024,4096")
+    return found
+
+
+def _check_file(option: str, path: str | None) -> None:
+    """Raise `InputError` unless a file can be made there."""
+    if path is not None:
+        place = Path(path)
+        if (place.exists() and not place.is_file()) or not place.parent.is_dir():
+            raise InputError(option, path, "a file in a directory that exists")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     _check_generate(arguments)
     prompts = [_prompt(text) for text in arguments.prompt] or [b""]  # nothing more to read
+    from ..framework.data import load_vocabulary
     from ..framework.data.progress import progress
-    from ..framework.generate import Decoder, decode_stream, encode, load_run
+    from ..framework.generate import Decoder, continuations, decode_stream, encode, load_run
 
     _, model = load_run(arguments.run_dir)
+    vocabulary = load_vocabulary(arguments.run_dir)
+    read = [encode(prompt, vocabulary) if prompt else None for prompt in prompts]
     if arguments.carry_in:
         start = Decoder.load(model, arguments.carry_in, arguments.seed)
         if start.rows > 1:
             raise InputError("--carry-in", arguments.carry_in, f"one text, not {start.rows} side by side")
     else:
         start = Decoder(model, arguments.seed or 0)
-    for number, prompt in enumerate(prompts, 1):
-        decoder = start.fork()
-        if prompt:
-            with progress("reading the prompt", len(prompt)) as advance:
-                decoder.read(encode(prompt), advance)
+    decoders = [start.fork() for _ in prompts]
+    for decoder, given in zip(decoders, read, strict=True):
+        if given is not None:
+            with progress("reading the prompt", given.shape[1]) as advance:
+                decoder.read(given, advance)
+    texts = continuations(
+        decoders,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+    )
+    for number, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True), 1):
         if len(prompts) > 1:
             sys.stdout.write(f"prompt {number} of {len(prompts)}:\n")
         sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-        tokens = decoder.write(
-            arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
-        )
-        for text in decode_stream(int(token) for token in tokens):
+        for text in decode_stream(tokens, vocabulary):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
-        if arguments.carry_out:
-            decoder.save(arguments.carry_out)
+    if arguments.carry_out:
+        decoders[0].save(arguments.carry_out)
     return 0
 
 
@@ -176,12 +303,9 @@ def _check_generate(arguments: argparse.Namespace) -> None:
         raise InputError("--top-p", arguments.top_p, "more than 0, at most 1")
     if not arguments.prompt and not arguments.carry_in:
         raise InputError("--prompt", None, "a text, or --carry-in to go on with one", "see longreach generate --help")
-    if arguments.carry_out:
-        if len(arguments.prompt) > 1:
-            raise InputError("--carry-out", arguments.carry_out, "one --prompt at a time has a state to save")
-        place = Path(arguments.carry_out)
-        if (place.exists() and not place.is_file()) or not place.parent.is_dir():
-            raise InputError("--carry-out", arguments.carry_out, "a file in a directory that exists")
+    if arguments.carry_out and len(arguments.prompt) > 1:
+        raise InputError("--carry-out", arguments.carry_out, "one --prompt at a time has a state to save")
+    _check_file("--carry-out", arguments.carry_out)
 
 
 def _prompt(text: str) -> bytes:
@@ -200,13 +324,13 @@ def _prompt(text: str) -> bytes:
 def _pack(arguments: argparse.Namespace) -> int:
     from ..framework.data import BASELINES, DataConfig, packed_dir, prepare
 
-    if not 0 <= arguments.valid_fraction < 1:
-        raise InputError("--valid-fraction", arguments.valid_fraction, "from 0 to less than 1")
-    if arguments.max_bad < 0:
-        raise InputError("--max-bad", arguments.max_bad, "at least 0")
+    _check_source(arguments)
     data = DataConfig(
         source=arguments.source,
         name=arguments.name,
+        tokenizer=arguments.tokenizer,
+        vocab=arguments.vocab,
+        field=arguments.field,
         cache=arguments.out_dir,
         valid_fraction=arguments.valid_fraction,
         max_bad_samples=arguments.max_bad,
@@ -217,7 +341,9 @@ def _pack(arguments: argparse.Namespace) -> int:
         raise InputError("SOURCE", arguments.source, "is packed already", f"train with data.source={arguments.source}")
     index = prepare(data)
     for name, split in index.splits.items():
-        print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {len(split.shards)} shards")
+        num_bytes = f" of {split.num_bytes:,} bytes" if split.num_bytes not in (0, split.num_tokens) else ""
+        counts = f"{split.num_documents:,} documents, {split.num_tokens:,} tokens{num_bytes}"
+        print(f"{name}: {counts}, {len(split.shards)} shards")
     if num_bad := index.source.get("num_bad_samples"):
         print(f"left out: {num_bad} bad samples")
     for key, label in BASELINES.items():
@@ -225,6 +351,30 @@ def _pack(arguments: argparse.Namespace) -> int:
             print(f"valid, {label}: {index.baselines[key]:.3f} bits per byte")
     print(f"packed into {index.directory}")
     return 0
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    from ..framework.data.bpe import make_tokenizer
+
+    _check_source(arguments)
+    made = make_tokenizer(
+        arguments.source,
+        arguments.file,
+        arguments.vocab,
+        valid_fraction=arguments.valid_fraction,
+        field=arguments.field,
+        max_bad_samples=arguments.max_bad,
+    )
+    print(f"{made.size:,} tokens: {arguments.file}")
+    return 0
+
+
+def _check_source(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for the options of `_add_source`."""
+    if not 0 <= arguments.valid_fraction < 1:
+        raise InputError("--valid-fraction", arguments.valid_fraction, "from 0 to less than 1")
+    if arguments.max_bad < 0:
+        raise InputError("--max-bad", arguments.max_bad, "at least 0")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -256,6 +406,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from .bench.parallel import parallel
 
         return parallel(arguments.out, **options)
+    if arguments.name == "decode":
+        from .bench.decode import decode
+
+        return decode(arguments.out, **options)
     from .bench.kernels import kernels
 
     return kernels(arguments.out, **options)
@@ -264,4 +418,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import doctor
 
-    return doctor()
+    return doctor(arguments.directory, arguments.json)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from .completion import script
+
+    print(script(_parser(), arguments.shell))
+    return 0

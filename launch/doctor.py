@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
 
 from .. import __version__
+from ..kernels.errors import InputError
+from .measure import copy_bandwidth, write_bandwidth
 
 PACKAGES = ("torch", "triton", "deepspeed", "omegaconf", "webdataset", "tensorboard", "safetensors")
-LOW_DISK_BYTES = 5 * 2**30
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"  # not where longreach was installed from a wheel
+GIB = 2**30
+LOW_DISK, LOW_SHM, FEW_FILES = 5 * GIB, GIB, 4096
+SECONDS = 3.0  # to wait for MASTER_ADDR
+PORT = 29500  # torchrun's default
 
 
 @dataclass(frozen=True)
@@ -27,32 +41,80 @@ class Finding:
     text: str
 
 
-def doctor() -> int:
-    """Print every finding; returns 1 if a job would not run here."""
-    bad = 0
-    for check in CHECKS:
-        for finding in _findings(check, check.__name__.strip("_")):
-            bad += finding.level == "bad"
+def doctor(directory: str = ".", json_file: str | None = None) -> int:
+    """Print every finding; returns 1 if a job would not run here.
+
+    Args:
+        directory: that will take the runs.
+        json_file: is given one more line: host, time (UTC), number of bad findings, and the findings.
+    """
+    checks = (
+        _software,
+        _devices,
+        _backends,
+        _memory,
+        _network,
+        _rendezvous,
+        _links,
+        partial(_disk, directory),
+        _limits,
+    )
+    findings = []
+    for check in checks:
+        for finding in _findings(check):
+            findings.append(finding)
             print(f"{finding.level:<5} {finding.topic:<12} {finding.text}", flush=True)
+    bad = sum(finding.level == "bad" for finding in findings)
     print("a job runs here" if not bad else f"lines marked bad: {bad}; a job would not run here")
+    if json_file:
+        _append(json_file, {"bad": bad, "findings": [asdict(finding) for finding in findings]})
     return 1 if bad else 0
 
 
-def _findings(check: Callable[[], Iterator[Finding]], topic: str) -> Iterator[Finding]:
+def _append(json_file: str, result: dict[str, Any]) -> None:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = json.dumps({"host": socket.gethostname(), "time": now, "longreach": __version__, **result})
+    try:
+        with open(json_file, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise InputError("--json", json_file, f"cannot be written: {error.strerror}") from None
+
+
+def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:  # whatever it is, the user must see it here and not in a job
-        yield Finding("bad", topic, f"{type(error).__name__}: {error}")
+        name = check.func.__name__ if isinstance(check, partial) else check.__name__
+        yield Finding("bad", name.strip("_"), f"{type(error).__name__}: {error}")
 
 
 def _software() -> Iterator[Finding]:
     yield Finding("ok", "longreach", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    tested = _tested()
     for package in PACKAGES:
         try:
-            yield Finding("ok", package, version(package))
+            found = version(package)
         except PackageNotFoundError:
             optional = package == "triton" and sys.platform != "linux"
             yield Finding("note" if optional else "bad", package, f"not installed; pip install {package}")
+            continue
+        wanted = tested.get(package, "")
+        if wanted and found.split("+")[0] != wanted:
+            yield Finding("note", package, f"{found}, tested with {wanted}; pip install -c constraints.txt {package}")
+        else:
+            yield Finding("ok", package, found)
+
+
+def _tested() -> dict[str, str]:
+    """The versions of `CONSTRAINTS` for this Python, by package; none if there is no such file."""
+    if not CONSTRAINTS.is_file():
+        return {}
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {
+        pin.name: str(pin.specifier).removeprefix("==") for pin in pins if pin.marker is None or pin.marker.evaluate()
+    }
 
 
 def _devices() -> Iterator[Finding]:
@@ -61,87 +123,152 @@ def _devices() -> Iterator[Finding]:
     from ..kernels.native import compiler
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("ok", "cpu", f"{cores} cores, {_memory_bytes() / 2**30:.1f} GiB of memory")
+    memory = psutil.virtual_memory()
+    text = f"{cores} cores, {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of memory free"
+    yield Finding("ok", "cpu", text)
     if not torch.cuda.is_available():
         yield Finding("note", "gpu", "none that torch can use: ranks compute on the CPU and exchange by gloo")
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        text = f"{number}: {properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        yield Finding("ok", "gpu", text)
-    if not compiler():
-        yield Finding("note", "compiler", "no C++ compiler: on a CPU the operators run in PyTorch, more slowly")
+        used = "; others use it, see nvidia-smi" if free < 0.9 * total else ""
+        text = f"{number}: {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{used}"
+        yield Finding("note" if used else "ok", "gpu", text)
+    if driver := _driver():
+        yield Finding("ok", "driver", f"{driver}, torch was built for CUDA {torch.version.cuda}")
+    if compiler():
+        yield Finding("ok", "compiler", " ".join(compiler()))
+    else:
+        fix = "install g++, or name one by CXX"
+        yield Finding("note", "compiler", f"none for C++: on a CPU the operators run in PyTorch, more slowly; {fix}")
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; "" where there is none."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _backends() -> Iterator[Finding]:
-    """Which implementation of each operator "auto" takes here, as the operators say when they run."""
+    """Which implementation of each operator "auto" takes here, and why; each is run once."""
     import torch
 
-    from ..kernels.elementwise import elementwise_attention
-    from ..kernels.linear_attention import linear_attention
-    from ..kernels.long_conv import long_conv
-    from ..kernels.short_conv import short_conv
+    from ..kernels import elementwise, linear_attention, long_conv, short_conv
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, heads = torch.ones(1, 8, 4, device=device), torch.ones(1, 8, 2, 2, device=device)
-    runs: tuple[Callable[[], object], ...] = (
-        lambda: elementwise_attention(x, x, x),
-        lambda: linear_attention(heads, heads, heads),
-        lambda: short_conv(x, x[0, :4]),
-        lambda: long_conv(x, x[0, :4]),
-    )
-    listener = _Listener()
-    log = logging.getLogger("longreach.kernels")
-    log.addHandler(listener)
-    log.setLevel(logging.INFO)
-    for run in runs:
-        yield from _findings(lambda run=run: listener.findings_of(run), "operators")  # type: ignore[misc]
-    log.removeHandler(listener)
-
-
-class _Listener(logging.Handler):
-    """Makes findings of what operators say about themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-    def findings_of(self, run: Callable[[], object]) -> Iterator[Finding]:
-        self.said.clear()
+    fp32 = torch.float32
+    for operator, case, run in (
+        (elementwise, (fp32, 6), lambda: elementwise.elementwise_attention(x, x, x)),
+        (linear_attention, (fp32, fp32, 2, 2), lambda: linear_attention.linear_attention(heads, heads, heads)),
+        (short_conv, (fp32, fp32, 4), lambda: short_conv.short_conv(x, x[0, :4])),
+        (long_conv, (fp32, fp32), lambda: long_conv.long_conv(x, x[0, :4])),
+    ):
+        name, missing = operator.BACKENDS.automatic(device, *case)
         run()
-        for line in self.said:
-            yield Finding("ok", "operators", line)
+        others = "".join(f"; not {other} ({lack})" for other, lack in missing.items())
+        text = f"{operator.BACKENDS.operator} on {device} runs {name}"
+        yield Finding("ok", "operators", text + (others or ", the first choice"))
 
 
-def _exchange() -> Iterator[Finding]:
+def _memory() -> Iterator[Finding]:
+    """How fast it is copied, on the host and on each GPU."""
+    import torch
+
+    cpu = torch.device("cpu")
+    yield Finding("ok", "memory", f"copied at {copy_bandwidth(cpu, cpu) / GIB:.1f} GiB/s")
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.device("cuda", number)
+        inside, to_it = (copy_bandwidth(source, gpu) / GIB for source in (gpu, cpu))
+        yield Finding(
+            "ok", "memory", f"GPU {number}: copied at {inside:,.0f} GiB/s, from the host at {to_it:.1f} GiB/s"
+        )
+
+
+def _network() -> Iterator[Finding]:
+    """What ranks exchange by: backends, interfaces, and what the environment says of them."""
     import torch.distributed as dist
 
     if not dist.is_available():
-        yield Finding("bad", "exchange", "torch was built without torch.distributed")
+        yield Finding("bad", "exchange", "torch was built without torch.distributed; install another build of torch")
         return
     backends = [
         name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
     ]
     yield Finding("ok" if backends else "bad", "exchange", f"backends: {', '.join(backends) or 'none'}")
+    states, names = psutil.net_if_stats(), []
+    for name, rows in sorted(psutil.net_if_addrs().items()):
+        addresses = [row.address for row in rows if row.family in (socket.AF_INET, socket.AF_INET6)]
+        if not addresses or name not in states or not states[name].isup:
+            continue
+        names.append(name)
+        speed = f", {states[name].speed / 1000:g} Gb/s" if states[name].speed else ""
+        yield Finding("ok", "interface", f"{name}: {', '.join(addresses)}{speed}")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if variable in os.environ:
+            yield _named_interface(variable, os.environ[variable], names)
+
+
+def _named_interface(variable: str, value: str, names: list[str]) -> Finding:
+    """Whether there is what a variable lists: names; for NCCL prefixes, unless ``=`` is before them."""
+    if value.startswith("^"):
+        return Finding("ok", "interface", f"{variable}={value}")
+    exact = variable.startswith("GLOO") or value.startswith("=")
+    wanted = value.removeprefix("=").split(",")
+    if any(name in wanted if exact else name.startswith(tuple(wanted)) for name in names):
+        return Finding("ok", "interface", f"{variable}={value}")
+    return Finding("bad", "interface", f"{variable}={value} is not here; name one of {', '.join(names)}")
+
+
+def _rendezvous() -> Iterator[Finding]:
+    """Where ranks would meet: this host's name, or what MASTER_ADDR and MASTER_PORT say."""
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
-        level = "note" if address.startswith("127.") else "ok"
-        hint = "; other nodes cannot reach this address, set MASTER_ADDR" if level == "note" else ""
-        yield Finding(level, "host", f"{host} is {address}{hint}")
+        local = address.startswith("127.")
+        hint = "; other nodes cannot reach this address: give torchrun --local-addr" if local else ""
+        yield Finding("note" if local else "ok", "host", f"{host} is {address}{hint}")
     except OSError:
-        yield Finding(
-            "note", "host", f"{host} has no address: give torchrun --rdzv-endpoint or --master-addr an address"
-        )
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", 29500))
-            yield Finding("ok", "port", "29500, torchrun's default, is free")
-        except OSError:
-            yield Finding("note", "port", "29500, torchrun's default, is in use: give torchrun another --master-port")
+        yield Finding("note", "host", f"{host} has no address: give torchrun --local-addr and --rdzv-endpoint one")
+    given = os.environ.get("MASTER_PORT", "")
+    if given and not (given.isdecimal() and 0 < int(given) < 1 << 16):
+        yield Finding("bad", "port", f"MASTER_PORT={given} is none; set a number below 65536")
+        return
+    port, master = int(given or PORT), os.environ.get("MASTER_ADDR", "")
+    if master:
+        yield _master(master, port)
+    else:
+        yield _free(port, "note" if not given else "bad")
+
+
+def _master(host: str, port: int) -> Finding:
+    """Whether the first rank can listen there, if that is here, or else be reached."""
+    place = f"MASTER_ADDR={host}, port {port}"
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return Finding("bad", "rendezvous", f"{place}: no such host; set a name or address that every node knows")
+    if any(row.address == address for rows in psutil.net_if_addrs().values() for row in rows):
+        return _free(port, "bad")
+    try:
+        socket.create_connection((address, port), timeout=SECONDS).close()
+    except ConnectionRefusedError:
+        return Finding("ok", "rendezvous", f"{place}: reached; nobody listens yet")
+    except OSError as error:
+        fix = "open the port between the nodes, or take another interface"
+        return Finding("bad", "rendezvous", f"{place}: not reached ({error.strerror or error}); {fix}")
+    return Finding("ok", "rendezvous", f"{place}: somebody listens")
+
+
+def _free(port: int, taken: str) -> Finding:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        fix = "end what holds it, or give torchrun another --master-port or --rdzv-endpoint"
+        return Finding(taken, "port", f"{port}: {error.strerror}; {fix}")
+    return Finding("ok", "port", f"{port} is free")
 
 
 def _links() -> Iterator[Finding]:
@@ -158,22 +285,37 @@ def _links() -> Iterator[Finding]:
     yield Finding("ok", "links", f"between two ranks here {links.as_text(found[0], 'parallel.near')}")
 
 
-def _disk() -> Iterator[Finding]:
-    for topic, path in (("disk", "."), ("shm", "/dev/shm")):
-        if not os.path.isdir(path):
-            continue
-        free = shutil.disk_usage(path).free
-        low = topic == "disk" and free < LOW_DISK_BYTES
-        writable = os.access(path, os.W_OK)
-        text = f"{os.path.abspath(path)}: {free / 2**30:.1f} GiB free" + ("" if writable else ", not writable")
-        yield Finding("note" if low or not writable else "ok", topic, text)
-
-
-def _memory_bytes() -> int:
+def _disk(directory: str) -> Iterator[Finding]:
+    """Where runs go: room, and how fast a checkpoint would be written."""
+    place = Path(directory).expanduser().absolute()
+    while not place.exists():  # train makes it
+        place = place.parent
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
+        speed = write_bandwidth(place)
+    except OSError as error:
+        fix = "free some room, or name a directory that this user may write to"
+        yield Finding("bad", "disk", f"{place}: nothing can be written ({error.strerror}); {fix}")
+        return
+    free = shutil.disk_usage(place).free
+    low = free < LOW_DISK
+    text = f"{place}: {free / GIB:.1f} GiB free, written and synced at {speed / 2**20:,.0f} MiB/s"
+    yield Finding("note" if low else "ok", "disk", text + ("; free some room for checkpoints" if low else ""))
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_software, _devices, _backends, _exchange, _links, _disk)
+def _limits() -> Iterator[Finding]:
+    """Of this user's processes and of shared memory."""
+    if os.path.isdir("/dev/shm"):
+        usage = shutil.disk_usage("/dev/shm")
+        low = usage.free < LOW_SHM
+        text = f"/dev/shm: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
+        fix = "; enlarge it (docker run --shm-size, or emptyDir of medium Memory), or set data.workers=0"
+        yield Finding("note" if low else "ok", "shm", text + (fix if low else ""))
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 0 <= files < FEW_FILES
+    fix = f"; raise it: ulimit -n {most if most > files else FEW_FILES}" if few else ""
+    yield Finding("note" if few else "ok", "limits", f"{files} open files of a process{fix}")
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if os.path.isdir("/sys/class/infiniband") and locked != resource.RLIM_INFINITY:
+        text = f"{locked >> 10} KiB of locked memory: InfiniBand needs more; ulimit -l unlimited"
+        yield Finding("note", "limits", text)
+    yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S UTC; compare it between nodes", time.gmtime()))

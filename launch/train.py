@@ -136,11 +136,17 @@ def _memory_advice(config: RunConfig) -> str:
 
 def _start_ranks(config: RunConfig, words: list[str]) -> int:
     """Start the ranks on this machine through torchrun's Python interface."""
+    what = (sys.executable, "-m", "longreach.launch.train", *words)
+    return launched(lambda: start_ranks(config.parallel.ranks, *what))
+
+
+def launched(start: Callable[[], object]) -> int:
+    """The exit code of ranks that torchrun's Python interface starts: of the first that ended early, else 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        start_ranks(config.parallel.ranks, sys.executable, "-m", "longreach.launch.train", *words)
+        start()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

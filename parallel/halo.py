@@ -54,7 +54,7 @@ class Trip:
         receives: (rank, shape) for each to receive.
         like: of the dtype and device of them all.
         axis: the ranks.
-        note: counts the bytes sent.
+        note: counts the bytes sent and the time.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Trip:
         axis: Axis,
         note: Note,
     ) -> None:
+        self._note = note
         self._sent = [as_bytes(tensor) for _, tensor in sends]  # kept until they are there
         self._received = [like.new_zeros(shape) for _, shape in receives]  # in a plan nobody sends
         operations = [
@@ -80,8 +81,9 @@ class Trip:
 
     def arrived(self) -> list[Tensor]:
         """What was received, once it is there."""
-        for request in self._requests:
-            request.wait()
+        with self._note(0):
+            for request in self._requests:
+                request.wait()
         self._requests, self._sent = [], []
         return self._received
 

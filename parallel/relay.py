@@ -127,14 +127,16 @@ class AxisRelay:
         number = cost.num_slices(state.numel() * state.element_size(), self.size, SLICES, self._axis.near)
         slices = list(zip(*(line.chunk(number) for line in lines), strict=True))
         arriving, sending = [], _sent_last.setdefault(self._axis, [])
-        for request, _ in sending:
-            request.wait()
+        with self._note(0):
+            for request, _ in sending:
+                request.wait()
         sending.clear()
         if 0 <= source < self.size:
             arriving = [self._post(dist.irecv, one[2], source) for one in slices]
         for number, (a, b, x, y) in enumerate(slices):
             if arriving:
-                arriving[number].wait()
+                with self._note(0):
+                    arriving[number].wait()
             torch.addcmul(b, a, x, out=y)
             if 0 <= target < self.size:
                 with self._note(y.numel() * y.element_size()):
@@ -170,9 +172,8 @@ class AxisRelay:
             if into is not None:
                 operations.append(self._peer(dist.irecv, into, self.rank - step))
         with self._note(num_bytes):
-            requests = dist.batch_isend_irecv(operations) if operations else []
-        for request in requests:
-            request.wait()
+            for request in dist.batch_isend_irecv(operations) if operations else []:
+                request.wait()
         return [None if into is None else _unpack(into, like) for into, like in zip(arriving, maps, strict=True)]
 
     def _peer(self, operation: Any, x: Tensor, rank: int) -> dist.P2POp:

@@ -32,6 +32,7 @@ class AllToAll:
     """One all-to-all under way: ``parts[q]`` to rank q, a tensor of ``shapes[p]`` from rank p."""
 
     def __init__(self, parts: list[Tensor], shapes: list[tuple[int, ...]], axis: Axis, note: Note) -> None:
+        self._note = note
         self._sent = torch.cat([part.reshape(-1) for part in parts])
         width, self._shapes = self._sent.element_size(), shapes
         self._sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -44,7 +45,8 @@ class AllToAll:
 
     def arrived(self) -> list[Tensor]:
         """What was received, once it is there."""
-        self._request.wait()
+        with self._note(0):
+            self._request.wait()
         return [flat.view(shape) for flat, shape in zip(self._received.split(self._sizes), self._shapes, strict=True)]
 
 

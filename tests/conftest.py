@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Before torch is imported: the same number of threads everywhere, so that sums are rounded alike.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two workers share the cores
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"kernels", "parallel", "framework", "launch", "configs"}
 NOT_INSTALLED = {"tests", "benchmarks", "docs", "build", "dist", "data", "runs"}
-DATA_SUFFIXES = {".yaml", ".json", ".cpp", ".h", ".cu"}
+DATA_SUFFIXES = {".yaml", ".json", ".cpp", ".h", ".cu", ".sbatch", ".sh", ".example"}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,7 @@ def test_every_package_but_kernels_has_an_init_file(pyproject: dict[str, Any]) -
 
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "a copy"
-    for file in [*installed_files(), Path("pyproject.toml"), Path("LICENSE")]:
-        (source / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, source / file)
+    copy_to(source)
     offline = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     command = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True)
@@ -79,6 +78,36 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         f"longreach/{file.as_posix()}" for file in installed_files()
     }
     assert f"{info}/licenses/LICENSE" in names
+    check_it_runs(wheel, tmp_path)
+
+
+def check_it_runs(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked where nothing else is: the program starts, finds its configs, and is not that of the checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import longreach; from longreach.launch.cli import main; print(longreach.__file__); "
+    code += "main(['completion', 'bash'])"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(tmp_path / "site")) and "quickstart" in done.stdout
+
+
+def test_an_sdist_holds_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+    source = tmp_path / "a copy"
+    copy_to(source)
+    command = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"]
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    with tarfile.open(tmp_path / f"longreach-{longreach.__version__}.tar.gz") as archive:
+        names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    assert names >= {*installed_files(), Path("pyproject.toml"), Path("LICENSE")}
+
+
+def copy_to(source: Path) -> None:
+    """What builds are made of, elsewhere: they leave folders where they run."""
+    for file in [*installed_files(), Path("pyproject.toml"), Path("LICENSE")]:
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, source / file)
 
 
 def test_every_requirement_is_pinned(pyproject: dict[str, Any]) -> None:
@@ -87,9 +116,12 @@ def test_every_requirement_is_pinned(pyproject: dict[str, Any]) -> None:
     assert all(re.fullmatch(r"==[0-9.]+", str(pin.specifier)) for pin in pins)
 
     project = pyproject["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    named = {extra for line in extras["dev"] for extra in Requirement(line).extras}
+    assert named == set(extras) - {"dev"}, "the development tools bring what every extra needs"
     for requirement in map(Requirement, requirements):
-        if requirement.name == "triton":  # torch's CUDA builds name the one that they need
+        if requirement.name in ("triton", project["name"]):  # torch's CUDA builds name the triton that they need
             continue
         for python in ("3.10", "3.11", "3.12", "3.13"):
             (version,) = [

@@ -13,12 +13,25 @@ from typing import Literal
 from omegaconf import MISSING
 
 from ...kernels.errors import InputError
+from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
 from .index import FILE_NAME, Index
-from .loader import FILLER, IGNORE, KILLED, Batch, Batches, SequenceDataset, TokenStream, WorkerFailed, worker_failure
-from .pack import BASELINES, pack
+from .loader import (
+    FILLER,
+    IGNORE,
+    KILLED,
+    Batch,
+    Batches,
+    SequenceDataset,
+    Sequences,
+    TokenStream,
+    WorkerFailed,
+    worker_failure,
+)
+from .pack import pack
 from .progress import Callback
 from .stall import TIMEOUT
+from .vocabulary import Bytes, Ids, Pieces, load_vocabulary, save_vocabulary
 
 __all__ = [
     "BASELINES",
@@ -27,15 +40,21 @@ __all__ = [
     "KILLED",
     "Batch",
     "Batches",
+    "Bytes",
     "DataConfig",
+    "Ids",
     "Index",
+    "Pieces",
     "SequenceDataset",
+    "Sequences",
     "TokenStream",
     "WorkerFailed",
     "check_labels",
+    "load_vocabulary",
     "pack",
     "packed_dir",
     "prepare",
+    "save_vocabulary",
     "training_batches",
     "validation_batches",
     "worker_failure",
@@ -50,23 +69,30 @@ class DataConfig:
 
     Args:
         source: ``cpython`` (this Python's own library), or the path of a file, a folder, a ``.tar`` file or a folder of
-            such, a packed directory.
+            such, a packed directory. `records` says which documents JSONL, FASTA and ``.npy`` files hold.
         name: what the corpus is called; by default the source's own name.
+        tokenizer: path of a ``tokenizer.json`` of the tokenizers library; empty for bytes.
+        vocab: train a tokenizer of so many tokens when the corpus is packed; of ``.npy`` arrays, what their ids are
+            below. 0 for bytes, and for an array's largest id.
+        field: of a line of JSONL that holds the text.
         seq_len: tokens of a whole sequence, before it is split over ranks.
         batch_size: sequences per optimizer step, over all ranks.
         packing: ``stream``: sequences run through document ends; ``documents``: none sees another.
         workers: processes a rank that read ahead; 0 is a thread.
         cache: the directory that takes the packed shards; by default ``data/packed/<name>``.
-        valid_fraction: part of the documents that is held out.
+        valid_fraction: part of the documents that is held out; of a single document its end.
         verify: compare the SHA-256 of every shard before a run.
         accept_change: continue a run whose corpus is no longer the one that it began with.
-        max_bad_samples: so many members of tar files that cannot be decoded are told and left out.
+        max_bad_samples: so many documents that cannot be decoded are told and left out.
         timeout: seconds after which a shard that does not answer ends the run; less than ``parallel.timeout``, or the
             ranks that wait for it are named instead.
     """
 
     source: str = CPYTHON
     name: str = ""
+    tokenizer: str = ""
+    vocab: int = 0
+    field: str = "text"
     seq_len: int = MISSING
     batch_size: int = MISSING
     packing: Literal["stream", "documents"] = "stream"
@@ -114,6 +140,9 @@ def prepare(data: DataConfig, callback: Callback | None = None) -> Index:
             folder,
             name=corpus_name(data),
             valid_fraction=data.valid_fraction,
+            tokenizer=data.tokenizer,
+            vocab=data.vocab,
+            field=data.field,
             max_bad_samples=data.max_bad_samples,
             callback=callback,
         )

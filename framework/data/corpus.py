@@ -1,8 +1,8 @@
-"""Where documents come from: a file, a folder, tar shards, or the sources of this Python's own library.
+"""Which files a source has: a file, a folder, tar shards, or the sources of this Python's own library.
 
-A document is one file, or one member of a tar file: a key (its path below the source, with ``/``) and its bytes.
-Documents come in the byte order of their keys, so the same files give the same order on every machine and in every
-locale.
+A file is one on the disk, or one member of a tar file: a key (its path below the source, with ``/``) and its bytes;
+`records` says which documents are in it. Files come in the byte order of their keys, so the same files give the same
+order on every machine and in every locale.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
-class Document:
-    """One document of a corpus.
+class File:
+    """One file of a corpus.
 
     Args:
         key: its path below the source.
@@ -49,13 +49,13 @@ def check_source(source: str) -> None:
         raise InputError("data.source", source, "must be a path: no command is run and nothing is fetched", fix)
 
 
-def list_documents(source: str) -> list[Document]:
-    """List the documents of ``source`` in the byte order of their keys; no content is read.
+def list_files(source: str) -> list[File]:
+    """List the files of ``source`` in the byte order of their keys; no content is read.
 
     A folder is searched recursively for regular files. Names that begin with a dot are left out (``.git``),
-    and so are links: inside the folder they would repeat a document, outside they would leave it.
+    and so are links: inside the folder they would repeat a file, outside they would leave it.
     Empty files hold no token and are left out too. A ``.tar`` file, or a folder of nothing else, is read as
-    WebDataset shards: each member is a document, by the same rules.
+    WebDataset shards: each member is a file, by the same rules.
 
     Args:
         source: the path of a file or of a folder, or ``cpython``: every ``.py`` file of this Python's
@@ -70,55 +70,56 @@ def list_documents(source: str) -> list[Document]:
     try:
         mode = root.stat().st_mode
         if stat.S_ISDIR(mode):
-            found = [_document(path.relative_to(root).as_posix(), path) for path in _files(root, source)]
+            found = [_file(path.relative_to(root).as_posix(), path) for path in _walk(root, source)]
         elif stat.S_ISREG(mode):
-            found = [_document(root.name, root)]
+            found = [_file(root.name, root)]
         else:
             raise InputError("data.source", source, "must be a regular file or a folder")
         if _are_shards(found, source):
-            found = [member for document in found for member in _tar_documents(document)]
+            found = [member for file in found for member in _members(file)]
     except OSError as error:
-        raise _unreadable(source, error) from None
-    documents = [document for document in found if document.num_bytes > 0]
-    if not documents:
+        raise unreadable(source, error) from None
+    files = [file for file in found if file.num_bytes > 0]
+    if not files:
         raise InputError(
             "data.source",
             source,
             f"holds no document: {len(found)} files, all empty" if found else "holds no regular file",
             "links and names that begin with a dot are not read",
         )
-    return sorted(documents, key=lambda document: os.fsencode(document.key))
+    return sorted(files, key=lambda file: os.fsencode(file.key))
 
 
-def read_document(document: Document) -> bytes:
-    """Read one document.
+def read_file(file: File) -> bytes:
+    """Read one file.
 
     Raises:
         BadSample: it is a member of a tar file and cannot be decoded.
         InputError: it cannot be read, or its size is no longer the listed one.
     """
     try:
-        if document.member is not None:
-            if document.path.stat().st_mtime_ns != document.mtime_ns:
+        if file.member is not None:
+            if file.path.stat().st_mtime_ns != file.mtime_ns:
                 allowed = "was changed after its members were listed"
-                raise InputError("shard", str(document.path), allowed, "pack it while nothing writes to it")
-            return read_member(document.path, document.member)
-        content = document.path.read_bytes()
+                raise InputError("shard", str(file.path), allowed, "pack it while nothing writes to it")
+            return read_member(file.path, file.member)
+        content = file.path.read_bytes()
     except OSError as error:
-        raise _unreadable(str(document.path), error) from None
-    if len(content) != document.num_bytes:
-        allowed = f"had {document.num_bytes} bytes when it was listed and {len(content)} when it was read"
-        raise InputError("data.source", str(document.path), allowed, "pack it while nothing writes to it")
+        raise unreadable(str(file.path), error) from None
+    if len(content) != file.num_bytes:
+        allowed = f"had {file.num_bytes} bytes when it was listed and {len(content)} when it was read"
+        raise InputError("data.source", str(file.path), allowed, "pack it while nothing writes to it")
     return content
 
 
-def documents(source: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (key, bytes) of every document of ``source``, in order; see `list_documents`."""
-    for document in list_documents(source):
-        yield document.key, read_document(document)
+def unreadable(path: str, error: OSError) -> InputError:
+    """What is told of a file that the system does not let us read."""
+    where = f" ({error.filename})" if error.filename and str(error.filename) != path else ""
+    fix = "give the path of a file or folder, or cpython" if isinstance(error, FileNotFoundError) else ""
+    return InputError("data.source", path, f"cannot be read: {error.strerror}{where}", fix)
 
 
-def _files(root: Path, source: str) -> Iterator[Path]:
+def _walk(root: Path, source: str) -> Iterator[Path]:
     """Yield the regular files below ``root``; an unreadable folder raises OSError, or it would go missing."""
 
     def fail(error: OSError) -> None:
@@ -134,37 +135,31 @@ def _files(root: Path, source: str) -> Iterator[Path]:
                 yield path
 
 
-def _are_shards(found: list[Document], source: str) -> bool:
+def _are_shards(found: list[File], source: str) -> bool:
     """Tell whether the files of a source are tar shards; InputError where that is in doubt."""
-    names = [document.key for document in found if "/" not in document.key]
+    names = [file.key for file in found if "/" not in file.key]
     if compressed := [name for name in names if name.lower().endswith(COMPRESSED)]:
         allowed = f"holds {compressed[0]!r}: compressed tar files are not read"
         raise InputError("data.source", source, allowed, "decompress it first")
-    shards = sum(document.key.endswith(TAR) for document in found)
+    shards = sum(file.key.endswith(TAR) for file in found)
     if shards < len(found) and any(name.endswith(TAR) for name in names):
         allowed = f"holds {shards} tar files beside {len(found) - shards} others"
         raise InputError("data.source", source, allowed, "give a folder of nothing but tar files, or of none")
     return 0 < shards == len(found)
 
 
-def _tar_documents(tar: Document) -> list[Document]:
-    """The documents in a tar file."""
+def _members(tar: File) -> list[File]:
+    """The files in a tar file."""
     found = []
     for member in members(tar.path):
         if not any(part.startswith(".") for part in member.name.split("/")):
             check_suffix(tar.path, member.name)
-            found.append(Document(f"{tar.key}/{member.name}", tar.path, member.num_bytes, tar.mtime_ns, member))
-    if not any(document.num_bytes for document in found):
+            found.append(File(f"{tar.key}/{member.name}", tar.path, member.num_bytes, tar.mtime_ns, member))
+    if not any(file.num_bytes for file in found):
         raise InputError("shard", str(tar.path), "holds no document, or only empty ones", "remove it, or make it anew")
     return found
 
 
-def _document(key: str, path: Path) -> Document:
+def _file(key: str, path: Path) -> File:
     status = path.stat()
-    return Document(key, path, status.st_size, status.st_mtime_ns)
-
-
-def _unreadable(path: str, error: OSError) -> InputError:
-    where = f" ({error.filename})" if error.filename and str(error.filename) != path else ""
-    fix = "give the path of a file or folder, or cpython" if isinstance(error, FileNotFoundError) else ""
-    return InputError("data.source", path, f"cannot be read: {error.strerror}{where}", fix)
+    return File(key, path, status.st_size, status.st_mtime_ns)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -26,6 +27,7 @@ from ...kernels.errors import InputError
 from .progress import Callback, progress
 from .stall import TIMEOUT, within
 from .tar import members
+from .vocabulary import KINDS, TOKENIZER, Bytes, Pieces, open_vocabulary
 
 FILE_NAME = "index.json"
 FORMAT = "longreach-pack"
@@ -56,6 +58,7 @@ class Split:
         shard: int64 [documents], number of the shard.
         offset: int64 [documents], byte in that shard at which the tokens begin.
         length: int64 [documents], in tokens.
+        num_bytes: of the documents before they became tokens; 0 where tokens stand for no bytes.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -63,6 +66,7 @@ class Split:
     shard: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     length: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_bytes: int = 0
 
     @property
     def num_documents(self) -> int:
@@ -81,10 +85,10 @@ class Index:
         directory: where ``index.json`` and the shards lie.
         name: what the corpus is called.
         dtype: of the tokens in the shards, little-endian.
-        vocabulary: ``kind`` (bytes) and ``size`` (256).
+        vocabulary: ``kind`` (bytes, tokens or ids), ``size``, and of tokens the ``sha256`` of ``tokenizer.json``.
         splits: ``train`` and ``valid``; ``valid`` may hold nothing.
         source: what was packed and how, to know whether a directory can be used again.
-        baselines: bits per byte of simple compressors on the held-out bytes; see `pack.baselines`.
+        baselines: bits per byte of simple compressors on the held-out bytes; see `baselines.baselines`.
     """
 
     directory: Path
@@ -100,6 +104,18 @@ class Index:
         """SHA-256 over all that decides the tokens and their order; the name and the source do not."""
         content = self._content()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def bits_per_byte(self, loss: float, split: str = "valid") -> float | None:
+        """Return bits per byte of a mean loss in nats a token; None where tokens stand for no bytes.
+
+        The bytes of a token are the mean of the split, so it is exact where all of the split was read.
+        """
+        part = self.splits[split]
+        return loss / math.log(2) * part.num_tokens / part.num_bytes if part.num_bytes else None
+
+    def open_vocabulary(self) -> Bytes:
+        """Return what the tokens stand for; InputError where the tokenizer is missing, damaged or another one."""
+        return open_vocabulary(self.directory, self.vocabulary)
 
     def check_vocab(self, vocab: int) -> None:
         """Raise InputError where the model's vocabulary is too small for a token of this corpus."""
@@ -163,6 +179,8 @@ class Index:
             raise _damaged(path, f"does not have the expected fields ({repr(error)[:200]})") from None
         if not whole:
             raise _damaged(path, "does not match its own fingerprint")
+        if index.vocabulary["kind"] == Pieces.kind:
+            within(timeout, directory / TOKENIZER, index.open_vocabulary)
         index._check_shards(verify, timeout, callback)
         return index
 
@@ -171,6 +189,7 @@ class Index:
         for name, split in self.splits.items():
             splits[name] = {
                 "num_tokens": split.num_tokens,
+                **({"num_bytes": split.num_bytes} if self.vocabulary.get("kind") == Pieces.kind else {}),
                 "shards": [
                     {"name": s.name, "bytes": s.num_bytes, "sha256": s.sha256, "num_samples": s.num_samples}
                     for s in split.shards
@@ -189,14 +208,17 @@ class Index:
         path = directory / FILE_NAME
         if fields["dtype"] not in DTYPES:
             raise InputError("index", str(path), f"dtype must be one of {', '.join(DTYPES)}")
-        splits = {}
+        vocabulary, source, splits = dict(fields["vocabulary"]), dict(fields["source"]), {}
+        if vocabulary["kind"] not in KINDS:
+            raise InputError("index", str(path), f"vocabulary must be one of {', '.join(KINDS)}")
         for name in SPLITS:
             part, columns = fields["splits"][name], fields["splits"][name]["documents"]
             shards = [Shard(s["name"], s["bytes"], s["sha256"], s["num_samples"]) for s in part["shards"]]
-            numbers = (np.array(columns[c], dtype=np.int64) for c in ("shard", "offset", "length"))
-            splits[name] = Split(tuple(shards), tuple(columns["key"]), *numbers)
+            shard, offset, length = (np.array(columns[c], dtype=np.int64) for c in ("shard", "offset", "length"))
+            splits[name] = Split(tuple(shards), tuple(columns["key"]), shard, offset, length)
             _check_split(path, splits[name], np.dtype(fields["dtype"]).itemsize)
-        vocabulary, source = dict(fields["vocabulary"]), dict(fields["source"])
+            num_bytes = {"bytes": splits[name].num_tokens, "ids": 0}.get(vocabulary["kind"], part.get("num_bytes"))
+            splits[name] = replace(splits[name], num_bytes=int(num_bytes))
         if not 1 <= int(vocabulary["size"]) <= np.iinfo(fields["dtype"]).max + 1:
             raise _damaged(path, f"has a vocabulary that does not fit {fields['dtype']}")
         name, baselines = str(fields["name"]), {key: float(value) for key, value in fields["baselines"].items()}
@@ -243,6 +265,11 @@ class Index:
         if [(member.name, member.offset, member.num_bytes) for member in members(path)] != said:
             allowed = "holds other members than its index says"
             raise InputError("shard", str(path), allowed, "do not use this directory")
+
+
+def dtype_of(size: int) -> str:
+    """Return the smallest of `DTYPES` that holds the tokens of a vocabulary of so many."""
+    return next(name for name in DTYPES if size <= np.iinfo(name).max + 1)
 
 
 def _regular(path: Path) -> os.stat_result | None:

@@ -39,8 +39,9 @@ class Batch:
     """A micro-batch of whole sequences, before any splitting over sequence ranks.
 
     Args:
-        tokens: int64 [b, L].
-        labels: int64 [b, L], the token after each token; ``IGNORE`` where there is none.
+        tokens: int64 [b, L]; or [b, L, channels] numbers.
+        labels: int64 [b, L], the token after each token, or another class; ``IGNORE`` where there is none. Or [b, L,
+            outputs] numbers, NaN where there is none.
         segments: int64 [b, L], the number of each token's document in its split, never falling along L;
             None where sequences run through document ends.
         indices: int64 [b], the number of each window in the stream; ``FILLER`` for one that is not real.
@@ -124,7 +125,35 @@ class TokenStream:
         return np.repeat(np.arange(first, last, dtype=np.int64), np.diff(bounds))
 
 
-class SequenceDataset:
+class Sequences:
+    """A split as numbered sequences, and the order in which they are read.
+
+    Args:
+        seed: of the order, at least 0: each epoch reads all of them once, in an order of its own; None reads them once,
+            as they are numbered.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, labels and segments (or None) of one sequence, without the batch dimension of `Batch`; for `FILLER`,
+        a sequence without labels.
+        """
+        raise NotImplementedError
+
+    def window(self, position: int) -> int:
+        """Return which sequence is read at ``position``, counted over all epochs; ``FILLER`` past the end."""
+        if self.seed is None:
+            return position if position < len(self) else FILLER
+        epoch, place = divmod(position, len(self))
+        return int(_order(len(self), self.seed, epoch)[place])
+
+
+class SequenceDataset(Sequences):
     """Windows of ``seq_len`` tokens over a stream, each with the labels of its tokens.
 
     The label of a token is the next one of the stream, also across the end of a window, so every token but
@@ -156,17 +185,11 @@ class SequenceDataset:
             where = f"{stream.index.directory} holds only documents of one token in its split {stream.name}"
             fix = "set data.packing=stream, or pack longer documents"
             raise InputError("data.source", where, "must hold a token that has a next one in its document", fix)
-        self.stream, self.seq_len, self.seed, self.packing = stream, seq_len, seed, packing
+        super().__init__(seed)
+        self.stream, self.seq_len, self.packing = stream, seq_len, packing
 
     def __len__(self) -> int:
         return -(-(self.stream.num_tokens - 1) // self.seq_len)
-
-    def window(self, position: int) -> int:
-        """Return which window is read at ``position``, counted over all epochs; ``FILLER`` past the end."""
-        if self.seed is None:
-            return position if position < len(self) else FILLER
-        epoch, place = divmod(position, len(self))
-        return int(_order(len(self), self.seed, epoch)[place])
 
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read a window: tokens, labels, segments (or None), each int64 [L]; all masked for ``FILLER``."""
@@ -206,7 +229,7 @@ class Batches:
     micro-batches; the ranks that share a sequence are one data rank and read the same.
 
     Args:
-        dataset: windows, and their order.
+        dataset: sequences, and their order.
         batch_size: sequences per step over all data ranks.
         micro_batch_size: sequences per micro-batch.
         data_rank, num_data_ranks: d and n.
@@ -218,7 +241,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: SequenceDataset,
+        dataset: Sequences,
         batch_size: int,
         *,
         micro_batch_size: int = 1,
@@ -247,7 +270,10 @@ class Batches:
         """Read the micro-batch whose first sequence stands at ``position``."""
         windows = [self.dataset.window(position + i) for i in range(self.micro_batch_size)]
         tokens, labels, segments = zip(*map(self.dataset.sequence, windows), strict=True)
-        segments_bl = None if segments[0] is None else torch.stack(segments)
+        segments_bl = None
+        if any(ids is not None for ids in segments):  # a sequence without padding may have none
+            none = torch.zeros(tokens[0].shape[:1], dtype=torch.int64)
+            segments_bl = torch.stack([none if ids is None else ids for ids in segments])
         return Batch(torch.stack(tokens), torch.stack(labels), segments_bl, torch.tensor(windows))
 
     def iterate(self, position: int = 0, num_steps: int | None = None) -> Iterator[Batch]:

@@ -29,7 +29,8 @@ def progress(what: str, num_bytes: int, callback: Callback | None = None) -> Ite
             task = bar.add_task(what, total=num_bytes)
             yield lambda step: bar.advance(task, step)
         return
-    done, told = 0, time.monotonic()
+    done, begun = 0, time.monotonic()
+    told = begun
 
     def advance(step: int) -> None:
         nonlocal done, told
@@ -38,6 +39,8 @@ def progress(what: str, num_bytes: int, callback: Callback | None = None) -> Ite
             callback(what, done, num_bytes)
         elif time.monotonic() - told >= LOG_SECONDS:
             told = time.monotonic()
-            print(f"{what}: {done / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+            left = (told - begun) * max(0, num_bytes - done) / max(1, done)
+            words = f"{what}: {done / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB, about {left:.0f} s left"
+            print(words, file=sys.stderr, flush=True)
 
     yield advance

@@ -1,4 +1,4 @@
-"""Token mixers, by name: each file holds one module and its config."""
+"""Token mixers, by name: each file holds one module and its config; `registry` adds those of a user."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from typing import Any
 from torch import nn
 
 from ...kernels.errors import InputError
-from .chela import Chela, ChelaConfig
-from .elementwise import Elementwise, ElementwiseConfig
-from .feedforward_kernel import FeedforwardKernel, FeedforwardKernelConfig
-from .softmax import Softmax, SoftmaxConfig
-
-MIXERS: dict[str, Any] = {
-    "elementwise": Elementwise,
-    "chela": Chela,
-    "feedforward_kernel": FeedforwardKernel,
-    "softmax": Softmax,
-}
+from .chela import ChelaConfig
+from .elementwise import ElementwiseConfig
+from .feedforward_kernel import FeedforwardKernelConfig
+from .registry import CONFIGS, MIXERS, options, register
+from .softmax import SoftmaxConfig
 
 
 def build_mixer(name: str, width: int, config: Any, *, causal: bool) -> nn.Module:
@@ -27,7 +21,7 @@ def build_mixer(name: str, width: int, config: Any, *, causal: bool) -> nn.Modul
     Args:
         name: a key of `MIXERS`.
         width: D.
-        config: the mixer's own config.
+        config: the mixer's own config, of `options` where it is registered.
         causal: whether tokens see only their past.
 
     Raises:
@@ -39,10 +33,13 @@ def build_mixer(name: str, width: int, config: Any, *, causal: bool) -> nn.Modul
 
 
 __all__ = [
+    "CONFIGS",
     "MIXERS",
     "ChelaConfig",
     "ElementwiseConfig",
     "FeedforwardKernelConfig",
     "SoftmaxConfig",
     "build_mixer",
+    "options",
+    "register",
 ]

@@ -40,7 +40,7 @@ class Softmax(nn.Module):
         """``[B, L, D]`` -> ``[B, L, D]``."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
-        q, k = (_rotate(part, position, self.base) for part in (q, k))
+        q, k = (rotate(part, position, self.base) for part in (q, k))
         y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), reach=None)
         return self.out(y.flatten(-2))
 
@@ -49,7 +49,8 @@ class Softmax(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in whole.tokens.chunk(3, dim=-1))
         q = q[:, :, whole.num_past :]
         mask = None
-        if whole.segments is not None or (self.causal and whole.num_past):
+        # A single token sees all that is there: no mask.
+        if whole.segments is not None or (self.causal and whole.num_past and q.shape[2] > 1):
             place = torch.arange(k.shape[2], device=k.device)
             mask = torch.ones(len(place) - whole.num_past, len(place), dtype=torch.bool, device=k.device)
             if self.causal:
@@ -59,11 +60,12 @@ class Softmax(nn.Module):
                 mask = mask & (ids[:, whole.num_past :].unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
         if not q.numel():  # more ranks than heads
             return q.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        causal = self.causal and mask is None and not whole.num_past
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return y.transpose(1, 2)
 
 
-def _rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     """``x [B, L, H, K]`` turned by the angles of its ``position [L]``."""
     half = x.shape[-1] // 2
     rate = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)

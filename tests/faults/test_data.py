@@ -25,7 +25,8 @@ from programs import finish, longreach, python
 from webdataset import TarWriter
 
 from longreach.framework.data import Index, TokenStream, pack
-from longreach.framework.data.corpus import documents
+from longreach.framework.data.corpus import list_files
+from longreach.framework.data.records import documents
 from longreach.kernels.errors import InputError
 
 HOSTILE = Path(__file__).parent.parent / "data/hostile"
@@ -422,7 +423,7 @@ def test_28_archives_of_any_bytes(tmp_path: Path, content: bytes) -> None:
     """Documents, or an error in one line."""
     path = tmp_path / "x.tar"
     path.write_bytes(content)
-    only_input_errors(lambda: list(documents(str(path))))
+    only_input_errors(lambda: [document.read() for document in documents(list_files(str(path)))])
 
 
 JSON = st.recursive(

@@ -116,6 +116,34 @@ def test_an_export_goes_on_from_a_carry_of_the_run(run: Path, tmp_path: Path) ->
     assert [*map(int, other.write(12))] == [*map(int, decoder.write(12))]
 
 
+def test_transformers_loads_an_export(run: Path, tmp_path: Path) -> None:
+    """And what it saves is not taken for an export, whose tensors it may have changed."""
+    from transformers import AutoModelForCausalLM
+
+    from longreach.framework.huggingface import LongreachForCausalLM
+
+    model, tokens = export(run, tmp_path / "out")[0], torch.randint(0, 256, (2, 33))
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(loaded, LongreachForCausalLM) and not any(found.values())
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens))
+    loaded.save_pretrained(tmp_path / "again")
+    document = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert document["architectures"] == ["LongreachForCausalLM"]
+    assert not {"format", "step", "sha256"} & document.keys()
+    with pytest.raises(InputError, match="is of format None"):
+        load_exported(tmp_path / "again")
+
+
+def test_an_export_of_an_earlier_version_is_read(run: Path, tmp_path: Path) -> None:
+    """One that says nothing to transformers."""
+    export(run, tmp_path)
+    document = json.loads((tmp_path / CONFIG).read_text())
+    del document["model_type"], document["architectures"]
+    (tmp_path / CONFIG).write_text(json.dumps(document))
+    load_exported(tmp_path)
+
+
 def test_an_earlier_export_is_replaced(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()  # an empty directory is nothing that would be lost
@@ -203,7 +231,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no digest": (change("sha256", 5), "not what longreach export writes"),
     "an unknown key": (change("model.widht", 3), r"model.widht.*did you mean"),
     "a wrong type": (change("model.width", "wide"), r"model.width = 'wide'"),
-    "an interpolation": (change("model.mixers", ["${oc.env:HOME}"]), "not what longreach export writes"),
+    "an interpolation": (change("model.mixers", ["${oc.env:HOME}"]), "must hold plain values"),
     "an unknown mixer": (change("model.mixers", ["magic"]), "model.mixers = 'magic'"),
     "no heads": (change("model.chela.heads", 0), "describes no model"),
     "a ratio that is none": (change("model.ffn_ratio", math.inf), "describes no model|ffn_ratio"),

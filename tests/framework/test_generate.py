@@ -1,20 +1,17 @@
-"""Decoding and scoring: one token at a time, block by block and in one pass, all the same; and a carry that stays
-small.
-"""
+"""Decoding: one token at a time, block by block, side by side and in one pass, all the same; a small carry."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from longreach.framework import evaluate
 from longreach.framework import generate as decoding
-from longreach.framework.evaluate import score
-from longreach.framework.generate import decode_stream, encode, generate, read_prompt
-from longreach.framework.model import IGNORED, Model, ModelConfig, build_model
+from longreach.framework.generate import Decoder, continuations, decode_stream, encode, generate, read_prompt
+from longreach.framework.model import Model, ModelConfig, build_model
 from longreach.kernels.errors import InputError
-from longreach.parallel.span import Span
 
 SMALL_STATE = ["elementwise", "chela", "feedforward_kernel"]
 
@@ -70,13 +67,11 @@ def test_top_k_draws_only_from_the_likeliest() -> None:
 def test_the_carry_does_not_grow_with_the_position(mixer: str, grows: bool) -> None:
     """In bytes, at position 10 and at 200; the baseline's does, so the measure measures."""
     model, tokens = small_model([mixer, mixer]), text(200)
-    num_bytes = {}
-    span = None
+    num_bytes, decoder = {}, Decoder(model)
     for first, stop in ((0, 10), (10, 200)):
-        _, span = read_prompt(model, tokens[:, first:stop], span)
-        assert span.position == stop and span.carry
-        tensors = [part for carry in span.carry.values() for part in (carry.state, carry.segment) if part is not None]
-        num_bytes[stop] = sum(part.numel() * part.element_size() for part in tensors)
+        decoder.read(tokens[:, first:stop])
+        assert decoder.span is not None and decoder.span.position == stop and decoder.span.carry
+        num_bytes[stop] = decoder.carry_bytes
     assert num_bytes[200] > 15 * num_bytes[10] if grows else num_bytes[200] == num_bytes[10]
 
 
@@ -92,43 +87,67 @@ def test_a_prompt_in_blocks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> 
         assert [token.tolist() for token in generate(model, prompt, 8)] == expected
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_score_block_by_block_equals_the_whole_pass(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    """The mean, the number of tokens and every stretch of positions; sequences of several lengths and documents."""
-    model = small_model([*SMALL_STATE, "softmax"])
-    sequences, losses, counted = [], [], []
-    for length in (70, 33):
-        tokens, labels = text(length, rows=2), text(length, rows=2)
-        labels[:, 3:6] = IGNORED
-        segments = torch.randint(0, 8, (2, length)).eq(0).cumsum(1) if packed else None
-        sequences.append((tokens, labels, segments))
-        with torch.no_grad():
-            nll, _ = model(tokens, Span(segments=segments), labels)
-        losses.append(nll)
-        counted.append(labels != IGNORED)
-    expected = float(sum(nll.sum() for nll in losses)) / int(sum(mask.sum() for mask in counted))
-    for block_len in (16, 69, 1000):
-        monkeypatch.setattr(evaluate, "PROMPT_BLOCK", block_len)
-        read: list[int] = []
-        found = score(model, sequences, num_bins=1000, progress=read.append)
-        assert found.loss == pytest.approx(expected, rel=1e-10)
-        assert found.num_tokens == sum(int(mask.sum()) for mask in counted) and sum(read) == 2 * (70 + 33)
-        assert [first for first, _ in found.by_position] == [*range(3), *range(6, 70)]
-        for first, loss in found.by_position:
-            here = [(nll[:, first], mask[:, first]) for nll, mask in zip(losses, counted) if first < nll.shape[1]]
-            mean = sum(float(nll.sum()) for nll, _ in here) / sum(int(mask.sum()) for _, mask in here)
-            assert loss == pytest.approx(mean, rel=1e-10)
-    assert score(model, sequences, num_bins=7).loss == pytest.approx(expected, rel=1e-10)
-
-
-def test_a_model_that_is_not_causal_is_scored_whole_and_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, labels = small_model(["elementwise", "softmax"], causal=False), text(40), text(40)
-    with torch.no_grad():
-        nll, _ = model(tokens, None, labels)
-    monkeypatch.setattr(evaluate, "PROMPT_BLOCK", 16)
-    assert score(model, [(tokens, labels, None)]).loss == pytest.approx(float(nll.mean()), rel=1e-10)
+def test_a_model_that_is_not_causal_cannot_write() -> None:
     with pytest.raises(InputError, match=r"model\.causal"):
-        next(generate(model, tokens, 1))
+        next(generate(small_model(["elementwise", "softmax"], causal=False), text(40), 1))
+
+
+def decoders(model: Model, lengths: list[int]) -> list[Decoder]:
+    """Decoders that have read texts of their own, all by the same seed."""
+    found = []
+    for number, length in enumerate(lengths):
+        found.append(Decoder(model, seed=3))
+        found[-1].read(torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(number)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "mixers, lengths, stacks",
+    [
+        (SMALL_STATE, [5, 70, 9], True),
+        (["softmax", "chela"], [8, 8, 8], True),
+        (["softmax", "chela"], [5, 8, 9], False),
+    ],
+    ids=["states", "softmax, one length", "softmax, several lengths"],
+)
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=["greedy", "drawn"])
+def test_texts_side_by_side_are_as_if_alone(
+    mixers: list[str], lengths: list[int], stacks: bool, how: dict[str, float]
+) -> None:
+    """Every row by its own draws; a mixer that keeps tokens of several lengths has them go on in turn."""
+    model = small_model(mixers)
+    alone = [[int(token) for token in one.write(20, **how)] for one in decoders(model, lengths)]  # type: ignore[arg-type]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    assert [list(tokens) for tokens in continuations(decoders(model, lengths), 20, **how)] == alone
+    together = Decoder.stack(decoders(model, lengths))
+    assert (together is not None) == stacks
+    if together is not None:
+        assert together.rows == 3
+        with pytest.raises(InputError, match="one text"):
+            together.save("nowhere")
+
+
+def test_texts_whose_positions_count_stack_at_one_length_alone() -> None:
+    model = small_model(SMALL_STATE)
+    model.config.positions = "sinusoidal"
+    assert Decoder.stack(decoders(model, [5, 9])) is None and Decoder.stack(decoders(model, [9, 9])) is not None
+
+
+def test_the_first_text_comes_as_it_is_written() -> None:
+    first = next(continuations(decoders(small_model(SMALL_STATE), [5, 9]), 1_000_000))
+    assert 0 <= next(first) < 256
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_told_in_one_line(value: float) -> None:
+    """Of a carry that lies about its numbers, or of damaged weights: at any temperature."""
+    model = small_model(["elementwise"])
+    decoder = Decoder(model)
+    decoder.read(text(7))
+    model.blocks[0].ffn.down.weight.data.fill_(value)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match="logits after 8 tokens = nan: must be finite"):
+            list(decoder.fork().write(3, temperature=temperature))
 
 
 def test_bytes_become_text_as_soon_as_a_character_is_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from helpers import run_distributed
 from torch import Tensor, nn
 
-from longreach.framework.mixers import MIXERS
+from longreach.framework.mixers import CONFIGS, MIXERS
+from longreach.framework.mixers.registry import run_files
 from longreach.framework.model import ModelConfig, build_model
 from longreach.kernels.scan import Carry
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span
 
+EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "examples" / "ema.py"
 WIDTH = 12
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SHARES = [[9, 6], [8, 8, 1], [3, 3, 3, 1], [2, 2, 1, 0]]  # uneven, shorter than a convolution's reach, empty
@@ -28,10 +31,12 @@ class Case:
 
     mixer: str
     options: dict[str, Any] = field(default_factory=dict)
+    file: str = ""  # that registers it
 
     def build(self, causal: bool) -> nn.Module:
         torch.manual_seed(1)
-        config = getattr(ModelConfig(), self.mixer)
+        run_files([self.file] if self.file else [])
+        config = CONFIGS[self.mixer]() if self.file else getattr(ModelConfig(), self.mixer)
         for name, value in self.options.items():
             assert hasattr(config, name)
             setattr(config, name, value)
@@ -52,12 +57,13 @@ CASES = {
     "feedforward_kernel-amglu": Case("feedforward_kernel", {"heads": 3, "kernel": "amglu"}),
     "feedforward_kernel-ffn": Case("feedforward_kernel", {"heads": 3, "kernel": "ffn", "layers": 3}),
     "softmax": Case("softmax", {"heads": 3}),
+    "ema, of docs/write-a-mixer.md": Case("ema", {"longest": 20.0}, str(EXAMPLE)),
 }
 
 
 def supported(case: Case, causal: bool) -> bool:
-    """A forgetting linear attention has no non-causal form."""
-    return causal or not case.options.get("decay")
+    """A forgetting linear attention and the example have no non-causal form."""
+    return causal or not (case.options.get("decay") or case.file)
 
 
 def documents(length: int, dtype: torch.dtype) -> Tensor:

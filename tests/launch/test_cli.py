@@ -58,8 +58,8 @@ def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
     script += "try: cli.main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = python("-c", script, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("False\n")
-    for command in ("train", "evaluate", "generate", "pack", "export", "doctor"):
-        assert re.search(rf"^  +{command} ", done.stdout, re.MULTILINE), command
+    for command in ("train", "evaluate", "generate", "pack", "tokenizer", "export", "doctor"):
+        assert re.search(rf"^  +{command}\b", done.stdout, re.MULTILINE), command
 
 
 def test_train_help_shows_what_a_user_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_evaluate_gives_the_held_out_loss(job: Job, capsys: pytest.CaptureFixtur
     """Of the batch that training held out, in a process of its own; and of a file as one sequence."""
     done = longreach("evaluate", "runs/tiny", "--batches", "1", cwd=job.directory)
     assert done.returncode == 0 and "longreach: " not in done.stderr  # its progress shows where that takes long
-    found = re.match(r"([\d,]+) tokens: ([\d.]+) nats, ([\d.]+) bits per token", done.stdout)
+    found = re.match(r"([\d,]+) tokens: ([\d.]+) nats, ([\d.]+) bits per byte", done.stdout)
     validated = json.loads((job.directory / "runs/tiny/validation.jsonl").read_text().splitlines()[-1])
     assert found and found[1] == str(2 * 129)
     assert float(found[2]) == pytest.approx(validated["loss"], abs=1e-4)
@@ -123,7 +123,35 @@ def test_evaluate_gives_the_held_out_loss(job: Job, capsys: pytest.CaptureFixtur
     assert main(["evaluate", str(job.directory / "runs/tiny"), "--source", str(file)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{file.stat().st_size - 1:,} tokens: ") and err == ""
-    assert "from position   bits per token" in out
+    assert "from position   bits per byte   standard error" in out
+
+
+def test_evaluate_tells_documents_and_contexts_apart(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the held-out documents, and of a folder by an export, as tables, JSON and a figure."""
+    monkeypatch.chdir(job.directory)
+    run_dir, exported = str(job.directory / "runs/tiny"), str(tmp_path / "exported")
+    assert main(["export", run_dir, exported]) == 0
+    assert main(["evaluate", run_dir, "--by-document"]) == 0
+    assert re.search(r"perplexity   document\n *[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+   \S+\n", capsys.readouterr().out)
+    words = ["--contexts", "16,64", "--json", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.png")]
+    source = job.directory / "source"
+    assert main(["evaluate", exported, "--source", str(source), "--by-document", *words]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    files = {path.name: path.stat().st_size for path in source.iterdir()}
+    assert {one["name"]: one["num_tokens"] + 1 for one in found["documents"]} == files
+    assert all(re.search(rf" {re.escape(name)}$", out, re.MULTILINE) for name in files)
+    assert [one["context"] for one in found["by_context"]] == [16, 64]
+    assert {one["num_tokens"] for one in found["by_context"]} == {found["whole"]["num_tokens"]}
+    assert "past forgotten every" in out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", exported]) == 2
+    assert_one_line(capsys.readouterr().err, "RUN_DIR", "an export has no held-out documents")
+    assert main(["generate", exported, "--prompt", "halo", "--tokens", "9"]) == 0
+    written = capsys.readouterr().out
+    assert main(["generate", run_dir, "--prompt", "halo", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out == written
 
 
 def test_generate_continues_a_prompt(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +204,7 @@ def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
     done = longreach("doctor", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("a job runs here\n")
     for operator in ("elementwise_attention", "linear_attention", "short_conv", "long_conv"):
-        assert re.search(rf"^ok +operators +{operator} on cpu runs \w+$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^ok +operators +{operator} on cpu runs \w+[,;] ", done.stdout, re.MULTILINE)
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
@@ -201,7 +229,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown mixer": (["train", "tiny.yaml", "model.mixers=[chella]"], ["chella"]),
     "pack: missing source": (["pack", "nothing", "out"], ["nothing"]),
     "pack: empty source": (["pack", "empty", "out"], ["empty"]),
-    "pack: one document cannot be split": (["pack", "source/00.txt", "out"], ["valid_fraction"]),
+    "pack: one byte cannot be split": (["pack", "byte", "out"], ["valid_fraction"]),
     "pack: out dir is a file": (["pack", "source", "tiny.yaml"], ["tiny.yaml"]),
     "pack: out dir inside source": (["pack", "source", "source/out"], ["source/out"]),
     "pack: packed already": (["pack", "packed", "out"], ["SOURCE = 'packed'", "data.source=packed"]),
@@ -211,7 +239,15 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "evaluate: nothing saved": (["evaluate", "unsaved"], ["RUN_DIR = 'unsaved'", "no checkpoint"]),
     "evaluate: missing source": (["evaluate", "runs/tiny", "--source", "nothing"], ["source = 'nothing'"]),
     "evaluate: one byte": (["evaluate", "runs/tiny", "--source", "byte"], ["source = 'byte'", "two"]),
-    "evaluate: a folder": (["evaluate", "runs/tiny", "--source", "source"], ["source = 'source'"]),
+    "evaluate: an empty folder": (["evaluate", "runs/tiny", "--source", "empty"], ["source = 'empty'"]),
+    "evaluate: contexts": (["evaluate", "runs/tiny", "--contexts", "16,x"], ["--contexts = '16,x'"]),
+    "evaluate: no context": (["evaluate", "runs/tiny", "--contexts", "0"], ["--contexts = '0'", "at least 1"]),
+    "evaluate: json nowhere": (["evaluate", "runs/tiny", "--json", "no/such"], ["--json = 'no/such'"]),
+    "evaluate: odd figure": (["evaluate", "runs/tiny", "--figure", "a.txt"], ["--figure = 'a.txt'", ".png"]),
+    "evaluate: batches of a file": (
+        ["evaluate", "runs/tiny", "--batches", "1", "--source", "byte"],
+        ["--batches = 1", "leave it out"],
+    ),
     "evaluate: bad number": (["evaluate", "runs/tiny", "--batches", "-1"], ["--batches = -1"]),
     "evaluate: another shape": (
         ["evaluate", "reshaped"],

@@ -1,0 +1,224 @@
+"""What a model answers: the next token, a class or some numbers for the whole sequence, or the next values of a series.
+
+All heads give one loss per token, 0 where there is no label, so that whoever adds them up need not know which head it
+is. A head that answers for the whole sequence sums it up by a scan: the sum's state crosses ranks and blocks as a
+mixer's does, and the answer stands at the sequence's last token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.scan import StatefulOp
+from ..parallel.span import Span
+from .layers import RMSNorm
+
+IGNORED = -100  # the label of a token that the loss leaves out
+LOGITS_AT_ONCE = 2**22  # logits that the loss holds at a time (16 MiB in fp32)
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """Which tokens have a label, ``[B, L]``: int64 labels ``[B, L]`` other than `IGNORED`, numbers ``[B, L, C]`` other
+    than NaN.
+    """
+    return ~labels.isnan().any(-1) if labels.is_floating_point() else labels != IGNORED
+
+
+class Head(nn.Module):
+    """What stands on top of the blocks.
+
+    Attributes:
+        metrics: names of what `measure` finds.
+    """
+
+    metrics: tuple[str, ...] = ()
+
+    def collect(self, x: Tensor, span: Span) -> Tensor:
+        """What the answer needs of ``x [B, L, D]``, and of the rest of the sequence."""
+        return x
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The answer of what `collect` gave, or with labels each token's loss ``[B, L]``, 0 where there is no label."""
+        raise NotImplementedError
+
+    def measure(self, x: Tensor, labels: Tensor) -> Tensor:
+        """``[B, L, metrics]``: of each labelled token; 0 elsewhere."""
+        raise NotImplementedError
+
+
+class TokenHead(Head):
+    """The next token: final norm and logits by the embedding's own matrix.
+
+    With labels it returns each token's loss and never holds all logits at once.
+    """
+
+    metrics = ("accuracy",)
+
+    def __init__(self, width: int, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.weight = embedding.weight  # tied
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``[B, L, D]`` -> logits ``[B, L, vocab]``, or with ``labels [B, L]`` the negative log-likelihoods ``[B,
+        L]`` in nats.
+        """
+        x = self.norm(x)
+        if labels is None:
+            return F.linear(x, self.weight)
+        rows, wanted = x.flatten(0, 1), labels.flatten()
+        size = max(1, LOGITS_AT_ONCE // self.weight.shape[0])
+        losses = [
+            checkpoint(_token_loss, part, self.weight, ids, use_reentrant=False)
+            for part, ids in zip(rows.split(size), wanted.split(size), strict=True)
+        ]
+        return torch.cat(losses).view(labels.shape) if losses else x.sum(-1)
+
+    def measure(self, x: Tensor, labels: Tensor) -> Tensor:
+        known = labelled(labels)
+        right = torch.zeros(labels.shape, dtype=torch.float32, device=x.device)
+        right[known] = (self(x[known]).argmax(-1) == labels[known]).float()
+        return right.unsqueeze(-1)
+
+
+class SequenceHead(Head):
+    """One answer for the whole sequence, from the mean of its tokens; or for several documents in it, from their means.
+
+    The sequence's first ``documents`` documents count (``span.segments`` 0, 1, ...); what follows them is padding. Two
+    are the towers of a comparison: the answer is made of both means, their difference and their product.
+
+    Args:
+        width: D.
+        outputs: classes, or numbers.
+        documents: how many.
+    """
+
+    def __init__(self, width: int, outputs: int, documents: int = 1) -> None:
+        super().__init__()
+        self.documents, self.total = documents, Total()
+        self.norm = RMSNorm(width)
+        self.compare = nn.Linear(4 * width, width) if documents == 2 else None
+        self.answer = nn.Linear(width, outputs)
+
+    def collect(self, x: Tensor, span: Span) -> Tensor:
+        """``[B, L, D]`` -> ``[B, documents, D]``, the means of the documents up to this piece's end."""
+        if span.segments is None:
+            member = x.new_ones(*x.shape[:2], 1)
+        else:
+            number = torch.arange(self.documents, device=x.device)
+            member = (span.segments.unsqueeze(-1) == number).to(x.dtype)
+        counted = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        total = span.at("pool", segments=None).scan(self.total, counted, member)
+        return (total[..., :-1] / total[..., -1:].clamp(min=1)).to(x.dtype)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``[B, documents, D]`` -> ``[B, outputs]``; with labels, whose last one counts, losses ``[B, L]``."""
+        x = self.norm(x)
+        if self.compare is not None:
+            one, other = x.unbind(1)
+            both = torch.cat([one, other, (one - other).abs(), one * other], dim=-1)
+            x = F.gelu(self.compare(both)).unsqueeze(1)
+        answer = self.answer(x.squeeze(1))
+        if labels is None:
+            return answer
+        if not labels.shape[1]:  # a rank that holds no token takes part in the backward pass
+            return answer.sum(-1, keepdim=True)[:, :0]
+        return F.pad(self.loss(answer, labels[:, -1]).unsqueeze(1), (labels.shape[1] - 1, 0))
+
+    def measure(self, x: Tensor, labels: Tensor) -> Tensor:
+        found = torch.zeros(*labels.shape[:2], len(self.metrics), device=x.device)
+        if labels.shape[1]:
+            known = labelled(labels[:, -1:])[:, 0]
+            found[known, -1] = self.judge(self(x)[known].float(), labels[known, -1])
+        return found
+
+    def loss(self, answer: Tensor, label: Tensor) -> Tensor:
+        """``[B, outputs]`` and the last labels -> ``[B]``."""
+        raise NotImplementedError
+
+    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+        """``[n, outputs]`` and as many labels -> ``[n, metrics]``."""
+        raise NotImplementedError
+
+
+class ClassHead(SequenceHead):
+    """A class for the whole sequence; labels ``[B, L]`` int64."""
+
+    metrics = ("accuracy",)
+
+    def loss(self, answer: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(_wide(answer), label, ignore_index=IGNORED, reduction="none")
+
+    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+        return (answer.argmax(-1) == label).float().unsqueeze(-1)
+
+
+class NumberHead(SequenceHead):
+    """Numbers for the whole sequence; labels ``[B, L, outputs]``."""
+
+    metrics = ("mse", "mae")
+
+    def loss(self, answer: Tensor, label: Tensor) -> Tensor:
+        return _squared_error(answer, label)
+
+    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+        return _errors(answer, label)
+
+
+class SeriesHead(Head):
+    """Numbers for every token, such as the next values of a series; labels ``[B, L, outputs]``."""
+
+    metrics = ("mse", "mae")
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm, self.answer = RMSNorm(width), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``[B, L, D]`` -> ``[B, L, outputs]``, or with labels the mean squared errors ``[B, L]``."""
+        answer = self.answer(self.norm(x))
+        return answer if labels is None else _squared_error(answer, labels)
+
+    def measure(self, x: Tensor, labels: Tensor) -> Tensor:
+        known = labelled(labels)
+        found = torch.zeros(*labels.shape[:2], len(self.metrics), device=x.device)
+        found[known] = _errors(self(x[known]).float(), labels[known])
+        return found
+
+
+class Total(StatefulOp):
+    """``x [B, L, D]`` weighted by ``member [B, L, S]`` and summed over all tokens up to this piece's end: ``[B, S, D]``
+    in fp32 or better.
+    """
+
+    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, member = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in inputs)
+        return x.new_ones(1, 1, 1), member.transpose(1, 2) @ x
+
+    def attend(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return past + self.summarize(inputs, segments)[1], ()
+
+
+def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_wide(F.linear(x, weight)), labels, ignore_index=IGNORED, reduction="none")
+
+
+def _squared_error(answer: Tensor, label: Tensor) -> Tensor:
+    """``[..., C]`` -> ``[...]``, the mean over C; 0 where the label is NaN."""
+    known = ~label.isnan().any(-1, keepdim=True)
+    return (_wide(answer) - label.where(known, answer)).where(known, 0).square().mean(-1)
+
+
+def _errors(answer: Tensor, label: Tensor) -> Tensor:
+    """``[n, C]`` -> ``[n, 2]``: squared and absolute, means over C."""
+    error = answer - label
+    return torch.stack([error.square().mean(-1), error.abs().mean(-1)], dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,61 @@
+"""The next token of a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data import (
+    DataConfig,
+    Index,
+    SequenceDataset,
+    Sequences,
+    TokenStream,
+    check_labels,
+    packed_dir,
+    prepare,
+    save_vocabulary,
+)
+from ..model import ModelConfig
+from .task import Task, TaskConfig, settle
+
+
+class Language(Task):
+    """Language modelling on the packed documents of ``data.source``.
+
+    Attributes:
+        index: of the packed corpus.
+    """
+
+    measured = False
+    splits = ("train", "valid")
+
+    def __init__(self, task: TaskConfig, data: DataConfig) -> None:
+        super().__init__(task, data)
+        self.index = Index.load(packed_dir(data), verify=False, timeout=data.timeout)
+        self.title = self.index.name
+        check_labels(self.index, data)
+
+    @classmethod
+    def prepare(cls, data: DataConfig) -> None:
+        prepare(data)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint
+
+    def fit(self, model: ModelConfig) -> None:
+        settle(model, "language", channels=0, head="token", outputs=0, documents=1)
+        model.vocab = model.vocab or int(self.index.vocabulary["size"])
+        self.index.check_vocab(model.vocab)
+
+    def sequences(self, split: str, seed: int | None) -> Sequences:
+        data = self.data
+        return SequenceDataset(
+            TokenStream(self.index, split, data.timeout), data.seq_len, seed=seed, packing=data.packing
+        )
+
+    def keep(self, run_dir: Path) -> None:
+        save_vocabulary(self.index.open_vocabulary(), run_dir)
+
+    def introduction(self) -> str:
+        return f"{self.index.splits['train'].num_tokens:,} training tokens in {self.index.name}"

@@ -1,0 +1,66 @@
+"""Are two excerpts of one document? The two towers of a comparison, on a packed corpus."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ...kernels.errors import InputError
+from ..data import DataConfig, Index, Sequences, TokenStream, packed_dir, prepare
+from ..model import ModelConfig
+from .task import Examples, Rows, Task, TaskConfig, digest_of, settle, whole
+
+
+class Retrieval(Task):
+    """Two excerpts, each half of a sequence long, of the documents of ``data.source``: of the same document without
+    overlap (class 1) or of two (class 0), half of the time each.
+
+    Neither sees the other; the head compares what is left of both. Validation and test take other documents than
+    training.
+    """
+
+    def __init__(self, task: TaskConfig, data: DataConfig) -> None:
+        super().__init__(task, data)
+        self.index = Index.load(packed_dir(data), verify=False, timeout=data.timeout)
+        self.title = f"excerpts of {self.index.name}"
+        self.half = data.seq_len // 2
+        self.streams = {"train": TokenStream(self.index, "train", data.timeout)}
+        self.streams["valid"] = self.streams["test"] = TokenStream(self.index, "valid", data.timeout)
+        self.long = {
+            split: np.flatnonzero(stream.split.length >= 2 * self.half) for split, stream in self.streams.items()
+        }
+        for split, found in self.long.items():
+            if len(found) < 2 or not self.half:
+                allowed = f"must be at most the length of two documents of the {split} split, and at least 2"
+                raise InputError("data.seq_len", data.seq_len, allowed, "shorter sequences, or more long documents")
+        self.chance = {"accuracy": 0.5}
+
+    @classmethod
+    def prepare(cls, data: DataConfig) -> None:
+        prepare(data)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of(self.task, self.data.seq_len, self.index.fingerprint)
+
+    def fit(self, model: ModelConfig) -> None:
+        vocab = int(self.index.vocabulary["size"])
+        settle(model, "retrieval", channels=0, vocab=vocab, head="class", outputs=2, documents=2)
+
+    def sequences(self, split: str, seed: int | None) -> Sequences:
+        count = self.task.examples if split == "train" else self.task.test_examples
+        return Examples(partial(self._make, split), count, seed)
+
+    def _make(self, split: str, number: int) -> Rows:
+        random = np.random.RandomState([self.task.seed, self.splits.index(split), number])
+        stream, half = self.streams[split], self.half
+        documents = random.choice(self.long[split], 2, replace=False)
+        same = random.randint(2)
+        # First and second places are drawn alike in both classes, so neither excerpt alone tells the class.
+        spare = stream.split.length[documents] - 2 * half
+        places = np.sort([random.randint(most + 1, size=2) for most in spare]) + np.array([0, half])
+        first, second = (0, 0), (0 if same else 1, 1)
+        starts = [int(stream.starts[documents[which]] + places[which, place]) for which, place in (first, second)]
+        excerpts = [stream.read(start, start + half).astype(np.int64) for start in starts]
+        return whole(excerpts, same, self.data.seq_len)

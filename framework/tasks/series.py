@@ -1,0 +1,83 @@
+"""The class of a time series, of any length and number of channels, in the format of the UEA and UCR archives."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kernels.errors import InputError
+from ..data import DataConfig, Sequences
+from ..model import ModelConfig
+from .archive import aeon_datasets, find
+from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, held_out, settle, whole
+
+Cases = list[NDArray[np.float32]]
+
+
+class Series(Task):
+    """Classification of the data set ``data.name``: ``NAME_TRAIN.ts`` and ``NAME_TEST.ts`` in the folder
+    ``data.source`` or in one of that name below it, or (``data.source=aeon``) in the package aeon.
+
+    Channels are standardized by the training cases; missing values are their means. ``data.valid_fraction`` of the
+    training cases is held out.
+    """
+
+    def __init__(self, task: TaskConfig, data: DataConfig) -> None:
+        super().__init__(task, data)
+        self.title = data.name
+        if not data.name:
+            raise InputError("data.name", data.name, "the name of a data set", "for example data.name=JapaneseVowels")
+        self.cases, labels = {}, {}
+        for split in ("train", "test"):
+            file = find(data.source, data.name, f"{data.name}_{split.upper()}.ts")
+            self.cases[split], labels[split] = _read(file)
+            check_fits(max(map(len, self.cases[split])), data, f"the longest series of {file.name}")
+        self._standardize()
+        self.classes = sorted(set(labels["train"]))
+        if unknown := set(labels["test"]) - set(self.classes):
+            raise InputError("data.name", data.name, f"has classes in its test cases alone: {sorted(unknown)}")
+        self.labels = {s: np.array([self.classes.index(label) for label in found]) for s, found in labels.items()}
+        self.chance = {"accuracy": float((self.labels["test"] == np.bincount(self.labels["train"]).argmax()).mean())}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        arrays = [array for s in ("train", "test") for array in (self.labels[s], *self.cases[s])]
+        return digest_of(self.task, self.data.seq_len, self.data.valid_fraction, *arrays)
+
+    def fit(self, model: ModelConfig) -> None:
+        channels = self.cases["train"][0].shape[1]
+        settle(model, "series", channels=channels, vocab=0, head="class", outputs=len(self.classes), documents=1)
+
+    def sequences(self, split: str, seed: int | None) -> Sequences:
+        source = "test" if split == "test" else "train"
+        train, valid = held_out(len(self.cases["train"]), self.data.valid_fraction)
+        numbers = {"train": train, "valid": valid, "test": np.arange(len(self.cases["test"]))}[split]
+
+        def make(number: int) -> Rows:
+            which = int(numbers[number])
+            return whole([self.cases[source][which]], int(self.labels[source][which]), self.data.seq_len)
+
+        return Examples(make, len(numbers), seed)
+
+    def _standardize(self) -> None:
+        values = np.concatenate(self.cases["train"])
+        mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        deviation[deviation == 0] = 1
+        for split, cases in self.cases.items():
+            self.cases[split] = [np.nan_to_num((case - mean) / deviation).astype(np.float32) for case in cases]
+
+
+def _read(file: Path) -> tuple[Cases, list[str]]:
+    """The cases of a ``.ts`` file, each ``[n, C]``, and their classes."""
+    try:
+        cases, labels = aeon_datasets().load_from_ts_file(str(file))
+    except (OSError, ValueError, IndexError, TypeError) as error:
+        raise InputError("data.source", str(file), f"cannot be read: {error}") from None
+    found: list[Any] = [np.asarray(case, np.float32).T for case in cases]
+    if not found or len({case.shape[1] for case in found}) != 1:
+        raise InputError("data.source", str(file), "must hold series that have the same channels")
+    return found, [str(label) for label in labels]

@@ -1,0 +1,354 @@
+"""The model in transformers: the same logits, texts and gradients as ours; saved, loaded, padded, searched, trained."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
+
+import longreach
+from longreach.framework.generate import Decoder
+from longreach.framework.huggingface import LongreachCache, LongreachConfig, LongreachForCausalLM, byte_tokenizer
+from longreach.framework.model import ModelConfig
+from longreach.kernels.errors import InputError
+
+MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+RECOMPUTE = "activation_checkpointing"  # "gradient_checkpointing" before transformers 5.21
+if not hasattr(PreTrainedModel, f"{RECOMPUTE}_enable"):
+    RECOMPUTE = "gradient_checkpointing"
+TIGHT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def small_config(mixers: list[str] = MIXERS, dropout: float = 0.0) -> LongreachConfig:
+    shape = ModelConfig(vocab=256, width=16, depth=len(mixers), mixers=mixers)
+    shape.chela.heads = shape.feedforward_kernel.heads = shape.softmax.heads = 2
+    shape.feedforward_kernel.dropout = dropout
+    return LongreachConfig(shape)
+
+
+def small_model(mixers: list[str] = MIXERS, dropout: float = 0.0) -> LongreachForCausalLM:
+    """A model whose blocks say more than the token that they read."""
+    model = LongreachForCausalLM(small_config(mixers, dropout)).eval()
+    for parameter in model.model.blocks.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def text(length: int, rows: int = 1) -> Tensor:
+    return torch.randint(0, 256, (rows, length))
+
+
+def padded(rows: list[Tensor], left: int, right: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows ``[1, L]`` side by side, the longest with so much padding; and the mask."""
+    longest = max(row.shape[1] for row in rows)
+    tokens, mask = (torch.zeros(len(rows), left + longest + right, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        here = slice(left + longest - row.shape[1], left + longest)
+        tokens[number, here], mask[number, here] = row[0], 1
+    return tokens, mask
+
+
+def test_logits_loss_and_gradients_are_those_of_the_model() -> None:
+    """With and without a whole set of logits, with labels left out, and with blocks computed again."""
+    model, tokens = small_model(), text(70, rows=2)
+    labels = tokens.clone()
+    labels[:, 5:9] = -100
+    wanted = torch.cat([labels[:, 1:], labels.new_full((2, 1), -100)], dim=1)
+    logits = model.model(tokens)
+    nll, penalty = model.model(tokens, None, wanted)
+    expected = nll.sum() / (wanted != -100).sum() + penalty
+    expected.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert penalty > 0 and len(gradients) > 40
+    output = model(tokens, labels=labels)
+    torch.testing.assert_close(output.logits, logits)
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(model(tokens, logits_to_keep=3).logits, output.logits[:, -3:])
+    assert isinstance(model(tokens, return_dict=False)[0], Tensor)
+    model.train()
+    for again in (False, True):
+        if again:
+            getattr(model, f"{RECOMPUTE}_enable")()
+        model.zero_grad()
+        output = model(tokens, labels=labels)
+        assert output.logits is None and output.past_key_values is None and model.model.recompute == again
+        output.loss.backward()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, **TIGHT)
+
+
+def test_dropout_is_that_of_training_alone() -> None:
+    model, tokens = small_model(["feedforward_kernel"], dropout=0.5), text(30)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_a_text_is_written_as_the_decoder_writes_it() -> None:
+    """Greedily, with the carry and by reading all anew; and the carry is as small behind it as before."""
+    model, prompt = small_model(), text(9, rows=2)
+    decoder = Decoder(model.model)
+    decoder.read(prompt)
+    expected = torch.stack(list(decoder.write(20, temperature=0)), dim=1)
+    assert expected.unique().numel() > 5
+    for use_cache in (True, False):
+        found = model.generate(prompt, max_new_tokens=20, do_sample=False, use_cache=use_cache)
+        assert torch.equal(found[:, 9:], expected)
+    drawn = [model.generate(prompt, max_new_tokens=20, do_sample=True, top_k=0).tolist() for _ in range(2)]
+    assert drawn[0] != drawn[1] and drawn[0][0][:9] == prompt[0].tolist()
+
+
+def test_a_token_costs_one_token() -> None:
+    """Each step of `generate` hands the model what it has not read, and no carry grows with the text."""
+    model, seen = small_model(MIXERS[:3]), []
+    model.model.embedding.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    sizes = []
+    for num_tokens in (2, 30):
+        seen.clear()
+        cache = LongreachCache()
+        model.generate(text(9), max_new_tokens=num_tokens, do_sample=False, past_key_values=cache)
+        assert seen == [9] + [1] * (num_tokens - 1) and cache.get_seq_length() == 8 + num_tokens
+        sizes.append(sum(carry.state.numel() for carry in cache.span.carry.values()))
+    assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("mixers", [MIXERS[:3], ["softmax", "chela"]], ids=" ".join)
+@pytest.mark.parametrize("left, right", [(0, 0), (5, 0), (1, 2)])
+def test_padding_has_no_influence(mixers: list[str], left: int, right: int) -> None:
+    """Rows of 1, 2 and 40 tokens, alone and side by side: all logits, then tokens one by one."""
+    model, rows = small_model(mixers), [text(1), text(2), text(40)]
+    tokens, mask = padded(rows, left, right)
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask).logits
+        for row, logits in zip(rows, found, strict=True):
+            end = left + 40
+            torch.testing.assert_close(logits[end - row.shape[1] : end], model(row).logits[0], **TIGHT)
+    if right:
+        return
+    written = model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for row, line in zip(rows, written, strict=True):
+        assert torch.equal(model.generate(row, max_new_tokens=8, do_sample=False)[0, -8:], line[-8:])
+    if left:
+        return
+    read_in_pieces = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        prefill_chunk_size=7,
+        past_key_values=LongreachCache(),
+    )
+    assert torch.equal(read_in_pieces, written)
+
+
+def test_a_mask_that_says_nothing_changes_nothing() -> None:
+    model, tokens = small_model(), text(20, rows=2)
+    assert torch.equal(model(tokens, attention_mask=torch.ones(2, 20)).logits, model(tokens).logits)
+
+
+def test_beams_search_with_the_carry() -> None:
+    """As they do when every beam is read anew; padded, too."""
+    model = small_model()
+    tokens, mask = padded([text(4), text(11)], left=0)
+    options: dict[str, Any] = {"max_new_tokens": 10, "num_beams": 4, "num_return_sequences": 2, "do_sample": False}
+    found, anew = (model.generate(tokens, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(found, anew)
+    greedy = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    assert not torch.equal(found[::2], greedy)
+
+
+@torch.no_grad()
+def test_padding_stays_padding_without_a_mask() -> None:
+    """Where the next tokens come without one, what was padding is none of their past."""
+    model, rows, ends = small_model(), [text(1), text(9)], text(4, rows=2)
+    tokens, mask = padded(rows, left=2)
+    cache = model(tokens, attention_mask=mask).past_key_values
+    logits = model(ends, past_key_values=cache).logits
+    for row, end, found in zip(rows, ends, logits, strict=True):
+        expected = model(torch.cat([row, end[None]], dim=1)).logits[0, -4:]
+        torch.testing.assert_close(found, expected, **TIGHT)
+
+
+@torch.no_grad()
+def test_one_reading_is_gone_on_from_many_times() -> None:
+    model, prompt = small_model(), text(12)
+    cache = model(prompt).past_key_values
+    for end in (text(3), text(5)):
+        whole = torch.cat([prompt, end], dim=1)
+        found = model.generate(whole, past_key_values=copy.deepcopy(cache), max_new_tokens=5, do_sample=False)
+        assert torch.equal(found, model.generate(whole, max_new_tokens=5, do_sample=False))
+    cache.batch_repeat_interleave(3)
+    ends = text(4, rows=3)
+    logits = model(ends, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(torch.cat([prompt.expand(3, 12), ends], 1)).logits[:, 12:], **TIGHT)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.batch_size == -1
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    """Through the Auto class; the tied weight once; in 16 bits the rates of the modal kernel stay in 32."""
+    model, tokens = small_model(), text(30)
+    model.save_pretrained(tmp_path)
+    assert "model.head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, LongreachForCausalLM) and not any(found.values()) and not loaded.training
+    assert loaded.model.head.weight is loaded.model.embedding.weight
+    assert loaded.config.shape() == model.config.shape() and loaded.config.vocab_size == 256
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {name.rsplit(".", 1)[-1]: parameter.dtype for name, parameter in half.named_parameters()}
+    assert dtypes["log_decay"] == dtypes["angle"] == torch.float32 and dtypes["weight"] == torch.bfloat16
+    expected = model(tokens).logits
+    assert (half(tokens).logits - expected).norm() < 0.04 * expected.norm()
+
+
+def test_a_missing_tensor_is_told(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.head.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks model\.head\.norm\.weight$"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_grows(tmp_path: Path) -> None:
+    model, tokens = small_model(), text(10)
+    logits = model(tokens).logits
+    model.resize_token_embeddings(260)
+    assert model.model.head.weight is model.model.embedding.weight and model.model.config.vocab == 260
+    torch.testing.assert_close(model(tokens).logits[..., :256], logits)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits.shape == (1, 10, 260)
+    model.set_input_embeddings(torch.nn.Embedding(270, 16))
+    assert model(tokens).logits.shape == (1, 10, 270)
+
+
+@pytest.mark.parametrize(
+    "mistake, expected",
+    [
+        (lambda m, x: m(x, attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask"),
+        (lambda m, x: m(x, attention_mask=torch.ones(1, 3)), "attention_mask"),
+        (lambda m, x: m(x, past_key_values=m(x).past_key_values, attention_mask=torch.eye(8)[7:]), "attention_mask"),
+        (lambda m, x: m(x, past_key_values=object()), "past_key_values = 'object'"),
+        (lambda m, x: m(x, output_hidden_states=True), "output_hidden_states"),
+        (lambda m, x: m(x).past_key_values.crop(1), "cannot take tokens back"),
+        (lambda m, x: LongreachConfig(model={"widht": 3}), "did you mean width"),
+        (lambda m, x: LongreachConfig(model={"width": "${oc.env:HOME}"}), "plain values"),
+        (lambda m, x: LongreachForCausalLM(LongreachConfig(model={"vocab": 256, "causal": False})), "model.causal"),
+        (lambda m, x: LongreachForCausalLM(LongreachConfig()), "model.vocab"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(mistake: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        mistake(small_model(["elementwise"]), text(4))
+    assert "\n" not in str(caught.value)
+
+
+def data(rows: int) -> list[dict[str, Tensor]]:
+    """Sequences that count upwards, with labels left out in some rows more than in others."""
+    found = []
+    for row in range(rows):
+        tokens = (torch.arange(24) + 7 * row) % 32
+        labels = tokens.clone()
+        labels[: 3 * (row % 4)] = -100
+        found.append({"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)})
+    return found
+
+
+def trainer(model: LongreachForCausalLM, place: Path, **options: Any) -> Trainer:
+    options = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 3e-3, "logging_steps": 1} | options
+    arguments = TrainingArguments(
+        str(place), use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, seed=0, **options
+    )
+    return Trainer(model, arguments, train_dataset=data(16), eval_dataset=data(4))
+
+
+def losses(found: Trainer) -> list[float]:
+    return [row["loss"] for row in found.state.log_history if "loss" in row]
+
+
+def test_a_trainer_trains_stops_and_goes_on(tmp_path: Path) -> None:
+    """The loss falls, with blocks computed again; going on from a checkpoint ends where never stopping does."""
+    start = LongreachForCausalLM(small_config(["elementwise", "feedforward_kernel"], dropout=0.1))
+    whole, first, rest = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start)
+    one = trainer(whole, tmp_path / "one", save_strategy="no", **{RECOMPUTE: True})
+    one.train()
+    assert whole.gradient_checkpointing and len(losses(one)) == 6 and losses(one)[-1] < losses(one)[0] - 0.3
+    evaluated = one.evaluate()["eval_loss"]
+    assert 0 < evaluated < losses(one)[0]
+    trainer(first, tmp_path / "two", save_steps=3).train()
+    two = trainer(rest, tmp_path / "two", save_steps=3)
+    two.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-3"))
+    assert losses(two)[-3:] == losses(one)[-3:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def test_the_mean_is_over_the_labels_of_a_step(tmp_path: Path) -> None:
+    """Two batches of two rows, accumulated, are one of four, though they have different numbers of labels."""
+    start, weights = small_model(["feedforward_kernel"]), []
+    for size, parts in ((4, 1), (2, 2)):
+        found = trainer(
+            copy.deepcopy(start),
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_steps=1,
+            save_strategy="no",
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=1.0,
+        )
+        found.train()
+        weights.append([p.detach() for p in found.model.parameters()])
+    for one, two in zip(*weights, strict=True):
+        torch.testing.assert_close(one, two, **TIGHT)
+
+
+def test_a_tokenizer_of_bytes(tmp_path: Path) -> None:
+    """A token is a byte, whatever the text holds; saved and loaded; pads on the left."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    everything = "".join(map(chr, range(0x3000))) + "a\0b Ā <pad>\r\n don 't \N{GRINNING FACE} ."
+    for tokenizer in (byte_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(tokenizer) == 256
+        ids = tokenizer(everything)["input_ids"]
+        assert ids == list(everything.encode()) and tokenizer.decode(ids) == everything
+        assert tokenizer.decode([0xE2, 0x82]) == "\N{REPLACEMENT CHARACTER}"
+        batch = tokenizer(["a", "bcd"], padding=True, return_tensors="pt")
+        assert batch["input_ids"].tolist() == [[0, 0, 97], [98, 99, 100]] and set(batch) == {
+            "input_ids",
+            "attention_mask",
+        }
+        assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["a", "bcd"]
+
+
+def test_a_pipeline_writes(tmp_path: Path) -> None:
+    """From a directory that holds both; two prompts at once are as each alone."""
+    small_model(MIXERS[:3]).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    write = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    both = write(["def ", "class Span:"], batch_size=2, **options)
+    for prompt, found in zip(["def ", "class Span:"], both, strict=True):
+        assert found == write(prompt, **options) and found[0]["generated_text"].startswith(prompt)
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    place = Path(longreach.__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place, timeout=120)
+
+
+def test_nothing_else_needs_transformers() -> None:
+    """The export and the command line do not import it; without it, this module says what to type."""
+    others = "import sys, longreach.framework.export, longreach.launch.cli; assert 'transformers' not in sys.modules"
+    done = run(f"{others}; sys.modules['transformers'] = None; import longreach.framework.huggingface")
+    assert done.returncode == 1 and "AssertionError" not in done.stderr
+    expected = "ModuleNotFoundError: longreach.framework.huggingface needs transformers: pip install 'longreach[hf]'"
+    assert done.stderr.splitlines()[-1] == expected

@@ -1,0 +1,309 @@
+"""Tasks: examples that say what they promise, and the same training however the sequences are split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from worlds import run_world
+
+from longreach.framework.config import RunConfig, load
+from longreach.framework.heads import IGNORED, ClassHead, labelled
+from longreach.framework.model import build_model
+from longreach.framework.tasks import TASKS, Task, open_task
+from longreach.framework.trainer import train
+from longreach.kernels.errors import InputError
+from longreach.launch import cli
+from longreach.parallel import streaming
+from longreach.parallel.mesh import Mesh
+from longreach.parallel.span import Span
+
+CONFIG: dict[str, Any] = {
+    "model": {"width": 16, "depth": 2, "mixers": ["elementwise", "chela"], "chela": {"heads": 2, "modes": 2}},
+    "data": {"seq_len": 48, "batch_size": 4},
+    "optim": {"lr": 1.0e-2},
+    "train": {"steps": 2, "threads": 1, "micro_batch_size": 2},
+    "monitor": {"tensorboard": False, "plot": False},
+    "task": {"examples": 64, "test_examples": 10},
+}
+
+
+@pytest.fixture(scope="session")
+def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two waves with dates and a column that never changes."""
+    time = np.arange(400)
+    lines = ["date,a,constant,b"]
+    lines += [f"2026-01-{t % 30},{np.sin(t / 5):.5f},1,{np.cos(t / 9):.5f}" for t in time]
+    path = tmp_path_factory.mktemp("csv") / "waves.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of one letter each."""
+    folder = tmp_path_factory.mktemp("texts")
+    for letter in "abcdefghijklmnop":
+        (folder / letter).write_text("".join(letter + str(number % 10) for number in range(100)))
+    return folder
+
+
+@pytest.fixture
+def words(csv: Path, texts: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """The overrides that make each task of `CONFIG`."""
+    return {
+        "series": ["data.source=aeon", "data.name=JapaneseVowels", "model.causal=false", "model.positions=sinusoidal"],
+        "forecast": [f"data.source={csv}", "task.horizon=4"],
+        "images": ["data.source=digits", "data.seq_len=64"],
+        "retrieval": [f"data.source={texts}", f"data.cache={tmp_path}/packed", "data.valid_fraction=0.3"],
+        "listops": ["model.causal=false", "model.dropout=0.1"],
+        "recall": ["task.pairs=4"],
+        "needle": [],
+        "adding": [],
+    }
+
+
+def make(tmp_path: Path, name: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return load(path, [f"task.name={name}", *overrides])
+
+
+def opened(config: RunConfig) -> Task:
+    from longreach.framework.tasks import kind_of
+
+    kind_of(config.task).prepare(config.data)
+    return open_task(config.task, config.data)
+
+
+def run_each(rank: int, path: str, runs: list[list[str]]) -> list[tuple[list[float], float, dict[str, float]]]:
+    """Losses of the steps, the gradient's last norm, and the test."""
+    found = []
+    for words in runs:
+        config = load(path, words)
+        result = train(config)
+        rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+        assert result.test is not None
+        found.append(([row["loss"] for row in rows], rows[-1]["grad_norm"], result.test.metrics))
+    return found
+
+
+def test_training_is_the_same_however_it_is_split(words: dict[str, list[str]], tmp_path: Path) -> None:
+    """Each head, two steps and the test: one rank; two ranks of a sequence, one of which may hold padding alone; causal
+    ones block by block.
+    """
+    words = {name: words[name] for name in ("series", "listops", "retrieval", "adding", "forecast")}
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    streamed = [name for name in words if "model.causal=false" not in words[name]]
+
+    def runs(layout: str, names: list[str], *extra: str) -> list[list[str]]:
+        return [[f"task.name={n}", f"run.dir={tmp_path}/{layout}-{n}", *words[n], *extra] for n in names]
+
+    (alone,) = run_world(run_each, 1, str(path), runs("1", [*words]), timeout=200)
+    (blocks,) = run_world(run_each, 1, str(path), runs("b", streamed, "parallel.block_len=20"), timeout=200)
+    pair = run_world(run_each, 2, str(path), runs("2", [*words], "parallel.ranks=2"), timeout=200)[0]
+    expected = dict(zip(words, alone, strict=True))
+    for names, results in ((words, pair), (streamed, blocks)):
+        for name, (losses, norm, metrics) in zip(names, results, strict=True):
+            assert losses == pytest.approx(expected[name][0], rel=1e-4), name
+            assert norm == pytest.approx(expected[name][1], rel=1e-3), name
+            assert metrics == pytest.approx(expected[name][2], rel=1e-3), name
+    check_evaluation(tmp_path / "1-adding", expected["adding"][2])
+
+
+def check_evaluation(run_dir: Path, metrics: dict[str, float]) -> None:
+    """What a run found in its test is in its directory; `longreach evaluate` finds it again, and scores other tests."""
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["metrics"] == metrics
+    assert set(result["chance"]) == set(metrics)
+    file = run_dir / "again.json"
+    assert cli.main(["evaluate", str(run_dir), "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["metrics"] == pytest.approx(metrics, rel=1e-4)
+    words = ["data.seq_len=200", "task.test_examples=3", "parallel.block_len=64", "--json", str(file)]
+    assert cli.main(["evaluate", str(run_dir), *words]) == 0
+    assert json.loads(file.read_text())["num_labels"] == 3
+    assert cli.main(["evaluate", str(run_dir), "--by-document"]) == 2
+    assert cli.main(["generate", str(run_dir), "--prompt", "a"]) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "language"])
+def test_examples_follow_from_their_numbers(name: str, words: dict[str, list[str]], tmp_path: Path) -> None:
+    config = make(tmp_path, name, *words[name])
+    one, other = opened(config), opened(config)
+    assert one.fingerprint == other.fingerprint != opened(make(tmp_path, name, *words[name], "task.seed=1")).fingerprint
+    seen = set()
+    for split in one.splits:
+        sequences = one.sequences(split, None)
+        for number in range(min(len(sequences), 5)):
+            tokens, labels, segments = sequences.sequence(number)
+            assert tokens.shape[0] == labels.shape[0] == config.data.seq_len
+            assert segments is None or (segments.diff() >= 0).all()
+            assert labelled(labels.unsqueeze(0)).any()
+            again = other.sequences(split, None).sequence(number)
+            assert torch.equal(tokens, again[0])
+            seen.add((split, tokens.numpy().tobytes()))
+    assert len(seen) >= 10, "the splits do not share their examples"
+    one.fit(config.model)
+    assert config.model.outputs or config.model.head == "token"
+    filler = one.sequences("test", None).sequence(-1)
+    assert not labelled(filler[1].unsqueeze(0)).any()
+
+
+def value_of(tokens: list[int]) -> int:
+    """An expression's value, read from right to left with a stack."""
+    stack: list[int] = []
+    for token in reversed(tokens):
+        if token < 10 or token == 14:
+            stack.append(token)
+            continue
+        values = []
+        while stack[-1] != 14:
+            values.append(stack.pop())
+        stack.pop()
+        stack.append((max(values), min(values), int(np.median(values)), sum(values) % 10)[token - 10])
+    (value,) = stack
+    return value
+
+
+def test_expressions_have_the_values_they_are_said_to_have(tmp_path: Path) -> None:
+    task = opened(make(tmp_path, "listops", "data.seq_len=300"))
+    lengths = []
+    for number in range(40):
+        tokens, labels, segments = task.sequences("train", None).sequence(number)
+        end = 300 if segments is None else int((segments == 0).sum())
+        assert value_of(tokens[:end].tolist()) == labels[-1]
+        lengths.append(end)
+    assert max(lengths) > 200
+
+
+def test_what_is_to_be_recalled_was_said(tmp_path: Path) -> None:
+    tokens, labels, _ = opened(make(tmp_path, "recall", "task.pairs=5")).sequences("train", None).sequence(3)
+    said = dict(zip(tokens[:10:2].tolist(), tokens[1:10:2].tolist(), strict=True))
+    asked = labels != IGNORED
+    assert dict(zip(tokens[asked].tolist(), labels[asked].tolist(), strict=True)) == said
+    tokens, labels, _ = opened(make(tmp_path, "needle")).sequences("train", None).sequence(3)
+    (place, end) = (tokens == 0).nonzero().flatten().tolist()
+    assert end == len(tokens) - 1
+    assert labels[-1] == tokens[place + 1]
+
+
+def test_excerpts_of_one_document_or_of_two(words: dict[str, list[str]], tmp_path: Path) -> None:
+    sequences = opened(make(tmp_path, "retrieval", *words["retrieval"])).sequences("train", None)
+    answers = set()
+    for number in range(20):
+        tokens, labels, segments = sequences.sequence(number)
+        assert segments is not None
+        letters = [{chr(token) for token in tokens[segments == half] if token >= 97} for half in (0, 1)]
+        assert (letters[0] == letters[1]) == bool(labels[-1])
+        answers.add(int(labels[-1]))
+    assert answers == {0, 1}
+
+
+def test_forecasts_are_of_the_values_that_follow(words: dict[str, list[str]], tmp_path: Path) -> None:
+    task = opened(make(tmp_path, "forecast", *words["forecast"]))
+    tokens, labels, _ = task.sequences("train", None).sequence(0)
+    assert tokens.shape == (48, 2), "dates and constants are no channels"
+    ahead = labels.view(48, 4, 2)
+    assert torch.equal(ahead[:-1, 0], tokens[1:])
+    assert torch.equal(ahead[:-4, 3], tokens[4:])
+    tokens, labels, _ = task.sequences("test", None).sequence(0)
+    assert labelled(labels.unsqueeze(0)).sum() == 1
+    assert labelled(labels.unsqueeze(0))[0, -1]
+    trained = task.sequences("train", None)
+    last = trained.sequence(len(trained) - 1)[1][-1].view(4, 2)[-1]
+    first = task.sequences("valid", None).sequence(0)[1][-1].view(4, 2)[0]
+    assert not torch.equal(last, first), "no value is forecast in two splits"
+
+
+def test_padding_does_not_count() -> None:
+    """A class of a padded sequence is that of the sequence alone; also block by block."""
+    config = load("japanese-vowels").model
+    config.channels, config.head, config.outputs, config.vocab, config.causal = 3, "class", 4, 0, True
+    model = build_model(config).double().eval()
+    x = torch.randn(2, 10, 3, dtype=torch.float64)
+    padded = torch.cat([x, torch.randn(2, 5, 3, dtype=torch.float64)], dim=1)
+    segments = torch.tensor([[0] * 10 + [1] * 5] * 2)
+    expected = model(x)
+    torch.testing.assert_close(model(padded, Span(segments=segments)), expected)
+    spans = streaming.blocks(Mesh(), 15, 4, segments=segments)
+    *_, last = streaming.read(spans, lambda span: model(span.take(padded), span))
+    torch.testing.assert_close(last, expected)
+
+
+def test_two_documents_are_compared_each_by_its_own_mean() -> None:
+    head = ClassHead(8, 2, documents=2).double()
+    x, segments = torch.randn(1, 9, 8, dtype=torch.float64), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
+    found = head.collect(x, Span(segments=segments))
+    torch.testing.assert_close(found, torch.stack([x[:, :3].mean(1), x[:, 3:7].mean(1)], dim=1))
+
+
+def test_speakers_are_told_apart(tmp_path: Path) -> None:
+    """Sixty steps of the config of the results' table; the figure there comes from all of its steps."""
+    words = [f"run.dir={tmp_path}/run", "train.steps=60", "train.threads=1"]
+    ((found,),) = run_world(run_each, 1, "japanese-vowels", [words])
+    assert found[2]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["task.name=listop"], "task.name"),
+        (["task.name=series", "data.source=aeon"], "data.name"),
+        (["task.name=series", "data.source=aeon", "data.name=NoSuch"], "data.name"),
+        (["task.name=series", "data.source=aeon", "data.name=JapaneseVowels", "data.seq_len=20"], "data.seq_len"),
+        (["task.name=images", "data.source=nowhere"], "data.source"),
+        (["task.name=recall", "task.pairs=0"], "task.pairs"),
+        (["task.name=recall", "task.pairs=20", "data.seq_len=59"], "data.seq_len"),
+        (["task.name=adding", "model.channels=3"], "model.channels"),
+        (["task.name=adding", "model.head=token"], None),
+        (["task.name=needle", "model.vocab=5"], "model.vocab"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], expected: str | None, tmp_path: Path) -> None:
+    def attempt() -> None:
+        config = make(tmp_path, words[0].partition("=")[2], *words[1:])
+        opened(config).fit(config.model)
+
+    if expected is None:
+        return attempt()
+    with pytest.raises(InputError) as error:
+        attempt()
+    assert error.value.field == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "names"),
+        ("a,b\n1,2\n3", "line 3"),
+        ("a\nx\ny", "no column"),
+        ("a\n1\n2\n3", "windows"),
+        ("a\n1\n1", "change"),
+    ],
+)
+def test_a_table_that_cannot_be_forecast(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=expected):
+        opened(make(tmp_path, "forecast", f"data.source={path}"))
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for shade, name in ((10, "dark"), (240, "light")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (9, 7), (shade, shade, shade + number)).save(tmp_path / "images" / name / f"{number}.png")
+    words = [f"data.source={tmp_path}/images", "task.size=4", "data.seq_len=16"]
+    task = opened(make(tmp_path, "images", *words))
+    assert [len(task.sequences(split, None)) for split in task.splits] == [8, 0, 2]
+    (tmp_path / "images" / "dark" / "6.png").write_text("no image")
+    with pytest.raises(InputError, match=r"6\.png"):
+        opened(make(tmp_path, "images", *words))

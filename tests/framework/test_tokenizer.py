@@ -1,0 +1,232 @@
+"""Tokenizers: what is trained gives every text back, looks at nothing that is held out, and is kept with a run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from longreach.framework.data import Bytes, Ids, Index, Pieces, TokenStream, load_vocabulary, pack, save_vocabulary
+from longreach.framework.data import vocabulary as vocabularies
+from longreach.framework.data.bpe import make_tokenizer, train_bpe
+from longreach.kernels.errors import InputError
+
+WORDS = "span carry halo scan relay Zustand \N{SNOWMAN} \N{GRINNING FACE} caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+def array(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def write_corpus(folder: Path) -> dict[str, str]:
+    draw, texts = random.Random(0), {}
+    folder.mkdir()
+    for number in range(30):
+        texts[f"{number:02}.txt"] = " ".join(draw.choice(WORDS.split()) for _ in range(80)) + "\n"
+        (folder / f"{number:02}.txt").write_text(texts[f"{number:02}.txt"], encoding="utf-8")
+    return texts
+
+
+def refused(call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Pieces:
+    return train_bpe([array(WORDS * 5)], 300)
+
+
+@EXAMPLES
+@given(text=st.text(max_size=40))
+def test_every_text_comes_back(pieces: Pieces, text: str) -> None:
+    """Whole, and as a stream that never shows a part of a character."""
+    tokens = pieces.encode([array(text)])[0].tolist()
+    assert pieces.tokenizer.decode(tokens, skip_special_tokens=False) == text
+    parts = list(pieces.decode(tokens))
+    assert "".join(parts) == text and len(parts) == len(tokens) + 1
+
+
+@EXAMPLES
+@given(tokens=st.lists(st.integers(0, 299), max_size=60))
+def test_any_tokens_can_be_shown(pieces: Pieces, tokens: list[int]) -> None:
+    """Broken characters do not hold the text behind them back for ever."""
+    parts = list(pieces.decode([*tokens, *pieces.encode([array(" span")])[0].tolist()]))
+    assert "".join(parts).endswith("span")
+    assert max((len(part) for part in parts), default=0) < 200
+
+
+def test_a_tokenizer_of_another_kind_is_shown_as_it_decodes() -> None:
+    """A first space that the decoder drops is dropped once, as in the text in one go."""
+    vocab = {"\u2581a": 0, "\u2581b": 1, "c": 2, "<s>": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    pieces = Pieces(tokenizer.to_str().encode(), "x")
+    tokens = [0, 1, 0, 0, 1]
+    assert "".join(pieces.decode(tokens)) == tokenizer.decode(tokens) == "a b a a b"
+    assert pieces.encode([array("<s>")])[0].tolist() != [] and pieces.size == 4
+
+
+def test_training_is_the_same_again_and_sees_nothing_that_is_held_out(tmp_path: Path) -> None:
+    """The documents that `pack` holds out may change: the tokenizer does not. One of the others does change it."""
+    write_corpus(tmp_path / "source")
+    source = str(tmp_path / "source")
+    index = pack(source, tmp_path / "packed", name="x", vocab=300, valid_fraction=0.2)
+    made = make_tokenizer(source, tmp_path / "a.json", 300, valid_fraction=0.2)
+    kept = (tmp_path / "packed/tokenizer.json").read_bytes()
+    assert kept == (tmp_path / "a.json").read_bytes() and index.vocabulary["sha256"] == made.sha256
+    for name, key in (("valid", index.splits["valid"].keys[0]), ("train", index.splits["train"].keys[0])):
+        (tmp_path / "source" / key).write_text("entirely other words, again and again and again " * 99)
+        make_tokenizer(source, tmp_path / f"{name}.json", 300, valid_fraction=0.2)
+        assert ((tmp_path / f"{name}.json").read_bytes() == kept) == (name == "valid")
+
+
+def test_tokens_are_packed_with_the_number_of_their_bytes(tmp_path: Path) -> None:
+    """Baselines are of the bytes, the same as of a corpus of bytes; each document comes back."""
+    texts = write_corpus(tmp_path / "source")
+    source = str(tmp_path / "source")
+    make_tokenizer(source, tmp_path / "t.json", 320, valid_fraction=0.2)
+    as_bytes = pack(source, tmp_path / "bytes", name="x", valid_fraction=0.2)
+    index = pack(source, tmp_path / "tokens", name="x", valid_fraction=0.2, tokenizer=str(tmp_path / "t.json"))
+    assert index.baselines == as_bytes.baselines and index.fingerprint != as_bytes.fingerprint
+    assert index.dtype == "uint16" and index.vocabulary["kind"] == "tokens" and 256 < index.vocabulary["size"] <= 320
+    vocabulary = index.open_vocabulary()
+    for name, split in index.splits.items():
+        stream = TokenStream(index, name)
+        for key, start, stop in zip(split.keys, stream.starts, stream.starts[1:], strict=False):
+            assert "".join(vocabulary.decode(stream.read(int(start), int(stop)).tolist())) == texts[key]
+        assert split.num_bytes == as_bytes.splits[name].num_tokens == as_bytes.splits[name].num_bytes
+        assert split.num_tokens < split.num_bytes / 2 and split.keys == as_bytes.splits[name].keys
+    valid = index.splits["valid"]
+    assert as_bytes.bits_per_byte(np.log(2)) == pytest.approx(1)
+    assert index.bits_per_byte(np.log(2)) == pytest.approx(valid.num_tokens / valid.num_bytes)
+    again = {"name": "x", "valid_fraction": 0.2}
+    assert (
+        pack(source, tmp_path / "tokens", tokenizer=str(tmp_path / "t.json"), **again).fingerprint == index.fingerprint
+    )  # type: ignore[arg-type]
+    assert "tokenizer differ" in refused(pack, source, tmp_path / "tokens", **again)
+    assert "tokenizer, vocab differ" in refused(pack, source, tmp_path / "tokens", vocab=300, **again)
+
+
+def test_documents_that_are_not_text(tmp_path: Path) -> None:
+    """They are refused by name, or so many are left out, for what is trained too."""
+    write_corpus(tmp_path / "source")
+    (tmp_path / "source/latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    source = str(tmp_path / "source")
+    message = refused(pack, source, tmp_path / "out", name="x", vocab=300)
+    assert "document = 'latin.txt': is not UTF-8 from byte 3 on" in message and "--max-bad N" in message
+    index = pack(source, tmp_path / "out", name="x", vocab=300, max_bad_samples=1)
+    assert index.source["num_bad_samples"] == 1
+    assert "not UTF-8" in refused(make_tokenizer, source, tmp_path / "t.json", 300)
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_long_text_is_encoded_in_pieces(pieces: Pieces, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join([WORDS] * 20) + "x" * 300
+    whole = pieces.encode([array(text)])[0]
+    for length in (50, 100):
+        monkeypatch.setattr(vocabularies, "PIECE", length)
+        found = pieces.encode([array(text), array("")])
+        assert pieces.tokenizer.decode(found[0].tolist()) == text and len(found[1]) == 0
+        assert abs(len(found[0]) - len(whole)) < 20
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"\x80\x04N.",
+        json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}).encode(),
+        json.dumps({"version": "1.0", "model": {**BPE, "merges": [["a", "b"]]}}).encode(),
+        json.dumps({"version": "1.0", "model": {**BPE, "vocab": {"a": 2**32 - 1}}}).encode(),
+        json.dumps({"version": "1.0", "model": {**BPE, "vocab": {"a": 2**31}}}).encode(),
+        json.dumps({"version": "9.0", "model": BPE}).encode(),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.json").write_bytes(content)
+    (tmp_path / "a.txt").write_bytes(b"some text")
+    message = refused(pack, str(tmp_path / "a.txt"), tmp_path / "out", name="x", tokenizer=str(tmp_path / "t.json"))
+    assert message.startswith("tokenizer = ") and "t.json" in message
+    assert not (tmp_path / "out").exists()
+
+
+@EXAMPLES
+@given(at=st.integers(0, 10**6), new=st.binary(min_size=1, max_size=6))
+def test_a_tokenizer_of_any_bytes_works_or_is_refused(pieces: Pieces, at: int, new: bytes) -> None:
+    content = bytearray(pieces.content)
+    content[at % len(content) : at % len(content) + len(new)] = new
+    try:
+        changed = Pieces(bytes(content), "t.json")
+        list(changed.decode(changed.prompt(b"span \xc3\xa9").tolist()))
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def test_mistakes_in_what_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"some text")
+    source, out = str(tmp_path / "a.txt"), tmp_path / "out"
+    assert "longreach tokenizer SOURCE FILE" in refused(pack, source, out, name="x", tokenizer="nothing.json")
+    assert "data.vocab = 100: must be from 256" in refused(pack, source, out, name="x", vocab=100)
+    assert "data.vocab = 300: must be 0" in refused(pack, source, out, name="x", vocab=300, tokenizer="t.json")
+    assert "--vocab = 100" in refused(make_tokenizer, source, tmp_path / "t.json", 100)
+    assert "a new file" in refused(make_tokenizer, source, source, 300)
+    assert "a new file" in refused(make_tokenizer, source, tmp_path / "no/t.json", 300)
+    np.save(tmp_path / "a.npy", np.arange(9))
+    assert "hold token ids already" in refused(make_tokenizer, str(tmp_path / "a.npy"), tmp_path / "t.json", 300)
+
+
+def test_a_packed_tokenizer_that_was_changed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source")
+    pack(str(tmp_path / "source"), tmp_path / "out", name="x", vocab=300)
+    path = tmp_path / "out/tokenizer.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"version":"1.0"', b'"version": "1.0"'))
+    assert "SHA-256" in refused(Index.load, tmp_path / "out", verify=False)
+    path.unlink()
+    assert "tokenizer.json" in refused(Index.load, tmp_path / "out", verify=False)
+    path.write_bytes(content)
+    fields = json.loads((tmp_path / "out/index.json").read_text())
+    fields["splits"]["valid"]["num_bytes"] += 1
+    (tmp_path / "out/index.json").write_text(json.dumps(fields))
+    assert "fingerprint" in refused(Index.load, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "ids", "tokens"])
+def test_a_run_keeps_its_vocabulary(tmp_path: Path, pieces: Pieces, kind: str) -> None:
+    vocabulary = {"bytes": Bytes(), "ids": Ids(50), "tokens": pieces}[kind]
+    assert load_vocabulary(tmp_path).kind == "bytes", "as of a run that kept nothing"
+    save_vocabulary(vocabulary, tmp_path)
+    found = load_vocabulary(tmp_path)
+    assert type(found) is type(vocabulary) and found.describe() == vocabulary.describe()
+    text = b"7 49, 3" if kind == "ids" else "caf\xe9 halo".encode()
+    assert found.prompt(text).tolist() == vocabulary.prompt(text).tolist()
+    assert "".join(found.decode(found.prompt(text).tolist())) == (" 7 49 3" if kind == "ids" else text.decode())
+    for content in (b"", b"[]", b"{}", b'{"kind": "tokens"}', b'{"kind": "ids", "size": []}', b'{"kind": 3}'):
+        (tmp_path / "vocabulary.json").write_bytes(content)
+        if content != b'{"kind": "tokens"}' or kind == "tokens":
+            assert "vocabulary" in refused(load_vocabulary, tmp_path)
+
+
+def test_prompts_that_do_not_fit(pieces: Pieces) -> None:
+    assert "must be token ids below 50" in refused(Ids(50).prompt, b"7 50")
+    assert "must be token ids below 50" in refused(Ids(50).prompt, b"-1")
+    assert "not UTF-8" in refused(pieces.prompt, b"\xff")

@@ -1,0 +1,117 @@
+"""Runs on tokens, from the source to the text that is written: the program itself, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import longreach
+
+from longreach.framework.data import Index, load_vocabulary
+from longreach.framework.export import export
+from longreach.launch.cli import main
+
+CONFIG = """
+model: {width: 16, depth: 2, mixers: [elementwise, chela], chela: {heads: 2, modes: 2}}
+data: {source: packed, seq_len: 65, batch_size: 2}
+optim: {lr: 1.0e-2}
+train: {steps: 2, threads: 1}
+monitor: {tensorboard: false, plot: false, sample_len: 12}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the tokens of a JSONL file and one on ids, both without the corpora that they were trained on."""
+    place, draw = tmp_path_factory.mktemp("tokens"), random.Random(0)
+    words = ["span", "carry", "halo", "scan", "relay", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+    texts = [" ".join(draw.choice(words) for _ in range(120)) for _ in range(20)]
+    (place / "book.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    np.save(place / "ids.npy", np.random.default_rng(0).integers(0, 40, (20, 100)))
+    (place / "tiny.yaml").write_text(CONFIG)
+    return place
+
+
+@pytest.fixture(scope="module")
+def said(place: Path) -> str:
+    """What a training on tokens said in the end."""
+    assert longreach("pack", "ids.npy", "ids", cwd=place).returncode == 0
+    made = longreach("tokenizer", "book.jsonl", "t.json", "--field", "body", "--vocab", "290", cwd=place)
+    assert made.returncode == 0 and re.fullmatch(r"2\d\d tokens: t\.json\n", made.stdout), made
+    packed = longreach("pack", "book.jsonl", "packed", "--field", "body", "--tokenizer", "t.json", cwd=place)
+    assert packed.returncode == 0 and packed.stderr == ""
+    assert re.search(r"^valid: \d+ documents, [\d,]+ tokens of [\d,]+ bytes, 1 shards$", packed.stdout, re.MULTILINE)
+    done = longreach("train", "tiny.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    ids = longreach("train", "tiny.yaml", "data.source=ids", "run.dir=runs/ids", cwd=place)
+    assert ids.returncode == 0 and "held-out bits per token, ids" in ids.stdout, ids.stderr
+    return done.stdout
+
+
+def test_a_run_on_tokens_is_told_in_bits_per_byte(place: Path, said: str) -> None:
+    index = Index.load(place / "packed")
+    loss = json.loads((place / "runs/tiny/validation.jsonl").read_text())["loss"]
+    valid = index.splits["valid"]
+    bits = re.search(r"^  this model +([\d.]+)$", said, re.MULTILINE)
+    assert bits and "held-out bits per byte" in said and "gzip -9" in said
+    assert float(bits[1]) == pytest.approx(loss / math.log(2) * valid.num_tokens / valid.num_bytes, abs=1e-3)
+
+
+@pytest.mark.usefixtures("said")
+def test_what_a_run_needs_to_read_and_write_is_its_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpora are gone."""
+    shutil.copytree(place / "runs", place / "alone/runs")
+    words = ["--tokens", "9", "--temperature", "0"]
+    run = str(place / "alone/runs/tiny")
+    assert main(["generate", run, "--prompt", "span caf\xe9", *words]) == 0
+    assert capsys.readouterr().out.startswith("span caf\xe9")
+    (place / "text.txt").write_text("carry halo caf\xe9", encoding="utf-8")
+    assert main(["evaluate", run, "--source", str(place / "text.txt")]) == 0
+    num_tokens = len(load_vocabulary(run).prompt("carry halo caf\xe9".encode()))
+    assert num_tokens < 12 and capsys.readouterr().out.startswith(f"{num_tokens - 1} tokens: ")
+    ids = str(place / "alone/runs/ids")
+    assert main(["generate", ids, "--prompt", "3 39", *words]) == 0
+    assert re.fullmatch(r"3 39( \d+){9}\n", capsys.readouterr().out)
+    export(run, place / "exported")
+    export(run, place / "exported")  # over the first one
+    assert (place / "exported/tokenizer.json").read_bytes() == (place / "t.json").read_bytes()
+
+
+@pytest.mark.usefixtures("said")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["generate", "runs/ids", "--prompt", "some words"], "must be token ids below 40"),
+        (["generate", "runs/ids", "--prompt", "40"], "must be token ids below 40"),
+        (["generate", "runs/tiny", "--prompt", "@ids.npy"], "is not UTF-8 from byte 0 on"),
+        (["evaluate", "runs/tiny", "--source", "ids.npy"], "is not UTF-8 from byte 0 on"),
+        (["pack", "book.jsonl", "out"], "has no field 'text', but 'body' (1 bad sample, 0 allowed); name its field"),
+        (["pack", "book.jsonl", "out", "--tokenizer", "tiny.yaml"], "is no file of the tokenizers library"),
+        (["pack", "book.jsonl", "packed", "--field", "body"], "was packed from something else (tokenizer differ)"),
+        (["pack", "ids.npy", "out", "--vocab", "39"], "data.vocab = 39: must be at least 40"),
+        (["tokenizer", "ids.npy", "new.json"], "hold token ids already"),
+        (["tokenizer", "book.jsonl", "t.json", "--field", "body"], "FILE = 't.json': must be a new file"),
+        (["tokenizer", "book.jsonl", "new.json", "--max-bad", "-1"], "--max-bad = -1"),
+        (["train", "tiny.yaml", "run.dir=new", "model.vocab=256"], "model.vocab = 256: must be at least 2"),
+        (["train", "tiny.yaml", "run.dir=new", "data.vocab=-1"], "data.vocab = -1"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    place: Path,
+    words: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("longreach: ") and expected in err
+    assert sorted(place.rglob("*")) == before
