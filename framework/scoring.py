@@ -67,7 +67,7 @@ def score(
     Returns:
         None if the split holds no example, or none that was read has a label.
     """
-    if not len(task.sequences(split, None)):
+    if split not in task.splits or not len(task.sequences(split, None)):
         return None
     names = head.metrics if task.measured else ()
     bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64)

@@ -76,14 +76,17 @@ class Trip:
             dist.P2POp(dist.irecv, tensor.view(-1).view(torch.uint8), axis.ranks[rank], group=axis.group)
             for tensor, (rank, _) in zip(self._received, receives, strict=True)
         ]
-        with note(sum(data.numel() for data in self._sent)):
-            self._requests = dist.batch_isend_irecv(operations) if operations else []
+        self._requests: list[dist.Work] = []
+        if operations:
+            with note(sum(data.numel() for data in self._sent)):
+                self._requests = dist.batch_isend_irecv(operations)
 
     def arrived(self) -> list[Tensor]:
         """What was received, once it is there."""
-        with self._note(0):
-            for request in self._requests:
-                request.wait()
+        if self._requests:
+            with self._note(0):
+                for request in self._requests:
+                    request.wait()
         self._requests, self._sent = [], []
         return self._received
 

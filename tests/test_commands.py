@@ -172,7 +172,12 @@ def made_by(target: str, place: Path) -> str:
     python.symlink_to(shutil.which("true") or "/bin/true")
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
     plan = subprocess.run(
-        ["make", "--dry-run", target], cwd=clone, env=environment, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", target],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return plan.stdout.splitlines()[-1].partition(" -m ")[2]
 
@@ -200,7 +205,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launchers would give the ranks GPUs")
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands_of(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_every_command_of_a_page_runs(page: Path, prepared: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(prepared, place)

@@ -33,6 +33,8 @@ class Language(Task):
         super().__init__(task, data)
         self.index = Index.load(packed_dir(data), verify=False, timeout=data.timeout)
         self.title = self.index.name
+        if not self.index.splits["valid"].num_tokens:
+            self.splits = ("train",)
         check_labels(self.index, data)
 
     @classmethod

@@ -75,7 +75,7 @@ class Task:
     Attributes:
         title: what its data are called.
         measured: whether `heads.Head.measure` is asked for.
-        splits: their names; the last one is scored at the end of a run.
+        splits: names of those there are: ``train``, ``valid`` if any is held out, ``test`` if it is scored at the end.
         chance: metrics of the simplest answer, to see what was learned.
     """
 

@@ -211,7 +211,8 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
     run_dir = tmp_path / "run"
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots", "exchanges", ".lock",
+        "config.yaml", "vocabulary.json", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots",
+        "exchanges", ".lock",
     }  # fmt: skip
     ours, theirs = (rows_of(run_dir / "exchanges", f"rank-{rank}.jsonl") for rank in (0, 1))
     assert {row["step"] for row in ours} == {1, 2}

@@ -60,6 +60,7 @@ def run(out: Path, *words: str) -> Done:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(["bench", "memory", "--out", str(out), "--threads", "1", "--longest", "256", *words])
+    assert (out / "memory-cpu.json").is_file(), said.getvalue()
     return Done(code, said.getvalue(), out, json.loads((out / "memory-cpu.json").read_text()))
 
 
