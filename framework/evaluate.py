@@ -18,7 +18,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.span import Span
 from . import tasks
 from .config import RunConfig, load
-from .data import Bytes, Ids, Index, TokenStream, load_vocabulary, packed_dir, validation_batches
+from .data import Batches, Bytes, Ids, Index, TokenStream, load_vocabulary, packed_dir, sequences_of
 from .data.corpus import File, list_files, read_file
 from .data.progress import progress
 from .generate import PROMPT_BLOCK, load_run
@@ -225,7 +225,7 @@ def _held_out(config: RunConfig | None, place: str | Path, by_document: bool, ma
                     )
 
         return index.name, stream.num_tokens - stream.num_documents, documents
-    batches = validation_batches(index, data, micro_batch_size=1)
+    batches = Batches(sequences_of(index, data, "valid"), data.batch_size)
 
     def windows() -> Iterator[Text]:
         for batch in batches.iterate(num_steps=max_batches or None):

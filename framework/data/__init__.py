@@ -1,6 +1,6 @@
 """Corpora, packed shards and the order in which a run reads them.
 
-`prepare` turns ``data.source`` into a packed directory; `training_batches` and `validation_batches` read it.
+`prepare` turns ``data.source`` into a packed directory; `sequences_of` are its windows, and `Batches` reads them.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ __all__ = [
     "packed_dir",
     "prepare",
     "save_vocabulary",
-    "training_batches",
-    "validation_batches",
+    "sequences_of",
     "worker_failure",
 ]
 
@@ -153,53 +152,13 @@ def check_labels(index: Index, data: DataConfig) -> None:
     """Raise InputError where a split of the corpus holds tokens but none to predict: before the first step."""
     for name, split in index.splits.items():
         if name == "train" or split.num_tokens:
-            SequenceDataset(TokenStream(index, name), data.seq_len, seed=None, packing=data.packing)
+            sequences_of(index, data, name)
 
 
 def _is_packed(data: DataConfig) -> bool:
     return data.source != CPYTHON and (Path(data.source).expanduser() / FILE_NAME).exists()
 
 
-def training_batches(
-    index: Index,
-    data: DataConfig,
-    *,
-    seed: int,
-    micro_batch_size: int = 1,
-    data_rank: int = 0,
-    num_data_ranks: int = 1,
-) -> Batches:
-    """Return the endless, shuffled batches of the train split; see `Batches`."""
-    dataset = SequenceDataset(TokenStream(index, "train", data.timeout), data.seq_len, seed=seed, packing=data.packing)
-    return Batches(
-        dataset,
-        data.batch_size,
-        micro_batch_size=micro_batch_size,
-        data_rank=data_rank,
-        num_data_ranks=num_data_ranks,
-        workers=data.workers,
-    )
-
-
-def validation_batches(
-    index: Index,
-    data: DataConfig,
-    *,
-    micro_batch_size: int = 1,
-    data_rank: int = 0,
-    num_data_ranks: int = 1,
-    split: str = "valid",
-) -> Batches:
-    """Return the batches of a split in stream order, each window once, the last batch filled up.
-
-    ``iterate()`` ends by itself, after the same number of micro-batches on every rank;
-    ``iterate(num_steps=validate_batches)`` ends sooner. Fillers have index -1 and no labels.
-    """
-    dataset = SequenceDataset(TokenStream(index, split, data.timeout), data.seq_len, seed=None, packing=data.packing)
-    return Batches(
-        dataset,
-        data.batch_size,
-        micro_batch_size=micro_batch_size,
-        data_rank=data_rank,
-        num_data_ranks=num_data_ranks,
-    )
+def sequences_of(index: Index, data: DataConfig, split: str, seed: int | None = None) -> SequenceDataset:
+    """The windows of a split, in the order of ``seed``; see `SequenceDataset`."""
+    return SequenceDataset(TokenStream(index, split, data.timeout), data.seq_len, seed=seed, packing=data.packing)

@@ -7,13 +7,12 @@ from pathlib import Path
 from ..data import (
     DataConfig,
     Index,
-    SequenceDataset,
     Sequences,
-    TokenStream,
     check_labels,
     packed_dir,
     prepare,
     save_vocabulary,
+    sequences_of,
 )
 from ..model import ModelConfig
 from .task import Task, TaskConfig, settle
@@ -51,10 +50,7 @@ class Language(Task):
         self.index.check_vocab(model.vocab)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
-        data = self.data
-        return SequenceDataset(
-            TokenStream(self.index, split, data.timeout), data.seq_len, seed=seed, packing=data.packing
-        )
+        return sequences_of(self.index, self.data, split, seed)
 
     def keep(self, run_dir: Path) -> None:
         save_vocabulary(self.index.open_vocabulary(), run_dir)

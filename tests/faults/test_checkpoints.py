@@ -31,7 +31,7 @@ from worlds import run_world
 from longreach.framework import checkpoint, trainer
 from longreach.framework.checkpoint.directory import digest_of
 from longreach.framework.config import load
-from longreach.framework.data import Index, training_batches
+from longreach.framework.data import Index, sequences_of
 from longreach.framework.model import build_model
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
@@ -377,7 +377,7 @@ def test_64_at_an_epochs_end(place: Place) -> None:
     """A run that stops where an epoch ends, and one sequence before and after, goes on as if it had not stopped."""
     words = ["data.seq_len=1000", "data.batch_size=1"]
     config = load(place.directory / "endless.yaml", [f"data.source={place.directory / 'packed'}", *words])
-    epoch = len(training_batches(Index.load(place.directory / "packed"), config.data, seed=0).dataset)
+    epoch = len(sequences_of(Index.load(place.directory / "packed"), config.data, "train"))
     for stop in (epoch - 1, epoch, epoch + 1, 2 * epoch + 2):
         done = place.train("epochs", *words, f"train.steps={stop}")
         assert done.returncode == 0, done.stderr
@@ -409,7 +409,7 @@ def test_57_every_sample_is_trained_on_as_planned(place: Place, tmp_path: Path) 
     """Over kills, resumes and other numbers of ranks: in two epochs every window twice, each once before any again."""
     config, run, told = str(place.directory / "endless.yaml"), tmp_path / "run", str(tmp_path / "told")
     words = configured(place, run, "data.seq_len=250", "data.batch_size=4", "checkpoint.every=3")
-    dataset = training_batches(Index.load(place.directory / "packed"), load(config, words).data, seed=0).dataset
+    dataset = sequences_of(Index.load(place.directory / "packed"), load(config, words).data, "train", seed=0)
     steps = -(-2 * len(dataset) // 4)
     assert steps > 12
     for kill, ranks, sequence in ((4, 2, 2), (5, 2, 1), (2, 1, 1), (6, 2, 2), (0, 2, 1)):

@@ -35,8 +35,7 @@ from longreach.framework.data import (
     pack,
     packed_dir,
     prepare,
-    training_batches,
-    validation_batches,
+    sequences_of,
 )
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.records import documents as documents_of
@@ -528,12 +527,11 @@ def test_a_resumed_run_reads_on_where_it_stopped(index: Index) -> None:
 
 def test_validation_reads_each_window_once_and_ends_together(index: Index) -> None:
     """Fault 32: every rank gets as many micro-batches; what fills them up counts for nothing."""
-    data = DataConfig(seq_len=100, batch_size=4, packing="documents")
-    count = len(SequenceDataset(TokenStream(index, "valid"), 100, seed=None))
+    held_out = SequenceDataset(TokenStream(index, "valid"), 100, seed=None, packing="documents")
+    count = len(held_out)
     assert count % 4  # or nothing is to be filled up
     ranks = [
-        list(validation_batches(index, data, micro_batch_size=2, data_rank=rank, num_data_ranks=2).iterate())
-        for rank in range(2)
+        list(Batches(held_out, 4, micro_batch_size=2, data_rank=rank, num_data_ranks=2).iterate()) for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1]) == -(-count // 4)
     numbers = torch.cat([batch.indices for pair in zip(*ranks, strict=True) for batch in pair])
@@ -541,8 +539,8 @@ def test_validation_reads_each_window_once_and_ends_together(index: Index) -> No
     last = ranks[1][-1]
     assert (last.labels[last.indices == FILLER] == IGNORE).all()
     assert last.segments is not None and (last.segments.diff(dim=1) >= 0).all()
-    assert len(list(validation_batches(index, data).iterate(num_steps=1))) == 4
-    assert len(list(validation_batches(index, data).iterate(num_steps=10**6))) == 4 * -(-count // 4)
+    assert len(list(Batches(held_out, 4).iterate(num_steps=1))) == 4
+    assert len(list(Batches(held_out, 4).iterate(num_steps=10**6))) == 4 * -(-count // 4)
 
 
 def test_reading_ahead_does_not_touch_torchs_generator(index: Index) -> None:
@@ -593,6 +591,6 @@ def test_from_the_configuration_to_batches(tmp_path: Path, source: Path, monkeyp
     again = DataConfig(source="data/packed/source", seq_len=50, batch_size=2)
     assert packed_dir(again) == Path("data/packed/source")
     assert prepare(again).fingerprint == prepare(data).fingerprint == index.fingerprint
-    batches = training_batches(index, data, seed=5, data_rank=1, num_data_ranks=2)
+    batches = Batches(sequences_of(index, data, "train", seed=5), data.batch_size, data_rank=1, num_data_ranks=2)
     assert next(batches.iterate()).indices.item() == batches.dataset.window(1)
     assert "set data.name" in refused(prepare, DataConfig(source="source", name="../x", seq_len=5, batch_size=1))
