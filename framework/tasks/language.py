@@ -26,7 +26,7 @@ class Language(Task):
     """
 
     measured = False
-    splits = ("train", "valid")
+    splits: tuple[str, ...] = ("train", "valid")
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
