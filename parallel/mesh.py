@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from ..kernels.errors import InputError
 from . import cost, flight
+
+BEAT_SECONDS, AT_WORK = 1.0, -1.0  # how often a rank that is at work tells the others so, and what it tells
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
         allowed = "must be a host, a port, and a rank below the number of ranks, from the launcher's environment"
         raise InputError("MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE", (host, port, rank, ranks), allowed, _START)
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
-        allowed = f"must be at most {torch.cuda.device_count()}, one for each GPU of this machine"
-        fix = "start fewer, or CUDA_VISIBLE_DEVICES= to compute on processors"
+        count = torch.cuda.device_count()
+        allowed = f"must be at most {count}, one for each GPU of this machine"
+        fix = f"set parallel.ranks={count}, or put CUDA_VISIBLE_DEVICES= before the command to compute on processors"
         raise InputError("ranks of a machine", local_size() or local_rank() + 1, allowed, fix)
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_port(host, port)
@@ -291,9 +296,30 @@ def together(work: Callable[[], None], axis: Axis) -> None:
 
 
 def first_alone(work: Callable[[], None], axis: Axis) -> None:
-    """Run ``work`` on the first rank of the axis while the others wait; a collective.
+    """Run ``work`` on the first rank of the axis while the others wait, however long it takes; a collective.
 
     Raises:
         PeerFailed: on the others, if it raised.
     """
-    together(work if axis.rank == 0 else lambda: None, axis)
+    over = threading.Event()
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # another rank is gone: the next exchange fails as well
+            while not over.wait(BEAT_SECONDS):
+                gather_values([AT_WORK], axis)
+            gather_values([0.0], axis)
+
+    def lead() -> None:
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        try:
+            work()
+        finally:
+            over.set()
+            telling.join()
+
+    def wait() -> None:
+        while gather_values([0.0], axis)[0][0] == AT_WORK:
+            pass
+
+    together(work if axis.size == 1 else wait if axis.rank else lead, axis)
