@@ -28,20 +28,22 @@ def find(source: str, name: str, pattern: str) -> Path:
     """The file of a data set.
 
     Args:
-        source: `AEON`, or a folder, or the file itself.
+        source: `AEON`, or a folder, or the file itself or another one of the data set beside it.
         name: of the data set.
-        pattern: of the file in the data set's folder.
+        pattern: of the file in the data set's folder; ``*`` stands for the name where files of several lie in one.
 
     Raises:
         InputError: there is none, or several.
     """
-    root = Path(source).expanduser()
+    root = Path(aeon_datasets().__file__).parent / "data" if source == AEON else Path(source).expanduser()
+    if not root.exists():
+        raise InputError("data.source", source, "there is no such file or folder")
     if root.is_file():
-        return root
-    if source == AEON:
-        root = Path(aeon_datasets().__file__).parent / "data"
-    for folder in (root / name, root):
-        found = sorted(folder.glob(pattern)) if name or source != AEON else []
+        if root.match(pattern):
+            return root
+        root = root.parent
+    for place in (str(Path(name, pattern)), pattern.replace("*", name or "*")):
+        found = sorted(root.glob(place)) if name or source != AEON else []
         if len(found) == 1:
             return found[0]
         if found:

@@ -15,7 +15,7 @@ from ...kernels.errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
 from .archive import find
-from .task import Examples, Rows, Task, TaskConfig, digest_of, settle
+from .task import Examples, Rows, Task, TaskConfig, check_causal, digest_of, settle
 
 SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}  # in the order of time
 
@@ -23,11 +23,10 @@ SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}  # in the order of time
 class Forecast(Task):
     """Forecasts of ``task.horizon`` values of each channel from ``data.seq_len`` values before them.
 
-    The file's first line names its columns; those that are not numbers in every line (dates), or never
-    change, are left out. The first
-    70% of time are to train on, 20% at the end are scored, and what is forecast in one is in no other. Values are
-    standardized by the training part, and so are the errors. While training every token's future is learned; a score
-    counts the last token of each window, which has seen all of it.
+    The file's first line names its columns; those that are not numbers in every line (dates), or do not change while
+    there is to train on, are left out. The first 70% of time are to train on, 20% at the end are scored, and what is
+    forecast in one is in no other. Values are standardized by the training part, and so are the errors. While training
+    every token's future is learned; a score counts the last token of each window, which has seen all of it.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -36,10 +35,12 @@ class Forecast(Task):
         self.title = data.name or file.stem
         values = _read(file)
         ends = np.round(np.cumsum([0, *SHARES.values()]) * len(values)).astype(int)
-        mean, deviation = values[: ends[1]].mean(axis=0), values[: ends[1]].std(axis=0)
-        if not deviation.any():
+        known = values[: ends[1]]
+        changing = known.max(axis=0) > known.min(axis=0) if len(known) else np.zeros(values.shape[1], bool)
+        if not changing.any():
             raise InputError("data.source", str(file), "has no column of numbers that change")
-        self.values = ((values - mean)[:, deviation > 0] / deviation[deviation > 0]).astype(np.float32)
+        mean, deviation = known[:, changing].mean(axis=0), known[:, changing].std(axis=0)
+        self.values = ((values[:, changing] - mean) / deviation).astype(np.float32)
         self.bounds = dict(zip(SHARES, zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True), strict=True))
         for split in SHARES:
             if self._starts(split)[1] < 1:
@@ -53,6 +54,7 @@ class Forecast(Task):
         return digest_of(self.task, self.data.seq_len, self.values)
 
     def fit(self, model: ModelConfig) -> None:
+        check_causal(model, "forecast")
         channels = self.values.shape[1]
         outputs = self.task.horizon * channels
         settle(model, "forecast", channels=channels, vocab=0, head="series", outputs=outputs, documents=1)
@@ -84,9 +86,12 @@ class Forecast(Task):
         """The errors of forecasting the last value seen."""
         first, count = self._starts("test")
         last = first + self.data.seq_len - 1 + np.arange(count)
-        ahead = last[:, None] + 1 + np.arange(self.task.horizon)
-        error = self.values[ahead] - self.values[last][:, None]
-        return {"rmse": float(np.sqrt((error**2).mean())), "mae": float(np.abs(error).mean())}
+        means = []
+        for ahead in range(1, self.task.horizon + 1):
+            error = (self.values[last + ahead] - self.values[last]).astype(np.float64)
+            means.append(((error**2).mean(), np.abs(error).mean()))
+        mse, mae = np.mean(means, axis=0)
+        return {"rmse": math.sqrt(mse), "mae": float(mae)}
 
 
 def _read(file: Path) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from ..data import (
     sequences_of,
 )
 from ..model import ModelConfig
-from .task import Task, TaskConfig, settle
+from .task import Task, TaskConfig, check_causal, settle
 
 
 class Language(Task):
@@ -45,6 +45,7 @@ class Language(Task):
         return self.index.fingerprint
 
     def fit(self, model: ModelConfig) -> None:
+        check_causal(model, "language")
         settle(model, "language", channels=0, head="token", outputs=0, documents=1)
         model.vocab = model.vocab or int(self.index.vocabulary["size"])
         self.index.check_vocab(model.vocab)

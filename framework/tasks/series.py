@@ -66,15 +66,16 @@ class Series(Task):
     def _standardize(self) -> None:
         values = np.concatenate(self.cases["train"])
         mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-        deviation[deviation == 0] = 1
+        deviation[np.nanmax(values, axis=0) == np.nanmin(values, axis=0)] = 1  # where it is not 0 for rounding alone
         for split, cases in self.cases.items():
             self.cases[split] = [np.nan_to_num((case - mean) / deviation).astype(np.float32) for case in cases]
 
 
 def _read(file: Path) -> tuple[Cases, list[str]]:
     """The cases of a ``.ts`` file, each ``[n, C]``, and their classes."""
+    load = aeon_datasets().load_from_ts_file
     try:
-        cases, labels = aeon_datasets().load_from_ts_file(str(file))
+        cases, labels = load(str(file))
     except (OSError, ValueError, IndexError, TypeError) as error:
         raise InputError("data.source", str(file), f"cannot be read: {error}") from None
     found: list[Any] = [np.asarray(case, np.float32).T for case in cases]

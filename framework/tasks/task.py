@@ -184,6 +184,13 @@ def settle(model: ModelConfig, task: str, **wanted: Any) -> None:
         setattr(model, name, value)
 
 
+def check_causal(model: ModelConfig, task: str) -> None:
+    """Raise InputError where tokens would see their own answers."""
+    if not model.causal:
+        allowed = f"true for task.name={task}: the answers are among the tokens that follow"
+        raise InputError("model.causal", False, allowed, "leave model.causal out")
+
+
 def check_fits(length: int, data: DataConfig, what: str) -> None:
     """Raise InputError where something is longer than a sequence."""
     if length > data.seq_len:

@@ -23,6 +23,7 @@ from longreach.parallel import streaming
 from longreach.parallel.mesh import Mesh
 from longreach.parallel.span import Span
 
+TABLE = "Daphnet_S06R02E0"  # which aeon brings
 CONFIG: dict[str, Any] = {
     "model": {"width": 16, "depth": 2, "mixers": ["elementwise", "chela"], "chela": {"heads": 2, "modes": 2}},
     "data": {"seq_len": 48, "batch_size": 4},
@@ -258,6 +259,12 @@ def test_speakers_are_told_apart(tmp_path: Path) -> None:
         (["task.name=series", "data.source=aeon", "data.name=NoSuch"], "data.name"),
         (["task.name=series", "data.source=aeon", "data.name=JapaneseVowels", "data.seq_len=20"], "data.seq_len"),
         (["task.name=images", "data.source=nowhere"], "data.source"),
+        (["task.name=series", "data.source=nowhere", "data.name=X"], "data.source"),
+        (["task.name=forecast", "data.source=nowhere.csv", "data.name=x"], "data.source"),
+        (
+            ["task.name=forecast", "data.source=aeon", "data.name=Daphnet_S06R02E0", "model.causal=false"],
+            "model.causal",
+        ),
         (["task.name=recall", "task.pairs=0"], "task.pairs"),
         (["task.name=recall", "task.pairs=20", "data.seq_len=59"], "data.seq_len"),
         (["task.name=adding", "model.channels=3"], "model.channels"),
@@ -292,6 +299,40 @@ def test_a_table_that_cannot_be_forecast(content: str, expected: str, tmp_path: 
     path.write_text(content)
     with pytest.raises(InputError, match=expected):
         opened(make(tmp_path, "forecast", f"data.source={path}"))
+
+
+def test_a_file_of_a_data_set_stands_for_both(tmp_path: Path) -> None:
+    """What is scored is never what was trained on."""
+    import aeon.datasets
+
+    folder = Path(aeon.datasets.__file__).parent / "data" / "JapaneseVowels"
+    words = ["data.name=JapaneseVowels"]
+    for place in (folder, folder / "JapaneseVowels_TRAIN.ts", folder / "JapaneseVowels_TEST.ts"):
+        task = opened(make(tmp_path, "series", f"data.source={place}", *words))
+        assert [len(task.sequences(split, None)) for split in task.splits][-1] == 370
+
+
+def test_tables_are_found_by_name(csv: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.csv").write_text(csv.read_text().replace("date,a", f"date,{name}"))
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "values.csv").write_text(csv.read_text())
+    for name in ("one", "two", "three"):
+        assert opened(make(tmp_path, "forecast", f"data.source={tmp_path}", f"data.name={name}")).title == name
+    for words, expected in ((["data.name=four"], "data.name = 'four'"), ([], "one of one, two")):
+        with pytest.raises(InputError, match=expected):
+            opened(make(tmp_path, "forecast", f"data.source={tmp_path}", *words))
+
+
+def test_a_column_that_changes_after_training_alone_is_left_out(tmp_path: Path) -> None:
+    """The deviation of a constant such as 0.1 is not 0, for rounding."""
+    lines = ["a,late", *(f"{np.sin(t / 5):.5f},{0.1 if t < 180 else 0.2}" for t in range(200))]
+    path = tmp_path / "late.csv"
+    path.write_text("\n".join(lines))
+    config = make(tmp_path, "forecast", f"data.source={path}", "task.horizon=4")
+    task = opened(config)
+    task.fit(config.model)
+    assert config.model.channels == 1 and task.chance["rmse"] < 2
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
