@@ -103,7 +103,7 @@ class TrainConfig:
         steps: optimizer steps.
         micro_batch_size: sequences that a data rank processes at once; the rest of its share accumulates.
         precision: of activations; weights are kept in fp32 besides.
-        log_every, validate_every: steps; 0 never validates.
+        log_every, validate_every: steps; a run always validates at its end, and with 0 only there.
         validate_batches: how many batches of ``data.batch_size`` sequences a validation reads; 0 reads all.
         threads: intra-op threads of a rank; 0 shares the cores among the ranks of a machine.
         compile: run the model through ``torch.compile``, which fuses what lies between the operators; the first step
@@ -283,7 +283,8 @@ def validate(config: RunConfig) -> None:
     schedule_steps = train.steps if optim.schedule_steps is None else optim.schedule_steps
     if optim.warmup_steps >= schedule_steps:
         allowed = f"must be less than optim.schedule_steps = {schedule_steps}"
-        raise InputError("optim.warmup_steps", optim.warmup_steps, allowed)
+        fix = f"set optim.warmup_steps=0, or train.steps above {optim.warmup_steps}"
+        raise InputError("optim.warmup_steps", optim.warmup_steps, allowed, fix)
     kind_of(config.task)
     if config.data.valid_fraction >= 1:
         raise InputError("data.valid_fraction", config.data.valid_fraction, "must be less than 1")
@@ -296,13 +297,15 @@ def validate(config: RunConfig) -> None:
     for key, link in (("parallel.near", parallel.near), ("parallel.far", parallel.far)):
         if link and not (len(link) == 2 and 0 <= link[0] < math.inf and 0 < link[1] < math.inf):
             allowed = "must be a latency in seconds and a bandwidth in bytes a second"
-            raise InputError(key, link, allowed, f"measure it with longreach doctor, or write {key}=[1e-5,1e10]")
+            how = "longreach doctor" if key == "parallel.near" else "python -m longreach.launch.links under torchrun"
+            raise InputError(key, link, allowed, f"measure it with {how}, or write {key}=[1e-5,1e10]")
     if parallel.block_len and not config.model.causal:
         allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
         raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")
     if parallel.ranks % parallel.num_sequence_ranks:
         allowed = f"must divide parallel.ranks = {parallel.ranks} (ranks = data ranks x sequence ranks)"
-        raise InputError("parallel.sequence", parallel.sequence, allowed)
+        fix = f"set parallel.sequence={parallel.ranks}, or 0: all ranks share a sequence"
+        raise InputError("parallel.sequence", parallel.sequence, allowed, fix)
     unit = parallel.num_data_ranks * train.micro_batch_size
     if config.data.batch_size % unit:
         allowed = (
@@ -365,6 +368,8 @@ def _read_file(file: Path) -> Any:
         text = content.decode("utf-8-sig")
     except OSError as error:
         fix = "give the path of a YAML file, or the bare name of one in configs/"
+        if (file / "config.yaml").is_file():
+            fix = f"for this run, give {file / 'config.yaml'}"
         raise InputError("config", str(file), f"cannot be read: {error.strerror}", fix) from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.errors import InputError
@@ -18,8 +19,8 @@ from ..parallel.mesh import Mesh
 from ..parallel.span import Span
 from . import tasks
 from .config import RunConfig, load
-from .data import Batches, Bytes, Ids, Index, TokenStream, load_vocabulary, packed_dir, sequences_of
-from .data.corpus import File, list_files, read_file
+from .data import Batches, Bytes, Ids, Index, TokenStream, load_vocabulary, packed_dir, records, sequences_of
+from .data.corpus import File, list_files
 from .data.progress import progress
 from .generate import PROMPT_BLOCK, load_run
 from .model import IGNORED, Model
@@ -177,8 +178,10 @@ def evaluate(
     if model.config.head != "token":
         raise InputError("model.head", model.config.head, "token: it is the next token that is scored")
     vocabulary = load_vocabulary(place)
-    given = _given(sources, vocabulary) if sources else _held_out(config, place, by_document, max_batches)
-    name, num_tokens, texts = given
+    if sources:
+        name, num_tokens, texts = _given(sources, vocabulary, "text" if config is None else config.data.field)
+    else:
+        name, num_tokens, texts = _held_out(config, place, vocabulary, by_document, max_batches)
     with progress(f"reading {name}", num_tokens * (1 + len(contexts))) as advance:
         whole = score(model, texts(), advance)
         others = [(context, score(model, restarted(texts(), context), advance).whole) for context in contexts]
@@ -188,30 +191,52 @@ def evaluate(
 Texts = tuple[str, int, Callable[[], Iterator[Text]]]  # what they are called, how many tokens, and they themselves
 
 
-def _given(sources: Sequence[str], vocabulary: Bytes) -> Texts:
+def _given(sources: Sequence[str], vocabulary: Bytes, field: str) -> Texts:
+    """The documents that packing would find in some sources."""
     files: list[tuple[str, File]] = []
     for source in sources:
         some = [one for one in list_files(source) if one.num_bytes > 1]
         if not some:
             raise InputError("source", source, "at least two bytes")
-        files += [(f"{source}: {one.key}" if len(sources) > 1 else one.key, one) for one in some]
+        files += [(f"{source}: " if len(sources) > 1 else "", one) for one in some]
 
     def texts() -> Iterator[Text]:
-        for name, file in files:
-            content = read_file(file)
-            tokens = torch.from_numpy(vocabulary.prompt(content).copy())
-            if len(tokens) > 1:
-                yield _text(name, tokens, None if isinstance(vocabulary, Ids) else len(content) / len(tokens))
+        for prefix, file in files:
+            for document in records.documents([file], field):
+                name, content = f"{prefix}{document.key}", document.read()
+                tokens = _tokens(name, content, vocabulary, records.kind_of(file) == "npy")
+                if len(tokens) > 1:
+                    yield _text(name, tokens, None if isinstance(vocabulary, Ids) else len(content) / len(tokens))
 
     return ", ".join(sources), sum(one.num_bytes - 1 for _, one in files), texts
 
 
-def _held_out(config: RunConfig | None, place: str | Path, by_document: bool, max_batches: int) -> Texts:
+def _tokens(name: str, content: NDArray[Any], vocabulary: Bytes, is_array: bool) -> Tensor:
+    """The tokens ``[n]`` of a document, or of an array of ids."""
+    if not is_array:
+        if why := vocabulary.check(content):
+            raise InputError("source", name, why, "leave it out")
+        return torch.from_numpy(vocabulary.prompt(content.tobytes()).copy())
+    if not isinstance(vocabulary, Ids):
+        raise InputError("source", name, f"holds token ids, and the model reads {vocabulary.kind}", "leave it out")
+    if content.size and not 0 <= int(content.min()) <= int(content.max()) < vocabulary.size:
+        raise InputError("source", name, f"must hold token ids from 0 to {vocabulary.size - 1}")
+    return torch.from_numpy(content.astype("int64"))
+
+
+def _held_out(
+    config: RunConfig | None, place: str | Path, vocabulary: Bytes, by_document: bool, max_batches: int
+) -> Texts:
     if config is None:
         fix = "give --source FILE, or the directory of the run"
         raise InputError("RUN_DIR", str(place), "an export has no held-out documents", fix)
     data = config.data
     index = Index.load(packed_dir(data), verify=data.verify, timeout=data.timeout)
+    index.check_vocab(vocabulary.size)
+    ours, theirs = ({**v.describe(), "size": 0} for v in (vocabulary, index.open_vocabulary()))
+    if ours != theirs:
+        allowed = f"must be packed with the vocabulary of {place}: {ours['kind']}"
+        raise InputError("data.source", data.source, f"{allowed}, and not with {theirs['kind']} of others")
     split = index.splits["valid"]
     bytes_a_token = split.num_bytes / split.num_tokens if split.num_bytes else None  # the mean stands for all
     if by_document:
@@ -220,9 +245,8 @@ def _held_out(config: RunConfig | None, place: str | Path, by_document: bool, ma
         def documents() -> Iterator[Text]:
             for name, start, stop in zip(stream.split.keys, stream.starts, stream.starts[1:], strict=False):
                 if stop - start > 1:
-                    yield _text(
-                        name, torch.from_numpy(stream.read(int(start), int(stop)).astype("int64")), bytes_a_token
-                    )
+                    tokens = torch.from_numpy(stream.read(int(start), int(stop)).astype("int64"))
+                    yield _text(name, tokens, bytes_a_token)
 
         return index.name, stream.num_tokens - stream.num_documents, documents
     batches = Batches(sequences_of(index, data, "valid"), data.batch_size)

@@ -1,9 +1,9 @@
-"""A trained model as a directory of two files or three, which three lines of Python load without DeepSpeed.
+"""A trained model as a directory of a few files, which three lines of Python load without DeepSpeed.
 
 - ``model.safetensors``: whole tensors by their names in the model, tied ones once; floating-point ones are fp32.
 - ``config.json``: ``format`` (1), ``step``, ``model`` (the configuration's section of that name), the ``sha256`` of
   the first file, and what tells transformers which model it is (`huggingface`).
-- ``tokenizer.json``: of a run on tokens, the tokenizer that it was trained with.
+- ``vocabulary.json``: of a run whose tokens are not bytes, what they are; of pieces of text, ``tokenizer.json`` too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from ..kernels.errors import InputError
 from . import typed_yaml
 from .checkpoint import differences, tensors_of
-from .data import Pieces, load_vocabulary
+from .data import Bytes, load_vocabulary, save_vocabulary
+from .data.vocabulary import FILE_NAME as VOCABULARY
 from .data.vocabulary import TOKENIZER
 from .files import digest, remove, sync, write_text
 from .generate import load_step
@@ -75,8 +76,8 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
         sync(partial / TENSORS)
         document = _Document(step=step, sha256=digest(partial / TENSORS).hex(), model=config.model)
         write_text(partial / CONFIG, json.dumps(dataclasses.asdict(document), indent=2) + "\n")
-        if isinstance(vocabulary, Pieces):
-            write_text(partial / TOKENIZER, vocabulary.content.decode())
+        if vocabulary.kind != Bytes.kind:
+            save_vocabulary(vocabulary, partial)
         sync(partial)
         if place.exists():
             remove(aside)
@@ -147,7 +148,7 @@ def _check_place(place: Path, given: str | Path) -> None:
     """Raise `InputError` where anything but an export, or an empty directory, would be replaced."""
     try:
         names = set(os.listdir(place))
-        if not names or (names - {TOKENIZER} == {TENSORS, CONFIG} and _read(place / CONFIG)):
+        if not names or (names - {VOCABULARY, TOKENIZER} == {TENSORS, CONFIG} and _read(place / CONFIG)):
             return
     except FileNotFoundError:
         return

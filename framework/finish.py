@@ -49,4 +49,4 @@ def sample(config: RunConfig, result: Result) -> tuple[str, str]:
     prompt = "0" if isinstance(vocabulary, Ids) else PROMPT
     read = encode(prompt, vocabulary)
     tokens = generate(model, read, config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
-    return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary))
+    return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary, read))

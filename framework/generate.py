@@ -17,6 +17,7 @@ from ..parallel.span import Span
 from . import carry, checkpoint
 from .config import RunConfig, load
 from .data import Bytes
+from .data.vocabulary import MAX_HELD
 from .model import Model, build_model
 
 PROMPT_BLOCK = 8192  # prompt tokens read at a time, so that memory does not grow with the prompt
@@ -48,12 +49,14 @@ def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCo
     """What `load_run` gives of a run, and the step after which the model was saved."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        fix = "give the directory of a run, such as runs/quickstart, or of an export"
-        raise InputError("RUN_DIR", str(run_dir), "a run's directory, which holds config.yaml", fix)
+        allowed = "is no run and no export: it holds neither config.yaml nor config.json"
+        fix = "train first (longreach train quickstart makes runs/quickstart), or go to where runs/ is"
+        raise InputError("RUN_DIR", str(run_dir), allowed, fix)
     config = load(run_dir / "config.yaml", overrides)
     saved = checkpoint.newest(run_dir / "checkpoints")
     if saved is None:
-        raise InputError("RUN_DIR", str(run_dir), "no checkpoint was saved there yet", "train it first")
+        fix = f"longreach train {run_dir}/config.yaml run.dir={run_dir}"
+        raise InputError("RUN_DIR", str(run_dir), "no checkpoint was saved there yet", fix)
     model = build_model(config.model)
     state = checkpoint.load_model(model, saved)
     return config, model.eval(), state["step"]
@@ -318,6 +321,9 @@ def encode(text: str | bytes, vocabulary: Bytes | None = None) -> Tensor:
     return torch.from_numpy((vocabulary or Bytes()).prompt(data).astype(np.int64)).unsqueeze(0)
 
 
-def decode_stream(tokens: Iterable[int], vocabulary: Bytes | None = None) -> Iterator[str]:
-    """Tokens as text, as soon as a character is whole; see `Bytes.decode`."""
-    return (vocabulary or Bytes()).decode(tokens)
+def decode_stream(
+    tokens: Iterable[int], vocabulary: Bytes | None = None, prompt: Tensor | None = None
+) -> Iterator[str]:
+    """Tokens as text, as soon as a character is whole, after a prompt ``[1, L]``; see `Bytes.decode`."""
+    after = [] if prompt is None else prompt[0, -MAX_HELD:].tolist()
+    return (vocabulary or Bytes()).decode(tokens, after)

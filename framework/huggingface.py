@@ -253,6 +253,9 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         noise = torch.randint(2**62, input_ids.shape[:1], device=input_ids.device) if self.training else None
         span = Span() if cache is None else cache.span
         span = span.entered(span.carry, segments=segments, noise=noise)
+        if self.model.config.positions != "none" and attention_mask is not None and not attention_mask[:, 0].all():
+            allowed = f"no padding on the left: the model's {self.model.config.positions} positions would count it"
+            raise InputError("attention_mask", "0 in the first column", allowed, "padding_side='right'")
         self.model.recompute = self.gradient_checkpointing and self.training
         x, penalty = self.model.features(input_ids, span)
         if cache is not None:

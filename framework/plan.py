@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from ..parallel.mesh import Mesh, leave_world, pretend_world
 from ..parallel.recorder import Event, Recorder
 from ..parallel.traffic import Traffic
 from .config import RunConfig, validate
-from .data import Batch, Batches
+from .data import Batch, Batches, Bytes, Pieces
 from .engine import Engine, compare_with_nobody
 from .tasks import open_task
 from .trainer import mesh_of, num_micro_batches, peak_memory, settings_of, start_engine, train_step
@@ -70,9 +71,15 @@ class Plan:
         return sum(line.seconds for line in self.exchanges)
 
 
-def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> Plan:
-    """Two training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the second
-    one is reported.
+def plan(
+    config: RunConfig,
+    *,
+    node_size: int = 8,
+    rank: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Plan:
+    """Three training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the
+    second one's time is reported.
 
     Nothing is written; the corpus of a language is not read. The process joins a world of its own making and leaves it.
 
@@ -80,6 +87,7 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
         config: of the run.
         node_size: ranks of a node: what is exchanged within one takes the faster link.
         rank: which one to be; by default one in the middle of a sequence, which has neighbours on both sides.
+        say: is told what is being computed.
 
     Raises:
         InputError: something in the config does not fit.
@@ -98,7 +106,10 @@ def plan(config: RunConfig, *, node_size: int = 8, rank: int | None = None) -> P
     try:
         mesh = mesh_of(config)
         engine = start_engine(config, settings, mesh)
+        say(f"computing three steps of rank {rank}, {engine.num_parameters:,} parameters")
+        started = time.monotonic()
         _step(config, engine, mesh, batch, Traffic())  # compiles kernels, fills caches
+        say(f"the first one took {time.monotonic() - started:.1f} s; two more")
         traffic = Traffic()
         started = time.monotonic()
         _step(config, engine, mesh, batch, traffic)
@@ -136,7 +147,9 @@ def _batch(config: RunConfig) -> Batch:
         task = open_task(config.task, config.data)
         task.fit(config.model)
         return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
-    config.model.vocab = config.model.vocab or 256  # bytes
+    data = config.data
+    pieces = Pieces.read(data.tokenizer).size if data.tokenizer and not config.model.vocab else 0
+    config.model.vocab = config.model.vocab or pieces or data.vocab or Bytes.size
     tokens = torch.randint(0, config.model.vocab, shape)
     segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
     return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))

@@ -81,7 +81,7 @@ class StepProfile:
             if name.endswith((".mixer", ".ffn")):
                 ranges: list[record_function] = []
                 self._hooks.append(module.register_forward_pre_hook(partial(_enter, name, ranges)))
-                self._hooks.append(module.register_forward_hook(partial(_leave, ranges)))
+                self._hooks.append(module.register_forward_hook(partial(_leave, ranges), always_call=True))
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)

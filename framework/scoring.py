@@ -23,14 +23,22 @@ POSITION_BINS = 32  # stretches of positions that are told apart
 
 
 def batches_of(config: RunConfig, mesh: Mesh, task: Task, split: str, seed: int | None = None) -> Batches:
-    """This data rank's micro-batches of a split, in the order of ``seed``."""
+    """This data rank's micro-batches of a split, in the order of ``seed``; once without one, of no more sequences than
+    there are.
+    """
+    sequences, data, micro_batch_size = task.sequences(split, seed), config.data, config.train.micro_batch_size
+    batch_size = data.batch_size
+    if seed is None and 0 < len(sequences) < batch_size:
+        micro_batch_size = min(micro_batch_size, -(-len(sequences) // mesh.data.size))
+        unit = micro_batch_size * mesh.data.size
+        batch_size = -(-len(sequences) // unit) * unit
     return Batches(
-        task.sequences(split, seed),
-        config.data.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        sequences,
+        batch_size,
+        micro_batch_size=micro_batch_size,
         data_rank=mesh.data.rank,
         num_data_ranks=mesh.data.size,
-        workers=config.data.workers if seed is not None else 0,
+        workers=data.workers if seed is not None else 0,
     )
 
 

@@ -94,7 +94,7 @@ def train(config: RunConfig) -> Result:
     saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
-    first_alone(lambda: _start_run_dir(run_dir, config, task, lock), mesh.world)
+    first_alone(lambda: _start_run_dir(run_dir, config, task, lock, state["step"]), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
         monitor.say(_introduction(config, task, engine.num_parameters, mesh))
@@ -410,11 +410,12 @@ def _give_up(why: str) -> None:
     os._exit(1)
 
 
-def _start_run_dir(run_dir: Path, config: RunConfig, task: Task, lock: RunLock) -> None:
+def _start_run_dir(run_dir: Path, config: RunConfig, task: Task, lock: RunLock, step: int) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(run_dir)
-        save(config, run_dir / "config.yaml")
+        if step < config.train.steps:  # else nothing is trained by this configuration
+            save(config, run_dir / "config.yaml")
         task.keep(run_dir)
     except OSError as error:
         raise InputError(
@@ -467,4 +468,5 @@ def _introduction(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh
 def _continuation(saved: Path, step: int, num_steps: int) -> str:
     if step < num_steps:
         return f"continuing from {saved}"
-    return f"finished: {saved} is at step {step} of {num_steps}; raise train.steps to go on, or give another run.dir"
+    done = f"finished: {saved} is at step {step} of {num_steps}; nothing is trained"
+    return f"{done}: raise train.steps to go on, or give another run.dir"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from omegaconf import MISSING
 from ...kernels.errors import InputError
 from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
-from .index import FILE_NAME, Index
+from .index import FILE_NAME, FORMAT, Index
 from .loader import (
     FILLER,
     IGNORE,
@@ -156,7 +157,13 @@ def check_labels(index: Index, data: DataConfig) -> None:
 
 
 def _is_packed(data: DataConfig) -> bool:
-    return data.source != CPYTHON and (Path(data.source).expanduser() / FILE_NAME).exists()
+    """Whether the source is what `pack` makes, damaged or not; a web site may have an ``index.json`` as well."""
+    file = Path(data.source).expanduser() / FILE_NAME
+    if data.source == CPYTHON or not file.exists():
+        return False
+    with suppress(OSError), file.open("rb") as stream:
+        return FORMAT.encode() in stream.read(4096) or file.with_name("train-00000.tar").exists()
+    return True
 
 
 def sequences_of(index: Index, data: DataConfig, split: str, seed: int | None = None) -> SequenceDataset:

@@ -266,7 +266,7 @@ def _existing(out_dir: Path, made_from: dict[str, Any], files: list[File]) -> In
             changed = ["content"] * (index.source.get("content") != digest.hexdigest())
     if changed:
         allowed = f"was packed from something else ({', '.join(changed)} differ)"
-        fix = "delete it to pack again, or give another folder (data.cache)"
+        fix = "give another name (data.name=NAME), or delete it to pack again, if no run needs it"
         raise InputError("out_dir", str(out_dir), allowed, fix)
     return index
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,13 @@ class Bytes:
         """Return the tokens ``[n]`` of what a user typed, or of a file."""
         return np.frombuffer(text, np.uint8)
 
-    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield tokens as text, as soon as a character is whole; what is none shows as the replacement character."""
+    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """Yield tokens as text, as soon as a character is whole; what is none shows as the replacement character.
+
+        Args:
+            tokens: what is yielded.
+            after: the last ones before, which are not yielded, but may decide how the first of these is written.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             yield decoder.decode(bytes([token & 0xFF]))
@@ -77,7 +82,7 @@ class Ids(Bytes):
             raise InputError("prompt", text[:200], f"must be token ids below {self.size}", "such as '17 4 203'")
         return np.array([int(word) for word in words], np.int64)
 
-    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         for token in tokens:
             yield f" {token}"
 
@@ -154,10 +159,10 @@ class Pieces(Bytes):
             raise InputError("text", text[:200], why)
         return self.encode([content])[0].astype(np.int32)
 
-    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         # What a token adds depends on those before: decoding goes from where the last but one text was given.
-        held: list[int] = []
-        given = 0
+        held = [*after]
+        given = len(held)
         for token in tokens:
             held.append(token)
             before, text = self._text(held[:given]), self._text(held)
@@ -223,8 +228,7 @@ def load_vocabulary(directory: str | Path) -> Bytes:
             raise ValueError
         return open_vocabulary(path.parent, described)
     except FileNotFoundError:
-        exported = path.with_name(TOKENIZER)  # an export of a run on tokens has nothing else
-        return Pieces.read(exported) if exported.is_file() else Bytes()
+        return Bytes()
     except OSError as error:
         raise InputError("vocabulary", str(path), f"cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:

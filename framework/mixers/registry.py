@@ -46,7 +46,7 @@ def register(name: str, config: type) -> Callable[[Mixer], Mixer]:
     """
 
     def add(mixer: Mixer) -> Mixer:
-        if name in MIXERS and MIXERS[name].__module__ != mixer.__module__:
+        if name in MIXERS and _file_of(MIXERS[name]) != _file_of(mixer):
             raise InputError("mixer", name, "is the name of another mixer", "choose another name")
         MIXERS[name], CONFIGS[name] = mixer, config
         return mixer
@@ -89,6 +89,12 @@ def options(name: str, given: Mapping[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CONFIGS[name]), dict(given)))
     except OmegaConfBaseException as error:
         raise InputError(f"model.options.{name}", dict(given), str(error).splitlines()[0]) from None
+
+
+def _file_of(mixer: type[nn.Module]) -> str:
+    """Where a class comes from: its file, which may be more than one module."""
+    place = getattr(sys.modules[mixer.__module__], "__file__", None)
+    return mixer.__module__ if place is None else str(Path(place).resolve())
 
 
 def _is_loaded(file: Path) -> bool:

@@ -79,7 +79,9 @@ def test_a_typo_names_the_nearest_key(tmp_path: Path) -> None:
         ("train.steps=many", "train.steps = 'many': must be a whole number"),
         ("train.steps=true", "train.steps = 'true': must be a whole number"),
         ("train.steps=1.5", "must be a whole number"),
-        ("train.steps=1e3", "must be a whole number"),
+        ("train.steps=1e3", "must be a whole number (the command line); write 1000"),
+        ("data.seq_len=1,048,576", "write 1048576"),
+        ("data.seq_len=1.5e0", "must be a whole number (the command line)"),
         ("train.steps=", "must be a whole number"),
         ("train.steps=null", "must be a whole number"),
         ("train.steps='10'", "remove the quotes"),
@@ -89,7 +91,7 @@ def test_a_typo_names_the_nearest_key(tmp_path: Path) -> None:
         ("optim.lr=.nan", "optim.lr = nan"),
         ("checkpoint.resume=1", "must be true or false"),
         ("train.precision=fp8", "must be one of fp32, bf16, fp16"),
-        ("model.mixers=elementwise", "must be a list"),
+        ("model.mixers=elementwise", "must be a list (the command line); write 'model.mixers=[elementwise]'"),
         ("optim=fast", "must be a mapping of its keys"),
         ("deepspeed=7", "must be a name"),
     ],
@@ -243,6 +245,9 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "none.yaml")
     assert "neither a file nor a name" in refused("no-such-name")
     assert "directory" in refused(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "for this run, give " in refused(tmp_path / "run")
     assert "is empty" in refused(write(tmp_path, "# nothing\n"))
     assert "must be a mapping" in refused(write(tmp_path, "- a list\n"))
     assert "is not YAML" in refused(write(tmp_path, "model: {vocab: 256\n"))
@@ -260,7 +265,10 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         (["optim.lr=0"], "optim.lr = 0.0: must be more than 0"),
         (["optim.betas=[0.9]"], "must be two numbers"),
         (["optim.min_lr_ratio=2"], "between 0 and 1"),
-        (["optim.warmup_steps=10"], "less than optim.schedule_steps = 10"),
+        (
+            ["optim.warmup_steps=10"],
+            "less than optim.schedule_steps = 10; set optim.warmup_steps=0, or",
+        ),
         (["data.valid_fraction=1"], "must be less than 1"),
         (["parallel.block_len=128", "model.causal=false"], "only a causal model can be streamed"),
         (

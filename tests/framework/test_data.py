@@ -594,3 +594,6 @@ def test_from_the_configuration_to_batches(tmp_path: Path, source: Path, monkeyp
     batches = Batches(sequences_of(index, data, "train", seed=5), data.batch_size, data_rank=1, num_data_ranks=2)
     assert next(batches.iterate()).indices.item() == batches.dataset.window(1)
     assert "set data.name" in refused(prepare, DataConfig(source="source", name="../x", seq_len=5, batch_size=1))
+    (source / "index.json").write_text('{"pages": ["of a web site"]}')
+    more = DataConfig(source="source", name="site", seq_len=50, batch_size=2, valid_fraction=0.2)
+    assert "index.json" in prepare(more).splits["train"].keys + prepare(more).splits["valid"].keys

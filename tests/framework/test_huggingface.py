@@ -231,12 +231,18 @@ def test_a_vocabulary_grows(tmp_path: Path) -> None:
     assert model(tokens).logits.shape == (1, 10, 270)
 
 
+def at_positions(model: LongreachForCausalLM) -> LongreachForCausalLM:
+    model.model.config.positions = "sinusoidal"
+    return model
+
+
 @pytest.mark.parametrize(
     "mistake, expected",
     [
         (lambda m, x: m(x, attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask"),
         (lambda m, x: m(x, attention_mask=torch.ones(1, 3)), "attention_mask"),
         (lambda m, x: m(x, past_key_values=m(x).past_key_values, attention_mask=torch.eye(8)[7:]), "attention_mask"),
+        (lambda m, x: at_positions(m)(x, attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding_side='right'"),
         (lambda m, x: m(x, past_key_values=object()), "past_key_values = 'object'"),
         (lambda m, x: m(x, output_hidden_states=True), "output_hidden_states"),
         (lambda m, x: m(x).past_key_values.crop(1), "cannot take tokens back"),

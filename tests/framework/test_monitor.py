@@ -30,6 +30,7 @@ from longreach.framework.config import load
 from longreach.framework.mixers.chela import ModalKernel, TapKernel
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.probe import TAPS, Probe, kernel_taps, products, safe_range
+from longreach.framework.profile import StepProfile
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
 from longreach.parallel import traffic
@@ -149,6 +150,25 @@ def test_traces_name_steps_layers_and_exchanges(events: EventAccumulator, run_di
     (text,) = events.Tensors("profile/top_operators/text_summary")
     said = text.tensor_proto.string_val[0].decode()
     assert "steps-3-4.rank-0.json.gz" in said and "aten::" in said
+
+
+def test_layers_that_are_computed_again_lie_in_their_step(tmp_path: Path) -> None:
+    """Computing a block again ends in the midst of its last layer."""
+    model = build_model(ModelConfig(vocab=8, width=16, depth=2, mixers=["elementwise"]))
+    model.recompute = True
+    told: list[Path] = []
+    traced = StepProfile([1, 2], tmp_path, 0, model, lambda step, path, table: told.append(path))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    for number in (1, 2):
+        with traced.step(number):
+            model(tokens, labels=tokens)[0].sum().backward()
+    with gzip.open(told[0], "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    steps = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("step ")]
+    layers = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("blocks.")]
+    assert len(steps) == 2 and len(layers) == 2 * 2 * 4
+    for first, last in layers:
+        assert any(begin <= first and last <= end for begin, end in steps)
 
 
 @pytest.mark.parametrize("steps", ["[3]", "[0, 2]", "[4, 3]", "[1, 2, 3]"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -158,6 +159,16 @@ def test_a_file_runs_once(tmp_path: Path) -> None:
     module = sys.modules["longreach_code_once"]
     run_files([path])
     assert sys.modules["longreach_code_once"] is module
+
+
+def test_a_file_may_be_run_and_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration names it, and a program imports it: one mixer."""
+    path = write(tmp_path, EXAMPLE.read_text().replace('"ema"', '"ema_again"'), "ema_again.py")
+    run_files([path])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ema_again")
+    with pytest.raises(InputError, match="is the name of another mixer"):
+        run_files([write(tmp_path, Path(path).read_text(), "ema_stolen.py")])
 
 
 def build(**fields: Any) -> Model:

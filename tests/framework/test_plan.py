@@ -74,7 +74,7 @@ def test_more_ranks_take_less_each() -> None:
     ("words", "message"),
     [
         (["--world", "3"], "only with --dry-run"),
-        (["--dry-run", "--world", "3"], "parallel.sequence = 2: must divide parallel.ranks = 3"),
+        (["--dry-run", "--world", "3", "parallel.sequence=2"], "parallel.sequence = 2: must divide parallel.ranks = 3"),
         (["--dry-run", "--per-node", "0"], "--per-node = 0: at least 1"),
         (
             ["--dry-run", "--world", "8", "parallel.sequence=8", "model.mixers=[softmax]"],
@@ -84,7 +84,8 @@ def test_more_ranks_take_less_each() -> None:
 )
 def test_a_mistake_is_told_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     done = longreach("train", "quickstart", *words, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    *before, told = done.stderr.splitlines()
+    assert done.returncode == 2 and message in told and not any("longreach: " in line for line in before)
     assert not list(tmp_path.iterdir())
 
 
@@ -94,6 +95,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rank 8 of 16, 16 to a sequence" in done.stdout and "peak memory" in done.stdout
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
+
+
+@pytest.mark.parametrize(("words", "vocab"), [(["data.vocab=400"], 400), (["model.vocab=300"], 300), ([], 256)])
+def test_a_plan_has_the_runs_vocabulary(words: list[str], vocab: int) -> None:
+    with_bytes, found = (run_world(plan_each, 1, [1], words)[0][0].num_parameters for words in ([], words))
+    width = load("quickstart", SMALL).model.width
+    assert found - with_bytes == (vocab - 256) * width
 
 
 def test_a_rank_that_is_none_of_the_world() -> None:

@@ -76,6 +76,7 @@ def test_a_tokenizer_of_another_kind_is_shown_as_it_decodes() -> None:
     pieces = Pieces(tokenizer.to_str().encode(), "x")
     tokens = [0, 1, 0, 0, 1]
     assert "".join(pieces.decode(tokens)) == tokenizer.decode(tokens) == "a b a a b"
+    assert "".join(pieces.decode(tokens[2:], after=tokens[:2])) == " a a b"
     assert pieces.encode([array("<s>")])[0].tolist() != [] and pieces.size == 4
 
 

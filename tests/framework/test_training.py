@@ -190,7 +190,7 @@ def train_again(rank: int, config: str, directory: str) -> tuple[str, str, list[
 
 def test_a_finished_run_says_so_and_a_file_is_no_run_directory(config: str, tmp_path: Path) -> None:
     said, mistake, made = run_world(train_again, 1, config, str(tmp_path))[0]
-    assert "finished: " in said.splitlines()[-1] and "step 1 of 1; raise train.steps" in said.splitlines()[-1]
+    assert "finished: " in said.splitlines()[-1] and "step 1 of 1; nothing is trained" in said.splitlines()[-1]
     assert mistake.startswith(f"run.dir = {config!r}: ")
     assert made == ["run"]
 

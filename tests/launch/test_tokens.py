@@ -14,7 +14,9 @@ import pytest
 from programs import longreach
 
 from longreach.framework.data import Index, load_vocabulary
+from longreach.framework.evaluate import evaluate
 from longreach.framework.export import export
+from longreach.kernels.errors import InputError
 from longreach.launch.cli import main
 
 CONFIG = """
@@ -35,6 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "book.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     np.save(place / "ids.npy", np.random.default_rng(0).integers(0, 40, (20, 100)))
     (place / "tiny.yaml").write_text(CONFIG)
+    (place / "latin.txt").write_bytes(b"caf\xe9")
     return place
 
 
@@ -81,6 +84,32 @@ def test_what_a_run_needs_to_read_and_write_is_its_own(place: Path, capsys: pyte
     export(run, place / "exported")
     export(run, place / "exported")  # over the first one
     assert (place / "exported/tokenizer.json").read_bytes() == (place / "t.json").read_bytes()
+    export(ids, place / "exported-ids")
+    assert main(["generate", str(place / "exported-ids"), "--prompt", "3 39", *words]) == 0
+    assert re.fullmatch(r"3 39( \d+){9}\n", capsys.readouterr().out.splitlines(keepends=True)[-1])
+
+
+@pytest.mark.usefixtures("said")
+def test_evaluate_reads_the_documents_that_pack_finds(place: Path) -> None:
+    lines = [json.loads(line)["body"] for line in (place / "book.jsonl").read_text().splitlines()]
+    found = evaluate(place / "runs/tiny", [str(place / "book.jsonl")], overrides=["data.field=body"])
+    assert [name for name, _ in found.score.documents] == [f"book.jsonl:{number}" for number in range(1, 21)]
+    pieces = load_vocabulary(place / "runs/tiny")
+    for line, (_, figure) in zip(lines, found.score.documents, strict=True):
+        assert figure.num_tokens == len(pieces.prompt(line.encode())) - 1
+    arrays = evaluate(place / "runs/ids", [str(place / "ids.npy")])
+    assert [figure.num_tokens for _, figure in arrays.score.documents] == [99] * 20 and arrays.unit == "token"
+
+
+@pytest.mark.usefixtures("said")
+def test_a_corpus_of_another_vocabulary_is_not_scored(place: Path) -> None:
+    words = ["tokenizer", "book.jsonl", "other.json", "--field", "body", "--vocab", "280"]
+    assert longreach(*words, cwd=place).returncode == 0
+    words = ["pack", "book.jsonl", "other", "--field", "body", "--tokenizer", "other.json"]
+    assert longreach(*words, cwd=place).returncode == 0
+    for name in ("other", "ids"):
+        with pytest.raises(InputError, match="must be packed with the vocabulary of"):
+            evaluate(place / "runs/tiny", overrides=[f"data.source={place / name}"])
 
 
 @pytest.mark.usefixtures("said")
@@ -90,7 +119,8 @@ def test_what_a_run_needs_to_read_and_write_is_its_own(place: Path, capsys: pyte
         (["generate", "runs/ids", "--prompt", "some words"], "must be token ids below 40"),
         (["generate", "runs/ids", "--prompt", "40"], "must be token ids below 40"),
         (["generate", "runs/tiny", "--prompt", "@ids.npy"], "is not UTF-8 from byte 0 on"),
-        (["evaluate", "runs/tiny", "--source", "ids.npy"], "is not UTF-8 from byte 0 on"),
+        (["evaluate", "runs/tiny", "--source", "ids.npy"], "holds token ids, and the model reads tokens"),
+        (["evaluate", "runs/tiny", "--source", "latin.txt"], "source = 'latin.txt': is not UTF-8 from byte 3 on"),
         (["pack", "book.jsonl", "out"], "has no field 'text', but 'body' (1 bad sample, 0 allowed); name its field"),
         (["pack", "book.jsonl", "out", "--tokenizer", "tiny.yaml"], "is no file of the tokenizers library"),
         (["pack", "book.jsonl", "packed", "--field", "body"], "was packed from something else (tokenizer differ)"),
