@@ -1,17 +1,24 @@
 """Builds the reference of the Python interface into build/docs, from the docstrings, and checks the pages' links.
 
     python docs/build.py            # make docs
+    python docs/build.py --config   # writes docs/config.md, the keys of a config, instead
 
 A warning, or a link that leads nowhere, ends it with exit code 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 import re
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +46,48 @@ MODULES = [  # what users call; `kernels` is no package, so its operators are na
     "longreach.framework.carry",
     "longreach.framework.huggingface",
 ]
+CONFIG_PAGE = ROOT / "docs" / "config.md"
+MEANINGS = {  # of keys of which the Args or Attributes of the docstring say nothing, or nothing of each by itself
+    "run.dir": "where results go; by default `runs/<name of the config>`",
+    "run.seed": "of the weights and of the order of the data",
+    "optim.lr": "learning rate after the warm-up",
+    "optim.min_lr_ratio": "the cosine ends at so many times `lr`",
+    "optim.warmup_steps": "steps in which the learning rate rises from 0, linearly",
+    "optim.schedule_steps": "the step at which the cosine ends; by default `train.steps`",
+    "optim.betas": "of AdamW",
+    "optim.eps": "of AdamW",
+    "optim.weight_decay": "of AdamW",
+    "optim.clip": "limit of the gradient's norm; 0 does not limit it",
+    "parallel.near": "`[latency, bandwidth]` between ranks of a node, in seconds and bytes a second, as "
+    "`longreach doctor` measures them; empty for rough figures",
+    "parallel.far": "the same between nodes, as `python -m longreach.launch.links` measures them",
+    "train.log_every": "steps from one line of the console to the next",
+    "train.validate_every": "steps from one validation to the next; 0: only the one after the last step",
+    "monitor.tensorboard": "write TensorBoard's events",
+    "monitor.plot": "draw the loss curve at the end",
+    "deepspeed": "see below",
+}
+CONFIG_HEAD = """# Keys of a config
+
+<!-- Written by docs/build.py from the dataclasses and their docstrings: python docs/build.py --config -->
+
+A config is a YAML file with these sections. `longreach train CONFIG` takes its path, or the name of one in
+`configs/`; what it does not give has the default. `section.key=VALUE` on the command line replaces a value, in YAML's
+notation; quote what a shell would read itself: `"model.mixers=[chela]"`, `"parallel.near=[5e-6, 2e11]"`. An unknown
+key, or a value of another type, is refused by name. `RUN_DIR/config.yaml` has all keys of a run.
+
+Names in code that are neither keys nor values are those of the Python interface (`make docs`).
+"""
+CONFIG_TAIL = """
+`deepspeed` is one of
+
+- the name of a file in `configs/deepspeed/`: NAMES (the stage of ZeRO);
+- the path of a DeepSpeed JSON: `deepspeed=my_zero.json`, or `--deepspeed_config my_zero.json`, which is the same;
+- a mapping of DeepSpeed's keys, in the YAML file.
+
+`cp configs/deepspeed/zero1.json my_zero.json` is a start for one's own. `"auto"` takes the value from the config. A key
+that DeepSpeed does not know, or one that says something else than the config does, is refused.
+"""
 
 
 def reference(out_dir: Path, modules: list[str] = MODULES) -> None:
@@ -51,6 +100,92 @@ def reference(out_dir: Path, modules: list[str] = MODULES) -> None:
         # The constructor of a NamedTuple, which Python writes, does not know the names of its module.
         warnings.filterwarnings("ignore", r"Error parsing type annotation .* for \S+\.__init__\.")
         pdoc.pdoc(*modules, output_directory=out_dir)
+
+
+def config_page() -> str:
+    """The text of docs/config.md: a table for each section, from the fields of the dataclasses and their docstrings."""
+    from longreach.framework.config import RunConfig
+    from longreach.framework.engine import SETTINGS
+
+    names = ", ".join(f"`{file.stem}`" for file in sorted(SETTINGS.glob("*.json")))
+    top = [field for field in dataclasses.fields(RunConfig) if field.name == "deepspeed"]
+    sections = [_section("", RunConfig, name) for name in _subsections(RunConfig)]
+    last = "\n## deepspeed\n\n" + _table("", RunConfig, top)
+    return CONFIG_HEAD + "".join(sections) + last + CONFIG_TAIL.replace("NAMES", names)
+
+
+def _subsections(owner: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses."""
+    return {name: hint for name, hint in typing.get_type_hints(owner).items() if dataclasses.is_dataclass(hint)}
+
+
+def _section(prefix: str, owner: type, name: str) -> str:
+    """A section and those within it, each under a heading."""
+    section, path = _subsections(owner)[name], f"{prefix}{name}"
+    inner = _subsections(section)
+    keys = [field for field in dataclasses.fields(section) if field.name not in inner]
+    first = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
+    text = f"\n## {path}\n\n{_markdown(first)}\n\n{_table(f'{path}.', section, keys)}"
+    return text + "".join(_section(f"{path}.", section, name) for name in inner)
+
+
+def _table(prefix: str, owner: type, keys: list[dataclasses.Field[Any]]) -> str:
+    hints, meanings = typing.get_type_hints(owner), _meanings(owner)
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        path = f"{prefix}{key.name}"
+        meaning = MEANINGS.get(path) or meanings[key.name]  # a KeyError: explain the key in its class's docstring
+        cells = [f"`{path}`", _type(hints[key.name]), _default(key), _markdown(meaning).removesuffix(".")]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _meanings(owner: type) -> dict[str, str]:
+    """What the Args or Attributes of a docstring say of each name."""
+    doc = inspect.cleandoc(owner.__doc__ or "")
+    listed = re.split(r"(?m)^(?:Args|Attributes):$", doc, maxsplit=1)[-1]
+    found: dict[str, str] = {}
+    for entry in re.findall(r"^    (\w[\w, ]*): (.+(?:\n     +.+)*)", listed, re.MULTILINE):
+        found |= dict.fromkeys(entry[0].split(", "), entry[1])
+    return found
+
+
+def _type(hint: Any) -> str:
+    """A type as one would say it."""
+    if hint is Any:
+        return "name, path or mapping"
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _type(part) for part in parts)
+    if origin is list:
+        return f"list of {_type(parts[0])}"
+    return (
+        "mapping" if origin is dict else {"str": "text", "int": "integer", "float": "number"}.get(hint.__name__, "bool")
+    )
+
+
+def _default(key: dataclasses.Field[Any]) -> str:
+    value = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
+    if value == "???":  # OmegaConf's mark
+        return "must be given"
+    if value == "":
+        return "empty"
+    return f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if value is None or isinstance(value, bool | dict):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _markdown(text: str) -> str:
+    """A docstring's text on one line, its names as code."""
+    return re.sub(r"\s+", " ", text.replace("``", "`")).strip()
 
 
 def broken_links(pages: list[Path] = PAGES) -> list[str]:
@@ -118,6 +253,9 @@ def _without_code(text: str, inline: bool = True) -> str:
 
 
 def main() -> int:
+    if "--config" in sys.argv[1:]:
+        CONFIG_PAGE.write_text(config_page(), encoding="utf-8")
+        return 0
     out_dir = ROOT / "build" / "docs"
     reference(out_dir)
     links = broken_links() + broken_references(out_dir)

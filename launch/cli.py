@@ -47,24 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_arguments(train)
     train.set_defaults(command=train_command.run)
 
-    evaluate = commands.add_parser("evaluate", help="bits per byte of held-out documents, or of files of any length")
+    evaluate_help = "bits per byte of held-out documents, or of files of any length; of a task, its test"
+    evaluate = commands.add_parser("evaluate", help=evaluate_help, description=_EVALUATE)
     evaluate.add_argument(
         "run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart, or an export"
     )
-    source_help = "score these files, and the files of these folders, each as one sequence of any length"
+    source_help = "score the documents that pack would find in these files and folders, each as one sequence"
     evaluate.add_argument("--source", metavar="PATH", nargs="+", default=[], help=source_help)
     document_help = "a table of documents; held-out ones are one sequence each too, from an empty past"
     evaluate.add_argument("--by-document", action="store_true", help=document_help)
     contexts_help = "score again with the past forgotten every so many tokens: does more context help?"
     evaluate.add_argument("--contexts", metavar="N,N", default="", help=contexts_help)
-    evaluate.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    evaluate.add_argument("--json", metavar="FILE", help="write all figures as JSON; of a task too")
     evaluate.add_argument("--figure", metavar="FILE.png", help="plot bits per byte by position, and by context")
     evaluate.add_argument("--batches", type=int, default=0, help="held-out batches to read; 0 reads all")
     overrides_help = "replaces a value of the run's config: data.seq_len=1048576, say"
     evaluate.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=overrides_help)
     evaluate.set_defaults(command=_evaluate)
 
-    generate = commands.add_parser("generate", help="continue a text")
+    generate = commands.add_parser("generate", help="continue a text", description=_GENERATE)
     generate.add_argument(
         "run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart, or an export"
     )
@@ -80,22 +81,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--carry-in", metavar="FILE", help="go on from such a state, as if nothing had been between")
     generate.set_defaults(command=_generate)
 
-    pack = commands.add_parser("pack", help="write a corpus as WebDataset shards with an index")
+    pack_help = "write a corpus as WebDataset shards with an index"
+    pack = commands.add_parser("pack", help=pack_help, description=_PACK)
     _add_source(pack)
-    pack.add_argument("out_dir", metavar="OUT_DIR")
+    out_help = "directory to be made, for data.source=OUT_DIR; one that holds just that is kept"
+    pack.add_argument("out_dir", metavar="OUT_DIR", help=out_help)
     pack.add_argument("--name", default="", help="what the corpus is called (default: the source's name)")
     pack.add_argument("--tokenizer", metavar="FILE", default="", help="pack tokens of this tokenizer.json, not bytes")
     vocab_help = "train a tokenizer of N tokens and pack those; of .npy arrays, what their ids are below"
     pack.add_argument("--vocab", type=int, metavar="N", default=0, help=vocab_help)
     pack.set_defaults(command=_pack)
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on the documents that are not held out")
+    tokenizer_help = "train a tokenizer on the documents that are not held out"
+    tokenizer = commands.add_parser("tokenizer", help=tokenizer_help, description=_TOKENIZER)
     _add_source(tokenizer)
     tokenizer.add_argument("file", metavar="FILE", help="tokenizer.json to be made")
     tokenizer.add_argument("--vocab", type=int, metavar="N", default=8192, help="how many tokens (8192)")
     tokenizer.set_defaults(command=_tokenizer)
 
-    export = commands.add_parser("export", help="write a run's newest model as safetensors, to be loaded anywhere")
+    export_help = "write a run's newest model as safetensors, to be loaded anywhere"
+    export = commands.add_parser("export", help=export_help, description=_EXPORT)
     export.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, such as runs/quickstart")
     export.add_argument("out_dir", metavar="OUT_DIR", help="directory to be made; an earlier export is replaced")
     export.set_defaults(command=_export)
@@ -113,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(_BENCH_OPTIONS),
         help=", ".join(_BENCH_OPTIONS),
     )
-    bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the results go")
+    out_help = "where the results go (default: benchmarks/results, below the working directory)"
+    bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help=out_help)
     bench.add_argument("--threads", type=int, help="processor threads (default 0: all; decode: 1; not parallel)")
     bench.add_argument("--longest", type=int, help="tokens up to which it measures (default 2^20; not parallel)")
     bench.add_argument("--seconds", type=float, help="memory: what a step that is not streamed may take (300)")
@@ -122,16 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(command=_bench)
 
-    doctor = commands.add_parser("doctor", help="check this machine before a job")
+    doctor = commands.add_parser("doctor", help="check this machine before a job", description=_DOCTOR)
     doctor.add_argument("directory", metavar="DIR", nargs="?", default=".", help="that takes the runs (default: this)")
     doctor.add_argument("--json", metavar="FILE", help="also append the findings to a file, as one line")
     doctor.set_defaults(command=_doctor)
 
-    completion = commands.add_parser("completion", help="print what a shell needs to complete these commands")
+    completion_help = "print what a shell needs to complete these commands"
+    completion = commands.add_parser("completion", help=completion_help, description=_COMPLETION)
     completion.add_argument("shell", metavar="SHELL", choices=["bash", "zsh"], help="bash or zsh")
     completion.set_defaults(command=_completion)
 
     for name, command in commands.choices.items():
+        command.set_defaults(parser=command)
         if name in EXAMPLES:
             command.epilog = f"examples:{EXAMPLES[name]}"
             command.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -149,6 +157,26 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 _TRAIN = """Train as CONFIG says. Starts parallel.ranks local ranks itself; under torchrun or deepspeed
 (`torchrun ... -m longreach.launch.train CONFIG`) it joins the world that they started."""
+
+_EVALUATE = """Score the newest model of a run by what was held out from it, or by other files (--source). The run of
+a task (docs/tasks.md) is scored by the task's test: then only --json and key=value may be given."""
+
+_GENERATE = """Continue a text with the newest model of a run, or with an export. Memory does not grow with the prompt,
+nor the time of a token with its position (softmax excepted)."""
+
+_PACK = """Write a corpus as WebDataset shards with an index, split into what is trained on and what is held out.
+`longreach train` does so by itself; this shows the figures before, and packs once for many nodes."""
+
+_TOKENIZER = """Train a byte-level BPE tokenizer on the documents that are not held out, for `pack --tokenizer` and
+data.tokenizer."""
+
+_EXPORT = """Write the newest model of a run as model.safetensors and config.json, which need neither the run nor
+DeepSpeed to be loaded."""
+
+_DOCTOR = """Check this machine before a job: backends, versions, interfaces, rendezvous, speeds of memory, disk and
+exchange, limits. A line marked `bad` says what would stop a job, and what to do; the exit code is then 1."""
+
+_COMPLETION = """Print what bash or zsh needs to complete commands, options, configs and runs."""
 
 _BENCH = """Measure on this machine: a table, a JSON and a plot, with machine, commit and date. NAME is one of
 
@@ -276,11 +304,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
     )
-    for number, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True), 1):
+    for number, (prompt, given, tokens) in enumerate(zip(prompts, read, texts, strict=True), 1):
         if len(prompts) > 1:
             sys.stdout.write(f"prompt {number} of {len(prompts)}:\n")
         sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-        for text in decode_stream(tokens, vocabulary):
+        for text in decode_stream(tokens, vocabulary, given):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")

@@ -6,12 +6,15 @@ EXAMPLES = {
     "train": """
   longreach train quickstart
   longreach train quickstart data.source=my-texts train.steps=1000 run.dir=runs/mine
-  longreach train quickstart data.seq_len=1048576 parallel.block_len=16384    # streamed, block by block
-  longreach train lm-125m --dry-run --world 64 parallel.sequence=64           # plan: nothing is trained
-The same command again goes on from the newest checkpoint. Keys: the config in RUN_DIR/config.yaml has all of them.""",
+  longreach train quickstart data.seq_len=1048576 parallel.block_len=16384 train.steps=3 optim.warmup_steps=0 \
+train.validate_every=0 run.dir=runs/million    # streamed: a million tokens, block by block
+  longreach train lm-125m --dry-run --world 64                # plan: nothing is trained
+The same command again goes on from the newest checkpoint; another run.dir begins another run.
+Keys: docs/config.md; RUN_DIR/config.yaml (by default runs/CONFIG/config.yaml) has those of a run.""",
     "evaluate": """
   longreach evaluate runs/quickstart
-  longreach evaluate runs/quickstart --source book.txt    # a file of any length as one sequence""",
+  longreach evaluate runs/quickstart --source book.txt    # a file of any length as one sequence
+  longreach evaluate runs/needle data.seq_len=65536 parallel.block_len=16384    # a task's test, at another length""",
     "generate": """
   longreach generate runs/quickstart --prompt "def main(" --temperature 0.7 --top-p 0.95
   longreach generate runs/quickstart --prompt @book.txt --tokens 0 --carry-out book.carry    # read once,

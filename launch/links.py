@@ -1,17 +1,21 @@
-"""What lies between ranks, measured.
+"""What lies between ranks, measured: the setting parallel.far, of ranks on two nodes. `longreach doctor` tells
+parallel.near, that of ranks on one.
 
-``torchrun --nnodes 2 --nproc-per-node 1 ... -m longreach.launch.links`` tells the link between nodes, `longreach
-doctor` that within one.
+The same line on both nodes, of which HOST is one:
+torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m longreach.launch.links
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from ..parallel.cost import Link
 
 LOCAL_RANKS = 2  # that doctor starts
+_PROGRAM = "python -m longreach.launch.links"
 
 
 def join_and_measure() -> Link:
@@ -33,10 +37,13 @@ def as_text(link: Link, key: str) -> str:
     )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Entry point of every rank; the first says what all found."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(_PROGRAM, description=__doc__, formatter_class=formatter).parse_args(words)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        print("longreach: a link lies between two ranks: start this with torchrun on two or more", file=sys.stderr)
+        why = "a link lies between two ranks: start this with torchrun on two or more"
+        print(f"longreach: {why}; see {_PROGRAM} --help", file=sys.stderr)
         return 2
     link = join_and_measure()
     if os.environ.get("RANK") == "0":

@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..kernels.errors import InputError
@@ -33,10 +35,13 @@ class Parser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``train``."""
-    parser.add_argument("config", metavar="CONFIG", help="path of a YAML file, or a name in configs/")
+    names = ", ".join(sorted(file.stem for file in (Path(__file__).parent.parent / "configs").glob("*.yaml")))
+    parser.add_argument("config", metavar="CONFIG", help=f"path of a YAML file, or one of {names}")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="replaces a value of CONFIG")
     parser.add_argument("--deepspeed_config", metavar="F", help="a DeepSpeed JSON; the same as deepspeed=F")
-    parser.add_argument("--dry-run", action="store_true", help="plan: run steps as one rank of many that are not there")
+    plan_help = "train nothing: measure one rank's memory and work, and predict the exchanges, "
+    plan_help += "as if --world ranks were there"
+    parser.add_argument("--dry-run", action="store_true", help=plan_help)
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: ranks in all (default parallel.ranks)")
     parser.add_argument("--per-node", type=int, metavar="N", default=8, help="with --dry-run: ranks of a node (8)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
@@ -48,7 +53,9 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argpa
     arguments, rest = parser.parse_known_args(words)
     foreign = [word for word in rest if word.startswith("-") or "overrides" not in arguments]
     if foreign:
-        parser.error(f"unrecognized arguments: {' '.join(foreign)}")
+        settings = " (settings are key=value, as in train.steps=3)" if "overrides" in arguments else ""
+        command: argparse.ArgumentParser = getattr(arguments, "parser", parser)
+        command.error(f"unrecognized arguments: {' '.join(foreign)}{settings}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
@@ -84,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(config: RunConfig, node_size: int) -> int:
     from ..framework.plan import plan, tell
 
-    print(tell(plan(config, node_size=node_size)))
+    print(tell(plan(config, node_size=node_size, say=partial(print, file=sys.stderr, flush=True))))
     return 0
 
 

@@ -1,9 +1,13 @@
-"""The examples of docs/use-in-your-model.md run as they stand there; links lead somewhere; the reference is built."""
+"""The examples of docs/use-in-your-model.md run as they stand there; links lead somewhere; the reference is built;
+docs/config.md has the keys of the config.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from longreach.framework.config import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "use-in-your-model.md"
@@ -84,6 +90,23 @@ def test_a_link_that_leads_nowhere_is_found(build: ModuleType, tmp_path: Path) -
     page = tmp_path / "page.md"
     page.write_text(f"# Top\n{good}\n" + "\n".join(f"[x]({link})" for link in bad))
     assert build.broken_links([page]) == [f"{page}:{line}: {link}" for line, link in enumerate(bad, 3)]
+
+
+def test_the_keys_of_a_config_are_those_of_the_page(build: ModuleType) -> None:
+    """Each once; all that a config holds, in every section."""
+    text = build.CONFIG_PAGE.read_text(encoding="utf-8")
+    assert text == build.config_page(), "write it anew: .venv/bin/python docs/build.py --config"
+    named = re.findall(r"^\| `([\w.]+)` \| .+ \| .+ \| .+ \|$", text, re.MULTILINE)
+    known = list(keys(dataclasses.asdict(load("quickstart"))))
+    assert sorted(named) == sorted(known) and set(build.MEANINGS) <= set(known)
+
+
+def keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def test_the_reference_has_what_is_public(build: ModuleType) -> None:

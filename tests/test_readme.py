@@ -11,7 +11,7 @@ import pytest
 from longreach.launch import cli, train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 
 
 def test_the_five_files_to_read_exist() -> None:

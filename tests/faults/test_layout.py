@@ -97,8 +97,9 @@ def test_21_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match=r"ranks of a machine = 2: must be at most 1, one for each GPU"):
+    with pytest.raises(InputError, match=r"ranks of a machine = 2: must be at most 1, one for each GPU") as told:
         mesh.join_world(1.0)
+    assert "set parallel.ranks=1, or put CUDA_VISIBLE_DEVICES= before the command" in str(told.value)
 
 
 def test_21_no_triton_and_no_compiler(place: Place, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_train_help_shows_what_a_user_needs(capsys: pytest.CaptureFixture[str]) 
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for word in ("CONFIG", "key=value", "--deepspeed_config", "torchrun", "parallel.ranks"):
+    for word in ("CONFIG", "key=value", "--deepspeed_config", "torchrun", "parallel.ranks", "docs/config.md"):
         assert word in text
     assert "local_rank" not in text
 
@@ -212,6 +212,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown command": (["trian"], ["trian"]),
     "no config": (["train"], ["CONFIG", "longreach train --help"]),
     "unknown option": (["train", "tiny.yaml", "--stpes=3"], ["--stpes=3"]),
+    "a setting as an option": (
+        ["train", "tiny.yaml", "--steps", "3"],
+        ["--steps", "settings are key=value", "see longreach train --help"],
+    ),
+    "pack: unknown option": (["pack", "source", "out", "--feild", "a"], ["--feild", "see longreach pack --help"]),
     "unknown config": (["train", "quickstrat"], ["config = 'quickstrat'", "did you mean quickstart?"]),
     "missing config": (["train", "no/such.yaml"], ["no/such.yaml"]),
     "typo in a key": (["train", "tiny.yaml", "train.stpes=3"], ["train.stpes", "steps"]),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,6 +172,23 @@ def test_torchrun_restarts_over_two_nodes(place: Place) -> None:
     assert [row["step"] for row in place.rows("two")] == list(range(1, 61))
 
 
+def test_the_help_of_a_node_is_its_own(place: Place) -> None:
+    done = finish(begin(place, "python", "-m", "longreach.launch.node", "--help"), 60)
+    assert done.returncode == 0 and "CONFIG [key=value ...]" in done.stdout and "--rdzv-endpoint" in done.stdout
+    assert re.search(r"^  75 +SIGTERM, SIGUSR1 or train\.time_limit", done.stdout, re.MULTILINE)
+    for foreign in ("training_script", "--max-restarts", "--no-python", "Torch Distributed Elastic"):
+        assert foreign not in done.stdout
+
+
+def test_the_help_of_links_is_a_usage(place: Place) -> None:
+    program = ("python", "-m", "longreach.launch.links")
+    done = finish(begin(place, *program, "--help"), 60)
+    assert done.returncode == 0 and "torchrun --nnodes 2" in done.stdout and "parallel.far" in done.stdout
+    done = finish(begin(place, *program), 60)
+    assert done.returncode == MISTAKE
+    told(done, "a link lies between two ranks", "longreach.launch.links --help")
+
+
 def test_a_node_refuses_restarts_of_its_own(place: Place) -> None:
     done = finish(begin(place, "python", "-m", "longreach.launch.node", "--max-restarts", "3", "endless.yaml"), 60)
     assert done.returncode == MISTAKE
@@ -325,6 +343,24 @@ def test_a_drained_node_ends_all_pods_with_a_checkpoint(place: Place) -> None:
     finally:
         all_ended(*pods)
     assert place.checkpoints("pods") == [f"step-{place.rows('pods')[-1]['step']:08d}"]
+
+
+def test_the_page_puts_the_image_into_the_manifests(tmp_path: Path) -> None:
+    """By the line that stands there: the image that is pushed is the one that pods run."""
+    page = (ROOT / "docs" / "launch" / "kubernetes.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^sed .+$", page, re.MULTILINE)
+    (pushed,) = re.findall(r"^docker push (\S+)$", page, re.MULTILINE)
+    manifests = shutil.copytree(LAUNCH / "kubernetes", tmp_path / "launch" / "kubernetes")
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
+    for path in manifests.iterdir():
+        assert re.findall(r"^ +image: (\S+)$", path.read_text(), re.MULTILINE) == [f"{pushed}:latest"]
+
+
+def test_what_an_image_does_not_need_is_left_out() -> None:
+    """Of a clone that was worked in; no pattern reaches into a package, `framework/data` among them."""
+    left_out = {line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")}
+    assert {".git", ".venv", "runs", "data", "build", "dist", "**/__pycache__"} <= left_out
+    assert [line for line in left_out if line.startswith("**")] == ["**/__pycache__"]
 
 
 def test_the_image_holds_what_its_file_copies() -> None:
