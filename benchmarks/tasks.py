@@ -104,16 +104,21 @@ def _row(config: str, mixer: str, directory: Path) -> dict[str, Any]:
     }
 
 
-def _train(config: str, words: list[str], directory: Path) -> dict[str, Any]:
-    place = tempfile.mkdtemp(dir=directory)
+def longreach(*words: str, run: Path | None = None) -> None:
+    """``longreach WORDS...`` on one thread of a processor; a training into the directory ``run``, with no more than it
+    needs there.
+    """
     quiet = ["train.threads=1", "monitor.tensorboard=false", "monitor.plot=false", "checkpoint.every=0"]
-    command = [sys.executable, "-m", "longreach", "train", config, *words, *quiet, f"run.dir={place}"]
-    log = Path(place, "log")
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=file, env=cpu_only(OMP_NUM_THREADS="1")).returncode
-    if code:
-        sys.exit(f"{' '.join(command)}: {last_line(log)}")
-    found: dict[str, Any] = json.loads(Path(place, "result.json").read_text())
+    command = [sys.executable, "-m", "longreach", *words, *([*quiet, f"run.dir={run}"] if run else [])]
+    with tempfile.NamedTemporaryFile("w") as log:
+        if subprocess.run(command, stdout=log, stderr=log, env=cpu_only(OMP_NUM_THREADS="1")).returncode:
+            sys.exit(f"{' '.join(command)}: {last_line(Path(log.name))}")
+
+
+def _train(config: str, words: list[str], directory: Path) -> dict[str, Any]:
+    run = Path(tempfile.mkdtemp(dir=directory))
+    longreach("train", config, *words, run=run)
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())
     return found
 
 

@@ -147,7 +147,8 @@ def evaluate_task(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[T
     assert config is not None
     task = open_task(config.task, config.data)
     task.fit(config.model)
-    with progress(f"reading {task.title}", len(task.sequences("test", None)) * config.data.seq_len) as advance:
+    num_tokens = len(task.sequences("test", None)) * config.data.seq_len
+    with progress(f"reading {task.title}", num_tokens, unit="tokens") as advance:
         return task, score_task(config, model, model.head, Mesh(), task, "test", progress=advance)
 
 
@@ -182,7 +183,7 @@ def evaluate(
         name, num_tokens, texts = _given(sources, vocabulary, "text" if config is None else config.data.field)
     else:
         name, num_tokens, texts = _held_out(config, place, vocabulary, by_document, max_batches)
-    with progress(f"reading {name}", num_tokens * (1 + len(contexts))) as advance:
+    with progress(f"reading {name}", num_tokens * (1 + len(contexts)), unit="tokens") as advance:
         whole = score(model, texts(), advance)
         others = [(context, score(model, restarted(texts(), context), advance).whole) for context in contexts]
     return Evaluation(whole, others, "token" if isinstance(vocabulary, Ids) else "byte")

@@ -295,7 +295,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     decoders = [start.fork() for _ in prompts]
     for decoder, given in zip(decoders, read, strict=True):
         if given is not None:
-            with progress("reading the prompt", given.shape[1]) as advance:
+            with progress("reading the prompt", given.shape[1], unit="tokens") as advance:
                 decoder.read(given, advance)
     texts = continuations(
         decoders,

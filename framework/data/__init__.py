@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from ...kernels.errors import InputError
 from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
-from .index import FILE_NAME, FORMAT, Index
+from .index import FILE_NAME, Index
 from .loader import (
     FILLER,
     IGNORE,
@@ -161,9 +161,13 @@ def _is_packed(data: DataConfig) -> bool:
     file = Path(data.source).expanduser() / FILE_NAME
     if data.source == CPYTHON or not file.exists():
         return False
-    with suppress(OSError), file.open("rb") as stream:
-        return FORMAT.encode() in stream.read(4096) or file.with_name("train-00000.tar").exists()
-    return True
+    if file.with_name("train-00000.tar").exists():
+        return True
+    try:
+        fields = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(fields, dict) and "format" in fields
 
 
 def sequences_of(index: Index, data: DataConfig, split: str, seed: int | None = None) -> SequenceDataset:

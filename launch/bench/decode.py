@@ -117,7 +117,7 @@ def standing(way: str, positions: Sequence[int], memory_bytes: float) -> tuple[d
 def _read(model: Model, name: str, positions: Sequence[int]) -> dict[int, Decoder]:
     """Decoders that have read random tokens."""
     decoder, found, draws = Decoder(model), {}, torch.Generator().manual_seed(0)
-    with progress(f"reading for {name}", positions[-1]) as advance:
+    with progress(f"reading for {name}", positions[-1], unit="tokens") as advance:
         for before, position in zip([0, *positions], positions):
             for length in torch.arange(position - before).split(PROMPT_BLOCK):
                 decoder.read(torch.randint(0, 256, (1, len(length)), generator=draws), advance)
