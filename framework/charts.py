@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import RunConfig
+from .config import RunConfig, as_written
 
 TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
@@ -65,25 +65,20 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str]:
-    """What tells runs apart, by short names."""
-    model, data, parallel, optim, train = config.model, config.data, config.parallel, config.optim, config.train
+    """What tells runs apart, by short names; see `as_written`."""
+    tree = as_written(config)
+    model, data, optim, train = (tree[name] for name in ("model", "data", "optim", "train"))
     return {
-        "mixers": ", ".join(model.mixers),
-        "width": model.width,
-        "depth": model.depth,
-        "vocab": model.vocab,
-        "task": config.task.name,
-        "data": data.name or data.source,
-        "seq_len": data.seq_len,
-        "batch_size": data.batch_size,
-        "ranks": parallel.ranks,
-        "sequence_ranks": parallel.num_sequence_ranks,
-        "block_len": parallel.block_len,
-        "deepspeed": config.deepspeed if isinstance(config.deepspeed, str) else "keys of its own",
-        "precision": train.precision,
-        "steps": train.steps,
-        "lr": optim.lr,
-        "warmup_steps": optim.warmup_steps,
-        "weight_decay": optim.weight_decay,
+        "mixers": ", ".join(model["mixers"]),
+        "task": tree["task"]["name"],
+        "data": data["name"] or data["source"],
+        "ranks": config.parallel.ranks,
+        "sequence_ranks": config.parallel.num_sequence_ranks,
+        "block_len": config.parallel.block_len,
+        "deepspeed": tree["deepspeed"] if isinstance(tree["deepspeed"], str) else "keys of its own",
         "seed": config.run.seed,
+        **{name: model[name] for name in ("width", "depth", "vocab")},
+        **{name: data[name] for name in ("seq_len", "batch_size")},
+        **{name: optim[name] for name in ("lr", "warmup_steps", "weight_decay")},
+        **{name: train[name] for name in ("precision", "steps")},
     }

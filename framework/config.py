@@ -226,17 +226,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Write a configuration as YAML that `load` reads back.
+def as_written(config: RunConfig) -> dict[str, Any]:
+    """A configuration's keys and values for others to read.
 
-    What came from an interpolation is written as that interpolation, not as its value (which may be a secret
-    from the environment), unless the program has changed it since.
+    What came from an interpolation is that interpolation, not its value (which may be a secret from the environment),
+    unless the program has changed it since.
     """
     tree = dataclasses.asdict(config)
     for place, (text, value) in config.interpolations.items():
         if _at(tree, place) == value:
             _at(tree, place[:-1])[place[-1]] = text
-    return typed_yaml.dump(tree)
+    return tree
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write a configuration as YAML that `load` reads back; see `as_written`."""
+    return typed_yaml.dump(as_written(config))
 
 
 def save(config: RunConfig, path: str | Path) -> None:

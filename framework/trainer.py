@@ -35,7 +35,7 @@ from ..parallel.span import Span
 from ..parallel.traffic import Traffic
 from . import checkpoint
 from .agree import compare_ranks
-from .config import OptimConfig, RunConfig, save, validate
+from .config import OptimConfig, RunConfig, as_written, save, validate
 from .data import Batch
 from .engine import Engine, deepspeed_settings
 from .files import write_text
@@ -322,7 +322,7 @@ def test_model(config: RunConfig, engine: Engine, mesh: Mesh, task: Task, step: 
     found = _score(config, engine, mesh, task, "test")
     if found is not None and mesh.world.rank == 0:
         result = {
-            "task": asdict(config.task),
+            "task": as_written(config)["task"],
             "title": task.title,
             "mixers": config.model.mixers,
             "seed": config.run.seed,

@@ -31,7 +31,7 @@ from .loader import (
 )
 from .pack import pack
 from .progress import Callback
-from .stall import TIMEOUT
+from .stall import TIMEOUT, within
 from .vocabulary import Bytes, Ids, Pieces, load_vocabulary, save_vocabulary
 
 __all__ = [
@@ -164,7 +164,7 @@ def _is_packed(data: DataConfig) -> bool:
     if file.with_name("train-00000.tar").exists():
         return True
     try:
-        fields = json.loads(file.read_bytes())
+        fields = json.loads(within(data.timeout, file, file.read_bytes))
     except (OSError, ValueError, RecursionError):
         return True
     return isinstance(fields, dict) and "format" in fields

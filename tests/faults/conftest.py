@@ -16,6 +16,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
-    with mounted(tmp_path / "disk", "size=400k") as place:
+    """A file system of 440 KiB: room for two checkpoints of a run."""
+    with mounted(tmp_path / "disk", "size=440k") as place:
         yield place

@@ -203,7 +203,7 @@ def test_50_a_limit_of_time(place: Place) -> None:
     assert done.returncode == STOPPED
     last = steps(place, "limited")[-1]
     told(done, f"stopped after step {last}, as train.time_limit is over")
-    assert place.checkpoints("limited") == [f"step-{last:08d}"]
+    assert place.checkpoints("limited")[-1] == f"step-{last:08d}"
 
 
 def test_58_another_seed_or_batch_size(place: Place) -> None:
