@@ -90,7 +90,7 @@ that DeepSpeed does not know, or one that says something else than the config do
 """
 
 
-def reference(out_dir: Path, modules: list[str] = MODULES) -> None:
+def reference(out_dir: Path) -> None:
     """Write one HTML page a module, an index and a search."""
     import pdoc
 
@@ -99,7 +99,7 @@ def reference(out_dir: Path, modules: list[str] = MODULES) -> None:
         warnings.filterwarnings("error", module="pdoc")
         # The constructor of a NamedTuple, which Python writes, does not know the names of its module.
         warnings.filterwarnings("ignore", r"Error parsing type annotation .* for \S+\.__init__\.")
-        pdoc.pdoc(*modules, output_directory=out_dir)
+        pdoc.pdoc(*MODULES, output_directory=out_dir)
 
 
 def config_page() -> str:

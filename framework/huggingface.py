@@ -184,7 +184,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`, of what `save_pretrained` or ``longreach export`` wrote.
+        """`PreTrainedModel.from_pretrained`, of what its counterpart or ``longreach export`` wrote.
 
         Raises:
             InputError: a tensor of the model is missing.
