@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ T = TypeVar("T")
 log = logging.getLogger("longreach.kernels")
 
 
-class Option(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Option(Generic[T]):
     """One implementation.
 
     Attributes:
