@@ -15,12 +15,13 @@ from worlds import run_world
 from longreach.framework.config import RunConfig, load
 from longreach.framework.heads import IGNORED, ClassHead, labelled
 from longreach.framework.model import build_model
+from longreach.framework.scoring import batches_of
 from longreach.framework.tasks import TASKS, Task, open_task
 from longreach.framework.trainer import train
 from longreach.kernels.errors import InputError
 from longreach.launch import cli
 from longreach.parallel import streaming
-from longreach.parallel.mesh import Mesh
+from longreach.parallel.mesh import Axis, Mesh
 from longreach.parallel.span import Span
 
 TABLE = "Daphnet_S06R02E0"  # which aeon brings
@@ -333,6 +334,21 @@ def test_a_column_that_changes_after_training_alone_is_left_out(tmp_path: Path) 
     task = opened(config)
     task.fit(config.model)
     assert config.model.channels == 1 and task.chance["rmse"] < 2
+
+
+@pytest.mark.parametrize(("examples", "ranks", "sizes"), [(5, 1, [4, 4]), (3, 1, [3]), (3, 2, [2]), (1, 2, [1])])
+def test_no_more_is_scored_than_there_is(examples: int, ranks: int, sizes: list[int], tmp_path: Path) -> None:
+    """A test of few examples is read in small batches, not in a training's filled up."""
+    words = [
+        f"task.test_examples={examples}",
+        "data.batch_size=8",
+        "train.micro_batch_size=4",
+        f"parallel.ranks={ranks}",
+    ]
+    config = make(tmp_path, "needle", *words)
+    mesh = Mesh(data=Axis(rank=0, size=ranks, ranks=tuple(range(ranks))))
+    batches = list(batches_of(config, mesh, opened(config), "test").iterate())
+    assert [len(batch.indices) for batch in batches] == sizes
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:

@@ -175,12 +175,16 @@ def test_steps_that_are_done_again_are_shown_once(config: str, tmp_path: Path) -
 
 
 def train_again(rank: int, config: str, directory: str) -> tuple[str, str, list[str]]:
-    """What a finished run says when it is started again, where its directory cannot be made, and what is there."""
+    """What a finished run says when it is started again, with another setting, where its directory cannot be made, and
+    what is there.
+    """
     settings = ["train.steps=1", "data.batch_size=1", "optim.warmup_steps=0"]
     train(load(config, [*settings, f"run.dir={directory}/run"]))
-    said = io.StringIO()
+    said, kept = io.StringIO(), Path(directory, "run", "config.yaml")
+    before = kept.read_text()
     with contextlib.redirect_stderr(said):
-        train(load(config, [*settings, f"run.dir={directory}/run"]))
+        train(load(config, [*settings, f"run.dir={directory}/run", "data.seq_len=33"]))
+    assert kept.read_text() == before, "nothing was trained by the other setting"
     try:
         train(load(config, [*settings, f"run.dir={config}"]))
     except InputError as error:
