@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ..parallel.cost import Link
+from .train import leave
 
 LOCAL_RANKS = 2  # that doctor starts
 _PROGRAM = "python -m longreach.launch.links"
@@ -52,4 +53,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -237,12 +239,23 @@ def main(words: Sequence[str] | None = None) -> None:
         code = record(lambda: guarded(lambda: run(arguments)))()
     except KeyboardInterrupt:
         code = INTERRUPTED  # whoever started the ranks says so
-    if code and "RANK" in os.environ:
-        # Threads of an exchange that nobody will finish are still waiting: an orderly end would abort on them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(code or 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; a rank without taking Python down, which the threads of its exchanges would not survive.
+
+    One that drops the tensors of the last exchange asks for Python's lock, and where Python is on its way out, torch
+    aborts (https://github.com/pytorch/pytorch/pull/179291); one of a failed exchange waits for what never comes.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    if not code:
+        atexit._run_exitfuncs()  # those of a rank that failed could wait for ever
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader of our output has left
+            stream.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

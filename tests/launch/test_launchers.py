@@ -28,6 +28,19 @@ trainer.train_step = step
 main()
 """
 
+LEFTOVERS = """
+import atexit, os
+from longreach.launch.train import main
+
+class Leftover:
+    def __del__(self, write=os.write):
+        write(1, b"Python was taken down\\n")
+
+kept = Leftover()
+atexit.register(print, "an orderly end")
+main()
+"""
+
 
 def free_port() -> str:
     with socket.socket() as probe:
@@ -74,3 +87,11 @@ def test_an_exception_on_one_rank_ends_all(job: Job) -> None:
     assert "[rank1]: ZeroDivisionError: a bug on one rank" in done.stderr
     assert re.findall(r"^\[rank(\d)\]: Traceback", done.stderr, re.MULTILINE) == ["1"]
     assert not list((job.directory / "runs/crash").glob("checkpoints/*"))
+
+
+def test_a_rank_ends_with_python_in_place(job: Job) -> None:
+    """Threads of gloo may still drop the last exchange's tensors, for which they need it."""
+    (job.directory / "leftovers.py").write_text(LEFTOVERS)
+    done = torchrun("leftovers.py", "tiny.yaml", "run.dir=runs/leftovers", cwd=job.directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("an orderly end") == 2 and "taken down" not in done.stdout
