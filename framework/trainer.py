@@ -69,6 +69,23 @@ class Result:
     chance: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Run:
+    """What a run works with from its first step to its last; only the first rank has a monitor."""
+
+    config: RunConfig
+    mesh: Mesh
+    task: Task
+    engine: Engine
+    saver: checkpoint.Saver
+    monitor: Monitor | None
+    state: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.dir)
+
+
 def train(config: RunConfig) -> Result:
     """Train as ``config`` says, in the world that this process was started in; a collective over its ranks.
 
@@ -102,10 +119,11 @@ def train(config: RunConfig) -> Result:
             monitor.say(_continuation(saved, state["step"], config.train.steps))
         for line in changed:
             monitor.say(line)
+    run = _Run(config, mesh, task, engine, saver, monitor, state)
     try:
         with Stop(config.train.time_limit) as stop, Pulse(mesh.world, config.parallel.timeout, _give_up) as pulse:
-            stopped = _loop(config, engine, mesh, task, state, run_dir, monitor, saver, stop, pulse)
-        test = None if stopped else test_model(config, engine, mesh, task, state["step"], run_dir)
+            stopped = _loop(run, stop, pulse)
+        test = None if stopped else _test(run)
         if monitor is not None and not stopped:
             monitor.finish()
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
@@ -148,39 +166,29 @@ def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Eng
     return Engine(model, _optimizer(model, config.optim), settings, mesh)
 
 
-def _loop(
-    config: RunConfig,
-    engine: Engine,
-    mesh: Mesh,
-    task: Task,
-    state: dict[str, Any],
-    run_dir: Path,
-    monitor: Monitor | None,
-    saver: checkpoint.Saver,
-    stop: Stop,
-    pulse: Pulse,
-) -> str:
+def _loop(run: _Run, stop: Stop, pulse: Pulse) -> str:
     """Steps, validations and checkpoints until ``train.steps``; why it ended before, if it did."""
-    train = config.train
+    config, mesh, state, saver = run.config, run.mesh, run.state, run.saver
+    steps = config.train.steps
     traffic, watch = Traffic(mesh.device), Watch(config.train)
-    batches = batches_of(config, mesh, task, "train", config.run.seed)
-    micro_batches = batches.iterate(state["consumed"], train.steps - state["step"])
+    batches = batches_of(config, mesh, run.task, "train", config.run.seed)
+    micro_batches = batches.iterate(state["consumed"], steps - state["step"])
     profile = StepProfile(
         config.monitor.profile_steps,
-        run_dir,
+        run.directory,
         mesh.world.rank,
-        engine.module,
-        lambda *found: monitor.profile(*found) if monitor is not None else None,
+        run.engine.module,
+        lambda *found: run.monitor.profile(*found) if run.monitor is not None else None,
     )
     stopped, save_seconds = "", 0.0
-    while state["step"] < train.steps and not stopped:
+    while state["step"] < steps and not stopped:
         pulse.at(f"in step {state['step'] + 1}")
         started = time.monotonic()
         batch = list(islice(micro_batches, batches.num_micro_batches))
         waited = time.monotonic() - started
-        lr = learning_rate(config.optim, state["step"], train.steps)
-        with _recorder(config, mesh, run_dir, traffic, state["step"]), profile.step(state["step"] + 1):
-            row = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
+        lr = learning_rate(config.optim, state["step"], steps)
+        with _recorder(config, mesh, run.directory, traffic, state["step"]), profile.step(state["step"] + 1):
+            row = train_step(config, run.engine, mesh, batch, state["consumed"], lr, traffic)
         try:
             notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
         except Diverged:
@@ -188,7 +196,7 @@ def _loop(
             raise
         state["step"] += 1
         state["consumed"] += config.data.batch_size
-        if monitor is not None:
+        if run.monitor is not None:
             seconds = time.monotonic() - started
             tokens = config.data.batch_size * config.data.seq_len
             speed = {
@@ -198,25 +206,28 @@ def _loop(
                 "save_seconds": save_seconds,
             }
             sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
-            monitor.step({"step": state["step"], **row, "tokens": tokens * state["step"], **speed, **sent})
+            run.monitor.step({"step": state["step"], **row, "tokens": tokens * state["step"], **speed, **sent})
             if notable:
-                monitor.say(notable)
+                run.monitor.say(notable)
         traffic.clear()
-        last = state["step"] == train.steps
+        last = state["step"] == steps
         stopped = "" if last else stop.reason(mesh.world)
-        if last or (train.validate_every and state["step"] % train.validate_every == 0 and not stopped):
-            state["held_out"] = validate_model(config, engine, mesh, task, state["step"], monitor)
+        if last or (_due(config.train.validate_every, state["step"]) and not stopped):
+            state["held_out"] = _validate(run)
         pulse.at(f"after step {state['step']}")
         saving = time.monotonic()
         saver.poll()
-        every = config.checkpoint.every
-        if last or stopped or (every and state["step"] % every == 0):
-            saver.start({**state, **_identity(config, task)})
+        if last or stopped or _due(config.checkpoint.every, state["step"]):
+            saver.start({**state, **_identity(config, run.task)})
         if last or stopped:
             saver.wait()
         save_seconds = time.monotonic() - saving
     profile.finish()
     return stopped
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def train_step(
@@ -297,43 +308,41 @@ def train_step(
     }
 
 
-def validate_model(
-    config: RunConfig, engine: Engine, mesh: Mesh, task: Task, step: int, monitor: Monitor | None
-) -> float | None:
+def _validate(run: _Run) -> float | None:
     """Mean loss over the held-out examples, shown with its course over positions; None if none is held out, or none
     that was read has a label.
     """
-    probe = Probe(engine.module, wanted=monitor is not None)
-    found = _score(config, engine, mesh, task, "valid", config.train.validate_batches, probe)
-    if found is not None and monitor is not None:
-        monitor.validation(step, found.loss, found.by_position, found.metrics, probe)
+    probe = Probe(run.engine.module, wanted=run.monitor is not None)
+    found = _score(run, "valid", run.config.train.validate_batches, probe)
+    if found is not None and run.monitor is not None:
+        run.monitor.validation(run.state["step"], found.loss, found.by_position, found.metrics, probe)
     return None if found is None else found.loss
 
 
-def _score(config: RunConfig, engine: Engine, mesh: Mesh, task: Task, *what: Any) -> Score | None:
-    engine.eval()
-    found = score(config, engine, cast(Model, engine.module).head, mesh, task, *what)
-    engine.train()
-    return found
-
-
-def test_model(config: RunConfig, engine: Engine, mesh: Mesh, task: Task, step: int, run_dir: Path) -> Score | None:
+def _test(run: _Run) -> Score | None:
     """How the model does in the task's test, also written to ``result.json``; None where the task has none."""
-    found = _score(config, engine, mesh, task, "test")
-    if found is not None and mesh.world.rank == 0:
+    found = _score(run, "test")
+    if found is not None and run.mesh.world.rank == 0:
         result = {
-            "task": as_written(config)["task"],
-            "title": task.title,
-            "mixers": config.model.mixers,
-            "seed": config.run.seed,
-            "step": step,
-            "num_parameters": engine.num_parameters,
+            "task": as_written(run.config)["task"],
+            "title": run.task.title,
+            "mixers": run.config.model.mixers,
+            "seed": run.config.run.seed,
+            "step": run.state["step"],
+            "num_parameters": run.engine.num_parameters,
             "num_labels": found.num_labels,
             "loss": found.loss,
             "metrics": found.metrics,
-            "chance": task.chance,
+            "chance": run.task.chance,
         }
-        write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(run.directory / "result.json", json.dumps(result, indent=2) + "\n")
+    return found
+
+
+def _score(run: _Run, *what: Any) -> Score | None:
+    run.engine.eval()
+    found = score(run.config, run.engine, cast(Model, run.engine.module).head, run.mesh, run.task, *what)
+    run.engine.train()
     return found
 
 
