@@ -1,7 +1,5 @@
 """``python -m longreach``."""
 
-import sys
+from .launch.cli import program
 
-from .launch.cli import main
-
-sys.exit(main())
+program()

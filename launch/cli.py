@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import __version__
 from ..kernels.errors import InputError
@@ -29,10 +29,15 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return train_command.guarded(lambda: command(arguments))
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is said of it at exit
-        return 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes nowhere
+        return train_command.UNREAD
     except KeyboardInterrupt:
         return train_command.tell("interrupted", train_command.INTERRUPTED)
+
+
+def program() -> NoReturn:
+    """The program `longreach`."""
+    train_command.leave(main())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,8 +22,9 @@ from ..kernels.errors import InputError
 if TYPE_CHECKING:
     from ..framework.config import RunConfig
 
-# Exit codes; stopped: before the last step, as a signal or the clock asked; the same command goes on.
-MISTAKE, FAILED, INTERRUPTED, STOPPED = 2, 1, 130, 75
+# Exit codes; stopped: before the last step, as a signal or the clock asked; the same command goes on. Unread: whoever
+# read the output has left.
+MISTAKE, FAILED, INTERRUPTED, STOPPED, UNREAD = 2, 1, 130, 75, 141
 PATIENCE_SECONDS = 3.0
 
 
@@ -243,18 +243,20 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; a rank without taking Python down, which the threads of its exchanges would not survive.
+    """End this process without taking Python down, which threads that are left behind would not survive.
 
-    One that drops the tensors of the last exchange asks for Python's lock, and where Python is on its way out, torch
-    aborts (https://github.com/pytorch/pytorch/pull/179291); one of a failed exchange waits for what never comes.
+    One of gloo's that drops the tensors of the last exchange asks for Python's lock, and where Python is on its way
+    out, torch aborts (https://github.com/pytorch/pytorch/pull/179291); one of a failed exchange waits for what never
+    comes; one of another library is not done where Ctrl-C was pressed.
     """
-    if "RANK" not in os.environ:
-        sys.exit(code)
-    if not code:
+    if not code or "RANK" not in os.environ:
         atexit._run_exitfuncs()  # those of a rank that failed could wait for ever
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # the reader of our output has left
-            stream.flush()
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        code = code or UNREAD
+    except OSError as error:
+        code = code or tell(f"standard output cannot be written: {error.strerror}", FAILED)
     os._exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .corpus import list_files
 from .progress import Callback, progress
 from .reading import BadSamples, Reader
 from .records import kind_of
+from .stall import aside
 from .vocabulary import MAX_SIZE, Pieces
 
 LEAST_SIZE = 256  # the bytes
@@ -85,5 +87,6 @@ def train_bpe(contents: Iterable[NDArray[Any]], size: int) -> Pieces:
     trainer = trainers.BpeTrainer(
         vocab_size=size, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
     )
-    tokenizer.train_from_iterator((str(content.data, "utf-8") for content in contents), trainer)
+    texts = (str(content.data, "utf-8") for content in contents)
+    aside(partial(tokenizer.train_from_iterator, texts, trainer)).result()
     return Pieces(tokenizer.to_str().encode(), "the trained tokenizer")

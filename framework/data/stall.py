@@ -15,24 +15,32 @@ TIMEOUT = 300.0  # seconds; less than parallel.timeout, so that the file is name
 T = TypeVar("T")
 
 
-def within(seconds: float, path: Path, read: Callable[[], T]) -> T:
-    """Return what ``read`` returns, or raise what it raises.
+def aside(work: Callable[[], T]) -> Future[T]:
+    """Start ``work`` in a thread of its own, which nobody waits for when the program ends; returns what it will give.
 
-    It runs in a thread of its own, which is left behind where it does not end: nothing can end it, and nothing waits
-    for it when the program ends.
-
-    Raises:
-        InputError: it has not returned after so many seconds; the file is named.
+    Who waits for that still answers Ctrl-C, whatever library the work is in.
     """
     future: Future[T] = Future()
 
     def run() -> None:
         try:
-            future.set_result(read())
-        except BaseException as error:  # raised again below
+            future.set_result(work())
+        except BaseException as error:  # raised by result()
             future.set_exception(error)
 
-    threading.Thread(target=run, name=f"reads {path.name}", daemon=True).start()
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    return future
+
+
+def within(seconds: float, path: Path, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, or raise what it raises.
+
+    It runs `aside`, and is left behind where it does not end: nothing can end it.
+
+    Raises:
+        InputError: it has not returned after so many seconds; the file is named.
+    """
+    future = aside(read)
     try:
         return future.result(seconds)
     except NotYet:

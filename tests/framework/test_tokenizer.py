@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ def refused(call: Any, *args: Any, **kwargs: Any) -> str:
 @pytest.fixture(scope="module")
 def pieces() -> Pieces:
     return train_bpe([array(WORDS * 5)], 300)
+
+
+def test_training_leaves_the_main_thread_to_answer_ctrl_c() -> None:
+    threads = []
+
+    def contents() -> Iterator[np.ndarray]:
+        threads.append(threading.current_thread())
+        yield array(WORDS)
+
+    train_bpe(contents(), 300)
+    assert threads and threading.main_thread() not in threads
 
 
 @EXAMPLES

@@ -7,11 +7,13 @@ import math
 import random
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import longreach
+from programs import finish, longreach, start
 
 from longreach.framework.data import Index, load_vocabulary
 from longreach.framework.evaluate import evaluate
@@ -145,3 +147,19 @@ def test_a_mistake_is_told_in_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("longreach: ") and expected in err
     assert sorted(place.rglob("*")) == before
+
+
+def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path: Path) -> None:
+    """The library, which does not look for signals, is left behind, and so is no half a corpus."""
+    draw = random.Random(0)
+    words = ("".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(200_000))
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    process = start("-m", "longreach", "pack", "text.txt", "packed", "--vocab", "30000", cwd=tmp_path)
+    while process.poll() is None and not list(tmp_path.glob(".packed.partial-*")):
+        time.sleep(0.02)
+    time.sleep(0.5)  # so that its text has been read
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 60)
+    assert done.returncode == 130 and done.stderr.endswith("longreach: interrupted\n"), done
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
