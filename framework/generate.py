@@ -322,8 +322,16 @@ def encode(text: str | bytes, vocabulary: Bytes | None = None) -> Tensor:
 
 
 def decode_stream(
-    tokens: Iterable[int], vocabulary: Bytes | None = None, prompt: Tensor | None = None
+    tokens: Iterable[int], vocabulary: Bytes | None = None, prompt: Tensor | None = None, *, goes_on: bool = False
 ) -> Iterator[str]:
-    """Tokens as text, as soon as a character is whole, after a prompt ``[1, L]``; see `Bytes.decode`."""
-    after = [] if prompt is None else prompt[0, -MAX_HELD:].tolist()
+    """Tokens as text, as soon as a character is whole; see `Bytes.decode`.
+
+    Args:
+        tokens: what was drawn.
+        vocabulary: of the model; bytes unless one is given.
+        prompt: ``[1, L]``, what lies just before them.
+        goes_on: they continue a text, known or not.
+    """
+    unknown = None if goes_on else ()
+    after = unknown if prompt is None else prompt[0, -MAX_HELD:].tolist()
     return (vocabulary or Bytes()).decode(tokens, after)

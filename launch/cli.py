@@ -313,7 +313,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if len(prompts) > 1:
             sys.stdout.write(f"prompt {number} of {len(prompts)}:\n")
         sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-        for text in decode_stream(tokens, vocabulary, given):
+        for text in decode_stream(tokens, vocabulary, given, goes_on=bool(arguments.carry_in)):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")

@@ -51,12 +51,13 @@ class Bytes:
         """Return the tokens ``[n]`` of what a user typed, or of a file."""
         return np.frombuffer(text, np.uint8)
 
-    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    def decode(self, tokens: Iterable[int], after: Sequence[int] | None = ()) -> Iterator[str]:
         """Yield tokens as text, as soon as a character is whole; what is none shows as the replacement character.
 
         Args:
             tokens: what is yielded.
-            after: the last ones before, which are not yielded, but may decide how the first of these is written.
+            after: the last ones before, which are not yielded, but may decide how the first of these is written; None
+                for ones that are not known.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
@@ -82,7 +83,7 @@ class Ids(Bytes):
             raise InputError("prompt", text[:200], f"must be token ids below {self.size}", "such as '17 4 203'")
         return np.array([int(word) for word in words], np.int64)
 
-    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    def decode(self, tokens: Iterable[int], after: Sequence[int] | None = ()) -> Iterator[str]:
         for token in tokens:
             yield f" {token}"
 
@@ -159,11 +160,13 @@ class Pieces(Bytes):
             raise InputError("text", text[:200], why)
         return self.encode([content])[0].astype(np.int32)
 
-    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    def decode(self, tokens: Iterable[int], after: Sequence[int] | None = ()) -> Iterator[str]:
         # What a token adds depends on those before: decoding goes from where the last but one text was given.
-        held = [*after]
+        held = [*(after or ())]
         given = len(held)
         for token in tokens:
+            if after is None and not held:
+                held, given = [token], 1  # any will do, so that the first is not taken for the beginning of a text
             held.append(token)
             before, text = self._text(held[:given]), self._text(held)
             if text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) - given < MAX_HELD:

@@ -66,8 +66,9 @@ def test_every_text_comes_back(pieces: Pieces, text: str) -> None:
     """Whole, and as a stream that never shows a part of a character."""
     tokens = pieces.encode([array(text)])[0].tolist()
     assert pieces.tokenizer.decode(tokens, skip_special_tokens=False) == text
-    parts = list(pieces.decode(tokens))
-    assert "".join(parts) == text and len(parts) == len(tokens) + 1
+    for after in ((), None):
+        parts = list(pieces.decode(tokens, after))
+        assert "".join(parts) == text and len(parts) == len(tokens) + 1
 
 
 @EXAMPLES
@@ -90,6 +91,7 @@ def test_a_tokenizer_of_another_kind_is_shown_as_it_decodes() -> None:
     tokens = [0, 1, 0, 0, 1]
     assert "".join(pieces.decode(tokens)) == tokenizer.decode(tokens) == "a b a a b"
     assert "".join(pieces.decode(tokens[2:], after=tokens[:2])) == " a a b"
+    assert "".join(pieces.decode(tokens[2:], after=None)) == " a a b"
     assert pieces.encode([array("<s>")])[0].tolist() != [] and pieces.size == 4
 
 
