@@ -151,9 +151,8 @@ def test_a_mistake_is_told_in_one_line(
 
 def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path: Path) -> None:
     """The library, which does not look for signals, is left behind, and so is no half a corpus."""
-    draw = random.Random(0)
-    words = ("".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(200_000))
-    (tmp_path / "text.txt").write_text(" ".join(words))
+    letters = np.frombuffer(b"abcdefghijklmnop  ", np.uint8)
+    (tmp_path / "text.txt").write_bytes(np.random.default_rng(0).choice(letters, 12_000_000).tobytes())  # many seconds
     process = start("-m", "longreach", "pack", "text.txt", "packed", "--vocab", "30000", cwd=tmp_path)
     while process.poll() is None and not list(tmp_path.glob(".packed.partial-*")):
         time.sleep(0.02)
