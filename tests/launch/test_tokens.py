@@ -153,7 +153,10 @@ def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path: Path) -> None:
     """The library, which does not look for signals, is left behind, and so is no half a corpus."""
     letters = np.frombuffer(b"abcdefghijklmnop  ", np.uint8)
     (tmp_path / "text.txt").write_bytes(np.random.default_rng(0).choice(letters, 12_000_000).tobytes())  # many seconds
-    process = start("-m", "longreach", "pack", "text.txt", "packed", "--vocab", "30000", cwd=tmp_path)
+    # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from longreach.launch.cli import program; program()"
+    process = start("-c", program, "pack", "text.txt", "packed", "--vocab", "30000", cwd=tmp_path)
     while process.poll() is None and not list(tmp_path.glob(".packed.partial-*")):
         time.sleep(0.02)
     time.sleep(0.5)  # so that its text has been read
