@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -243,7 +244,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking Python down, which threads that are left behind would not survive.
+    """End this process without taking Python down, which threads that are left behind would not survive; ``code`` is
+    its exit code, or another where that was 0 and its output cannot be written.
 
     One of gloo's that drops the tensors of the last exchange asks for Python's lock, and where Python is on its way
     out, torch aborts (https://github.com/pytorch/pytorch/pull/179291); one of a failed exchange waits for what never
@@ -257,6 +259,8 @@ def leave(code: int) -> NoReturn:
         code = code or UNREAD
     except OSError as error:
         code = code or tell(f"standard output cannot be written: {error.strerror}", FAILED)
+    with suppress(OSError):
+        print(end="", file=sys.stderr, flush=True)
     os._exit(code)
 
 
