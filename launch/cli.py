@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -230,7 +231,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     print(f"from position{f'bits per {found.unit}':>16}   standard error       tokens")
     for one in found.score.by_position:
-        print(f"{one.first:13,}{found.bits(one.loss):16.4f}{found.bits(one.error):17.4f}{one.num_tokens:13,}")
+        error = "-" if math.isnan(one.error) else f"{found.bits(one.error):.4f}"  # of a single sequence there is none
+        print(f"{one.first:13,}{found.bits(one.loss):16.4f}{error:>17}{one.num_tokens:13,}")
     if found.by_context:
         print(f"past forgotten every{f'bits per {found.unit}':>16}")
         for context, figure in found.by_context:

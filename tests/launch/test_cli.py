@@ -124,6 +124,7 @@ def test_evaluate_gives_the_held_out_loss(job: Job, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert out.startswith(f"{file.stat().st_size - 1:,} tokens: ") and err == ""
     assert "from position   bits per byte   standard error" in out
+    assert re.search(r"^ +0 +\d\.\d{4} +- +\d+$", out, re.MULTILINE) and "nan" not in out, "one text has no spread"
 
 
 def test_evaluate_tells_documents_and_contexts_apart(
