@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from longreach.launch.bench import environment
-from longreach.launch.links import LOCAL_RANKS, join_and_measure
+from longreach.launch.link_benchmark import LOCAL_RANKS, join_and_measure
 from longreach.launch.train import start_ranks
 from longreach.parallel import cost
 from longreach.parallel.relay import SLICES
@@ -76,8 +76,8 @@ class Shape:
             seconds = {
                 "gather": cost.gather_seconds(num_bytes, ranks, link),
                 "pipeline": cost.pipeline_seconds(num_bytes, ranks, SLICES, link),
-                "doubling": cost.doubling_seconds(num_bytes, ranks, link),
-                "two_level": cost.two_level_seconds(num_bytes, ranks, node_size or 1, near, far),
+                "recursive_doubling": cost.recursive_doubling_seconds(num_bytes, ranks, link),
+                "hierarchical": cost.hierarchical_seconds(num_bytes, ranks, node_size or 1, near, far),
             }[way]
             ways.add(way)
             total += 2 * seconds * self.depth / 2

@@ -30,7 +30,7 @@ MODULES = [  # what users call; `kernels` is no package, so its operators are na
     "longreach.kernels.linear_attention",
     "longreach.kernels.short_conv",
     "longreach.kernels.long_conv",
-    "longreach.kernels.errors",
+    "longreach.errors",
     "longreach.parallel.mesh",
     "longreach.parallel.span",
     "longreach.parallel.streaming",
@@ -40,11 +40,11 @@ MODULES = [  # what users call; `kernels` is no package, so its operators are na
     "longreach.framework.model",
     "longreach.framework.heads",
     "longreach.framework.tasks",
-    "longreach.framework.generate",
-    "longreach.framework.evaluate",
-    "longreach.framework.export",
-    "longreach.framework.carry",
-    "longreach.framework.huggingface",
+    "longreach.framework.inference.generate",
+    "longreach.framework.inference.evaluate",
+    "longreach.framework.inference.export",
+    "longreach.framework.inference.carry_file",
+    "longreach.framework.inference.huggingface",
 ]
 CONFIG_PAGE = ROOT / "docs" / "config.md"
 MEANINGS = {  # of keys of which the Args or Attributes of the docstring say nothing, or nothing of each by itself
@@ -60,7 +60,7 @@ MEANINGS = {  # of keys of which the Args or Attributes of the docstring say not
     "optim.clip": "limit of the gradient's norm; 0 does not limit it",
     "parallel.near": "`[latency, bandwidth]` between ranks of a node, in seconds and bytes a second, as "
     "`longreach doctor` measures them; empty for rough figures",
-    "parallel.far": "the same between nodes, as `python -m longreach.launch.links` measures them",
+    "parallel.far": "the same between nodes, as `python -m longreach.launch.link_benchmark` measures them",
     "train.log_every": "steps from one line of the console to the next",
     "train.validate_every": "steps from one validation to the next; 0: only the one after the last step",
     "monitor.tensorboard": "write TensorBoard's events",
@@ -105,7 +105,7 @@ def reference(out_dir: Path) -> None:
 def config_page() -> str:
     """The text of docs/config.md: a table for each section, from the fields of the dataclasses and their docstrings."""
     from longreach.framework.config import RunConfig
-    from longreach.framework.engine import SETTINGS
+    from longreach.framework.deepspeed.engine import SETTINGS
 
     names = ", ".join(f"`{file.stem}`" for file in sorted(SETTINGS.glob("*.json")))
     top = [field for field in dataclasses.fields(RunConfig) if field.name == "deepspeed"]

@@ -111,7 +111,7 @@ class SequenceHead(Head):
             number = torch.arange(self.documents, device=x.device)
             member = (span.segments.unsqueeze(-1) == number).to(x.dtype)
         counted = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-        total = span.at("pool", segments=None).scan(self.total, counted, member)
+        total = span.for_layer("pool", segments=None).scan(self.total, counted, member)
         return (total[..., :-1] / total[..., -1:].clamp(min=1)).to(x.dtype)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -132,14 +132,14 @@ class SequenceHead(Head):
         found = torch.zeros(*labels.shape[:2], len(self.metrics), device=x.device)
         if labels.shape[1]:
             known = labelled(labels[:, -1:])[:, 0]
-            found[known, -1] = self.judge(self(x)[known].float(), labels[known, -1])
+            found[known, -1] = self.check(self(x)[known].float(), labels[known, -1])
         return found
 
     def loss(self, answer: Tensor, label: Tensor) -> Tensor:
         """``[B, outputs]`` and the last labels -> ``[B]``."""
         raise NotImplementedError
 
-    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+    def check(self, answer: Tensor, label: Tensor) -> Tensor:
         """``[n, outputs]`` and as many labels -> ``[n, metrics]``."""
         raise NotImplementedError
 
@@ -152,7 +152,7 @@ class ClassHead(SequenceHead):
     def loss(self, answer: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(_wide(answer), label, ignore_index=IGNORED, reduction="none")
 
-    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+    def check(self, answer: Tensor, label: Tensor) -> Tensor:
         return (answer.argmax(-1) == label).float().unsqueeze(-1)
 
 
@@ -164,7 +164,7 @@ class NumberHead(SequenceHead):
     def loss(self, answer: Tensor, label: Tensor) -> Tensor:
         return _squared_error(answer, label)
 
-    def judge(self, answer: Tensor, label: Tensor) -> Tensor:
+    def check(self, answer: Tensor, label: Tensor) -> Tensor:
         return _errors(answer, label)
 
 
@@ -194,14 +194,14 @@ class Total(StatefulOp):
     in fp32 or better.
     """
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         x, member = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in inputs)
         return x.new_ones(1, 1, 1), member.transpose(1, 2) @ x
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return past + self.summarize(inputs, segments)[1], ()
+        return past + self.local_transition(inputs, segments)[1], ()
 
 
 def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -147,16 +147,16 @@ def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:
     Args:
         x: ``[B, L, ...]``.
         rate: probability of zero; the rest is divided by ``1 - rate``.
-        span: gives the rows' seeds (``noise``; None switches dropout off) and the position of the first token.
+        span: gives the rows' seeds (``dropout_seeds``; None switches dropout off) and the position of the first token.
         name: tells apart several dropouts of one layer.
     """
-    if span.noise is None or rate == 0.0 or x.numel() == 0:
+    if span.dropout_seeds is None or rate == 0.0 or x.numel() == 0:
         return x
     channels = x[0, 0].numel()
     salt = _crc32(f"{span.layer}.{name}")
     position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
     cell = position.unsqueeze(-1) * channels + torch.arange(channels, device=x.device)
-    bits = _mix(_mix(span.noise.to(x.device) + salt).view(-1, 1, 1) + cell)
+    bits = _mix(_mix(span.dropout_seeds.to(x.device) + salt).view(-1, 1, 1) + cell)
     keep = (bits & 0x7FFFFFFF) >= int(rate * 0x80000000)
     return x * keep.view_as(x).to(x.dtype) / (1.0 - rate)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.errors import InputError
+from ..errors import InputError
 from ..parallel.span import Span
 from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
 from .layers import RMSNorm, SwiGLU, dropout
@@ -181,10 +181,10 @@ class Model(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor, span: Span, name: str) -> tuple[Tensor, Tensor]:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(x, span.at(name))
+            return block(x, span.for_layer(name))
 
         def again(x: Tensor) -> tuple[Tensor, Tensor]:
-            return block(x, span.at(name, remember=True))
+            return block(x, span.for_layer(name, cache_collectives=True))
 
         # Dropout is a hash of positions, so no state of a random generator is kept.
         return checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)

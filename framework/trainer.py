@@ -25,30 +25,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.errors import InputError
+from ..errors import InputError
 from ..parallel import streaming
 from ..parallel.cost import Link
-from ..parallel.mesh import Mesh, first_alone, gather_values, init_mesh, join_world, world_size
-from ..parallel.pulse import Pulse
+from ..parallel.heartbeat import Heartbeat
+from ..parallel.mesh import Mesh, first_rank_only, gather_values, init_mesh, join_world, world_size
 from ..parallel.recorder import Recorder
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
 from . import checkpoint
-from .agree import compare_ranks
 from .config import OptimConfig, RunConfig, as_written, save, validate
 from .data import Batch
-from .engine import Engine, deepspeed_settings
-from .files import write_text
+from .deepspeed.engine import Engine, deepspeed_settings
 from .heads import labelled
-from .lock import RunLock
 from .model import Model, build_model
-from .monitor import Monitor
-from .probe import Probe
-from .profile import StepProfile
-from .scoring import batches_of, blocks_of, score
-from .stop import Stop
+from .monitoring.monitor import Monitor
+from .monitoring.probe import Probe
+from .monitoring.profile import StepProfile
+from .runtime.files import write_text
+from .runtime.lock import RunLock
+from .runtime.loss_guard import Diverged, LossGuard
+from .runtime.preemption import Preemption
+from .runtime.rank_consistency import check_rank_consistency
+from .runtime.validation import batches_of, blocks_of, score
 from .tasks import Score, Task, kind_of, open_task
-from .watch import Diverged, Watch
 
 log = logging.getLogger("longreach.trainer")
 
@@ -66,7 +66,7 @@ class Result:
     plot: Path | None
     stopped: str = ""
     test: Score | None = None
-    chance: dict[str, float] = field(default_factory=dict)
+    baseline_metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,7 +99,7 @@ def train(config: RunConfig) -> Result:
     _set_threads(config.train.threads)
     join_world(config.parallel.timeout)
     mesh = mesh_of(config)
-    compare_ranks(config, mesh.world)
+    check_rank_consistency(config, mesh.world)
     task = start_task(config, mesh)
     run_dir, lock = Path(config.run.dir), RunLock()
     engine = start_engine(config, settings, mesh)
@@ -111,7 +111,7 @@ def train(config: RunConfig) -> Result:
     saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
     # Only now that everything fits: a mistake leaves no new directory, and an old one as it was.
-    first_alone(lambda: _start_run_dir(run_dir, config, task, lock, state["step"]), mesh.world)
+    first_rank_only(lambda: _start_run_dir(run_dir, config, task, lock, state["step"]), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
         monitor.say(_introduction(config, task, engine.num_parameters, mesh))
@@ -121,8 +121,11 @@ def train(config: RunConfig) -> Result:
             monitor.say(line)
     run = _Run(config, mesh, task, engine, saver, monitor, state)
     try:
-        with Stop(config.train.time_limit) as stop, Pulse(mesh.world, config.parallel.timeout, _give_up) as pulse:
-            stopped = _loop(run, stop, pulse)
+        with (
+            Preemption(config.train.time_limit) as preemption,
+            Heartbeat(mesh.world, config.parallel.timeout, _give_up) as heartbeat,
+        ):
+            stopped = _loop(run, preemption, heartbeat)
         test = None if stopped else _test(run)
         if monitor is not None and not stopped:
             monitor.finish()
@@ -133,7 +136,7 @@ def train(config: RunConfig) -> Result:
         lock.release()
     gather_values([0.0], mesh.world)  # so that no rank goes while the first one writes
     engine.close()
-    return Result(state["step"], state.get("held_out"), run_dir, plot, stopped, test, task.chance)
+    return Result(state["step"], state.get("held_out"), run_dir, plot, stopped, test, task.baseline_metrics)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -166,11 +169,11 @@ def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Eng
     return Engine(model, _optimizer(model, config.optim), settings, mesh)
 
 
-def _loop(run: _Run, stop: Stop, pulse: Pulse) -> str:
+def _loop(run: _Run, preemption: Preemption, heartbeat: Heartbeat) -> str:
     """Steps, validations and checkpoints until ``train.steps``; why it ended before, if it did."""
     config, mesh, state, saver = run.config, run.mesh, run.state, run.saver
     steps = config.train.steps
-    traffic, watch = Traffic(mesh.device), Watch(config.train)
+    traffic, loss_guard = Traffic(mesh.device), LossGuard(config.train)
     batches = batches_of(config, mesh, run.task, "train", config.run.seed)
     micro_batches = batches.iterate(state["consumed"], steps - state["step"])
     profile = StepProfile(
@@ -182,7 +185,7 @@ def _loop(run: _Run, stop: Stop, pulse: Pulse) -> str:
     )
     stopped, save_seconds = "", 0.0
     while state["step"] < steps and not stopped:
-        pulse.at(f"in step {state['step'] + 1}")
+        heartbeat.set_phase(f"in step {state['step'] + 1}")
         started = time.monotonic()
         batch = list(islice(micro_batches, batches.num_micro_batches))
         waited = time.monotonic() - started
@@ -190,7 +193,7 @@ def _loop(run: _Run, stop: Stop, pulse: Pulse) -> str:
         with _recorder(config, mesh, run.directory, traffic, state["step"]), profile.step(state["step"] + 1):
             row = train_step(config, run.engine, mesh, batch, state["consumed"], lr, traffic)
         try:
-            notable = watch.judge(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
+            notable = loss_guard.check(state["step"] + 1, row, partial(batches.windows, state["consumed"]))
         except Diverged:
             saver.wait()  # for what is on its way from before
             raise
@@ -211,10 +214,10 @@ def _loop(run: _Run, stop: Stop, pulse: Pulse) -> str:
                 run.monitor.say(notable)
         traffic.clear()
         last = state["step"] == steps
-        stopped = "" if last else stop.reason(mesh.world)
+        stopped = "" if last else preemption.reason(mesh.world)
         if last or (_due(config.train.validate_every, state["step"]) and not stopped):
             state["held_out"] = _validate(run)
-        pulse.at(f"after step {state['step']}")
+        heartbeat.set_phase(f"after step {state['step']}")
         saving = time.monotonic()
         saver.poll()
         if last or stopped or _due(config.checkpoint.every, state["step"]):
@@ -270,16 +273,16 @@ def train_step(
     for number, micro in enumerate(batch):
         first = consumed + mesh.data.rank * share + number * config.train.micro_batch_size
         rows = torch.arange(first, first + len(micro.tokens), device=mesh.device)
-        spans = blocks_of(micro, config, mesh, noise=rows * 1_000_003 + config.run.seed, traffic=traffic)
+        spans = blocks_of(micro, config, mesh, dropout_seeds=rows * 1_000_003 + config.run.seed, traffic=traffic)
         # The penalty counts once: each of the summands that ranks, micro-batches and blocks add carries its part of it.
         summands = mesh.world.size * len(batch) * len(spans)
 
         def advance(span: Span, micro: Batch = micro) -> None:
-            engine(span.take(micro.tokens).to(mesh.device), span=span, head=False)
+            engine(span.shard(micro.tokens).to(mesh.device), span=span, head=False)
 
         def summand(span: Span, micro: Batch = micro, summands: int = summands) -> Tensor:
             nonlocal nll_sum, penalty_sum
-            tokens, labels = (span.take(x).to(mesh.device) for x in (micro.tokens, micro.labels))
+            tokens, labels = (span.shard(x).to(mesh.device) for x in (micro.tokens, micro.labels))
             nll, penalty = engine(tokens, span=span, labels=labels)
             nll_sum += float(nll.detach().double().sum())
             penalty_sum += float(penalty.detach()) / summands
@@ -333,7 +336,7 @@ def _test(run: _Run) -> Score | None:
             "num_labels": found.num_labels,
             "loss": found.loss,
             "metrics": found.metrics,
-            "chance": run.task.chance,
+            "chance": run.task.baseline_metrics,
         }
         write_text(run.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return found
@@ -358,7 +361,7 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 
 def start_task(config: RunConfig, mesh: Mesh) -> Task:
     """The task with its data, made ready on the first rank and opened on all; fills in what the model takes from it."""
-    first_alone(lambda: kind_of(config.task).prepare(config.data), mesh.world)
+    first_rank_only(lambda: kind_of(config.task).prepare(config.data), mesh.world)
     task = open_task(config.task, config.data)
     task.fit(config.model)
     return task

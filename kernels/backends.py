@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import InputError
+from ..errors import InputError
 
 T = TypeVar("T")
 log = logging.getLogger("longreach.kernels")
@@ -23,11 +23,11 @@ class Option(Generic[T]):
 
     Attributes:
         load: imports and returns it; called when it is first chosen.
-        lacks: what it lacks to run, given the device's type and the operator's case; "" if it runs.
+        unsupported_reason: what it lacks to run, given the device's type and the operator's case; "" if it runs.
     """
 
     load: Callable[[], T]
-    lacks: Callable[..., str] = lambda *case: ""
+    unsupported_reason: Callable[..., str] = lambda *case: ""
 
 
 class Backends(Generic[T]):
@@ -63,7 +63,7 @@ class Backends(Generic[T]):
         """What "auto" takes on such a device, and what each that is preferred to it lacks, by name."""
         missing = {}
         for name, option in self.options.items():
-            if lack := option.lacks(device, *case):
+            if lack := option.unsupported_reason(device, *case):
                 missing[name] = lack
             else:
                 return name, missing
@@ -78,7 +78,7 @@ class Backends(Generic[T]):
                 log.info("%s on %s runs %s", self.operator, device, backend)
         elif backend not in self.options:
             raise InputError(field, backend, f"one of auto, {', '.join(self.options)}")
-        elif lack := self.options[backend].lacks(device, *case):
+        elif lack := self.options[backend].unsupported_reason(device, *case):
             raise InputError(field, backend, lack, "pass backend='auto'")
         return self.options[backend].load()
 

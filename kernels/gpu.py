@@ -77,7 +77,7 @@ class Variant(NamedTuple):
     num_stages: int
 
 
-def lacks(device: str, *dtypes: torch.dtype) -> str:
+def unsupported_reason(device: str, *dtypes: torch.dtype) -> str:
     """Why Triton's kernels do not run on tensors of such a device and dtypes; "" if they do.
 
     CPU tensors are for tests: Triton's interpreter serves them where ``TRITON_INTERPRET=1`` is set.

@@ -21,8 +21,8 @@ from torch import Tensor
 from . import long_conv as long
 from . import short_conv as short
 from .long_conv.chunked import LongConv
-from .scan import Carry, StatefulOp, edges, full_precision, gates, per_row, through, transition
-from .short_conv.function import Local, Piece, run
+from .scan import Carry, StatefulOp, broadcast_rows, edges, full_precision, gates, through, transition
+from .short_conv.autograd import Local, Piece, run
 
 
 def alone(
@@ -32,7 +32,7 @@ def alone(
     state, segment = carry if carry is not None else (None, None)
     entry, last = gates([] if segments is None else [edges(segments)], carry)
     if state is not None and entry and entry[0] is not None:
-        state = per_row(entry[0], state) * state
+        state = broadcast_rows(entry[0], state) * state
     y, end, *_ = torch.ops.longreach.scan(name_of(op), list(inputs), segments, state)
     return y, Carry(end, last if segments is not None else segment)
 
@@ -76,14 +76,14 @@ def _fixed(x: Tensor) -> Tensor:
 
 def _run(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> list[Tensor]:
     with _undisturbed(inputs[0]):
-        op = op.on(inputs)
+        op = op.resolve_backend(inputs)
         if op.causal:
-            _, y, saved, decay, end = op.advance(inputs, segments, start)
+            _, y, saved, decay, end = op.fused_forward(inputs, segments, start)
             decay = through(decay, segments, end)
         else:
             decay, state = transition(op, inputs, segments)
             past = _past(op, start, state[0])
-            y, saved = op.attend(inputs, segments, past)
+            y, saved = op.apply_state(inputs, segments, past)
             end = decay * past[0] + state[0]
         if segments is not None:
             decay = decay.expand(segments.shape[0], *decay.shape[1:])
@@ -112,17 +112,17 @@ def scan_grad(
     """The gradients of the inputs, then that of ``start``, empty where there is none."""
     piece = tuple(inputs)
     with _undisturbed(grad):
-        one = _named(op).on(piece)
+        one = _named(op).resolve_backend(piece)
         past, kept = _past(one, start, end), tuple(saved)
         to_start = end.new_empty(0)
         if start is not None:
-            to_past = one.summarize_grad(piece, segments, past, kept, grad)
+            to_past = one.incoming_state_grad(piece, segments, past, kept, grad)
             to_start = to_past if one.causal else to_past[0]
             if grad_end is not None:
                 to_start = to_start + decay.conj() * grad_end
             to_start = to_start.to(start.dtype)
         future = _past(one, grad_end, end)
-        grads = one.attend_grad(piece, segments, past, future, kept, grad)
+        grads = one.input_grads(piece, segments, past, future, kept, grad)
     return [
         *(torch.zeros_like(x) if part is None else part.contiguous() for x, part in zip(piece, grads, strict=True)),
         to_start.contiguous(),

@@ -2,8 +2,8 @@
 
 The sources include nothing but the standard library and are called through a C interface, so a build takes seconds,
 needs no headers of torch, and serves every version of Python and torch. They find torch's own pool of OpenMP threads in
-the process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `lacks` says so and the portable
-implementation runs.
+the process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `unsupported_reason`
+says so and the portable implementation runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLAGS = (
 LINK = ("-shared", "-fPIC", "-fopenmp")
 
 
-def lacks(source: Path, device: str, *dtypes: torch.dtype, define: str = "") -> str:
+def unsupported_reason(source: Path, device: str, *dtypes: torch.dtype, define: str = "") -> str:
     """Why the kernels of ``source`` do not run on tensors of such a device and dtypes; "" if they do."""
     if device != "cpu":
         return f"tensors on the cpu, not on {device}"
@@ -49,7 +49,7 @@ def lacks(source: Path, device: str, *dtypes: torch.dtype, define: str = "") -> 
 
 @cache
 def load(source: Path, define: str = "") -> ctypes.CDLL:
-    """The library made from ``source``, compiled unless that was done before; `lacks` must have been asked.
+    """The library made from ``source``, compiled unless that was done before; ask `unsupported_reason` first.
 
     ``define`` is a macro ``NAME=VALUE``: what is not asked for takes no time to compile.
     """

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import InputError
+from ..errors import InputError
 
 T = TypeVar("T")
 NO_TOKENS = -1  # the document id that an empty piece reports
@@ -41,12 +41,12 @@ class Carry(NamedTuple):
     segment: Tensor | None = None
 
 
-class Advance(NamedTuple):
-    """A causal piece's whole passage, see `StatefulOp.advance`.
+class FusedForward(NamedTuple):
+    """A causal piece's whole passage, see `StatefulOp.fused_forward`.
 
     Attributes:
         past: the state that entered, in the dtype of states.
-        y, saved: as of `StatefulOp.attend`.
+        y, saved: as of `StatefulOp.apply_state`.
         decay: ``A``, ignoring documents (`scan` zeroes it).
         end: the state that leaves, ``A past + B``.
     """
@@ -65,7 +65,7 @@ class StatefulOp:
     ``segments`` is ``[B, L]`` or None. ``past`` and ``future`` have the shape of the state ``B``:
     ``[B, ...]`` for a causal operator and ``[2, B, ...]`` for a non-causal one (from the left, from the right).
 
-    A new operator defines `summarize` and `attend` in differentiable PyTorch; the adjoints then follow by
+    A new operator defines `local_transition` and `apply_state` in differentiable PyTorch; the adjoints then follow by
     automatic differentiation of this piece alone. Fast operators override them.
     """
 
@@ -73,11 +73,11 @@ class StatefulOp:
     plain_sum: bool = True  # non-causal: without documents, what flows left is what flows right
     __match_args__: tuple[str, ...] = ()  # what makes it again, under torch.compile; dataclasses know it
 
-    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         """The implementation of this operator that serves such inputs; `scan` asks once."""
         return self
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         """This piece's ``(A, B)``, without knowing the past.
 
         ``A`` broadcasts against one state ``[B, ...]`` and ignores documents (`scan` zeroes it). ``B`` holds the last
@@ -85,23 +85,23 @@ class StatefulOp:
         """
         raise TypeError(f"{type(self).__name__} defines no summarize")
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output ``[B, L, ...]`` and what `attend_grad` wants saved. ``past`` reaches the first document only."""
+        """The output ``[B, L, ...]`` and what `input_grads` wants saved. ``past`` reaches the first document only."""
         raise TypeError(f"{type(self).__name__} defines no attend")
 
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
-        """A causal piece that is the whole sequence: `attend`, and what leaves it; ``start`` is None for zeros.
+    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
+        """A causal piece that is the whole sequence: `apply_state`, and what leaves it; ``start`` is None for zeros.
 
         Nobody waits for this piece's summary, so a fast operator gets all in one walk over the tokens.
         """
         decay, state = transition(self, inputs, segments)
         past = torch.zeros_like(state) if start is None else start.to(state.dtype)
-        y, saved = self.attend(inputs, segments, past)
-        return Advance(past, y, saved, decay, decay * past + state)
+        y, saved = self.apply_state(inputs, segments, past)
+        return FusedForward(past, y, saved, decay, decay * past + state)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -112,10 +112,10 @@ class StatefulOp:
         """What this piece's outputs contribute to the gradient of ``past``; the shape of ``past``."""
         with torch.enable_grad():
             past = past.detach().requires_grad_()
-            y, _ = self.attend(inputs, segments, past)
+            y, _ = self.apply_state(inputs, segments, past)
         return _pull_back([y], [past], [grad])[0]
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -127,7 +127,7 @@ class StatefulOp:
         """Gradients of the inputs, given the output's gradient and ``future``, the gradient of the outgoing state."""
         with torch.enable_grad():
             leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
-            y, _ = self.attend(leaves, segments, past)
+            y, _ = self.apply_state(leaves, segments, past)
             decay, state = transition(self, leaves, segments)
             leaving = decay * past + state
         grads = iter(_pull_back([y, leaving], [x for x in leaves if x.requires_grad], [grad, future]))
@@ -145,7 +145,7 @@ def _pull_back(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor])
 
 def transition(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """The piece's ``(A, B)`` with ``A = 0`` where a document begins inside it."""
-    decay, state = op.summarize(inputs, segments)
+    decay, state = op.local_transition(inputs, segments)
     return through(decay, segments, state if op.causal else state[0]), state
 
 
@@ -154,10 +154,10 @@ def through(decay: Tensor, segments: Tensor | None, like: Tensor) -> Tensor:
     if segments is None:
         return decay
     first, last = edges(segments)  # alike for an empty piece, which lets everything through
-    return decay * per_row(first == last, like)
+    return decay * broadcast_rows(first == last, like)
 
 
-def per_row(values: Tensor, like: Tensor) -> Tensor:
+def broadcast_rows(values: Tensor, like: Tensor) -> Tensor:
     """``values [B]`` shaped to multiply ``like [B, ...]`` (booleans become 0 and 1)."""
     dtype = like.real.dtype if like.is_complex() else like.dtype
     return values.to(dtype).view(-1, *(1 for _ in range(like.dim() - 1)))
@@ -261,7 +261,7 @@ class Place:
 
     def at_edge(self, state: Tensor) -> Tensor:
         """``state`` as it crosses the edge between this piece and the one before."""
-        return state if self.gate is None else per_row(self.gate, state) * state
+        return state if self.gate is None else broadcast_rows(self.gate, state) * state
 
 
 def fold(
@@ -274,7 +274,7 @@ def fold(
     # A plain sum flows to both sides alike where no document ends, so one crosses.
     shared = not op.causal and op.plain_sum and segments is None
     to_right = state if op.causal else state[0]
-    place = Place(relay, decay if gate is None else per_row(gate, to_right) * decay, gate, op.causal, shared)
+    place = Place(relay, decay if gate is None else broadcast_rows(gate, to_right) * decay, gate, op.causal, shared)
     flows = [Flow(to_right, None if carry is None else carry.state.to(to_right.dtype), False, relay.leaves)]
     if not op.causal:
         flows.append(Flow(to_right if shared else place.at_edge(state[1]), None, True, False))
@@ -329,10 +329,10 @@ class _Scan(torch.autograd.Function):
             entries, last = gates([] if segments is None else [edges(segments)], carry)
             gate, start = entries[0] if entries else None, carry_state
             if gate is not None and start is not None:
-                start = per_row(gate, start) * start
-            past, y, saved, decay, end = op.advance(inputs, segments, start)
+                start = broadcast_rows(gate, start) * start
+            past, y, saved, decay, end = op.fused_forward(inputs, segments, start)
             decay = through(decay, segments, end)
-            place = Place(relay, decay if gate is None else per_row(gate, end) * decay, gate, True, False)
+            place = Place(relay, decay if gate is None else broadcast_rows(gate, end) * decay, gate, True, False)
             carry_out = Carry(end, last)
         else:
 
@@ -340,7 +340,7 @@ class _Scan(torch.autograd.Function):
                 return fold(relay, op, transition(op, inputs, segments), segments, carry)
 
             past, carry_out, place = relay.once(exchange)
-            y, saved = op.attend(inputs, segments, past)
+            y, saved = op.apply_state(inputs, segments, past)
         ctx.save_for_backward(segments, past, *inputs, *saved)
         ctx.op, ctx.place, ctx.num_inputs = op, place, len(inputs)
         ctx.carry_dtype = None if carry_state is None else carry_state.dtype
@@ -356,13 +356,13 @@ class _Scan(torch.autograd.Function):
         inputs, saved = tuple(tensors[: ctx.num_inputs]), tuple(tensors[ctx.num_inputs :])
         with full_precision(past):
             if grad is None:
-                grad = ctx.op.attend(inputs, segments, past)[0].zero_()
+                grad = ctx.op.apply_state(inputs, segments, past)[0].zero_()
             if ctx.place.relay.size == 1 and ctx.carry_dtype is None:
                 to_past = torch.zeros_like(past)  # nothing came before, so nobody asks
             else:
-                to_past = ctx.op.summarize_grad(inputs, segments, past, saved, grad)
+                to_past = ctx.op.incoming_state_grad(inputs, segments, past, saved, grad)
             future, start = fold_grad(ctx.place, to_past, grad_carry, ctx.carry_dtype is not None)
-            grads = ctx.op.attend_grad(inputs, segments, past, future, saved, grad)
+            grads = ctx.op.input_grads(inputs, segments, past, future, saved, grad)
         start_grad = None if ctx.carry_dtype is None or start is None else start.to(ctx.carry_dtype)
         return None, None, None, None, start_grad, *grads
 
@@ -402,11 +402,13 @@ def scan(
     state, segment = carry if carry is not None else (None, None)
     with full_precision(inputs[0]):
         alone = relay is None or relay.size == 1
-        y, end, last = _Scan.apply(op.on(inputs), Alone() if alone else relay, segments, segment, state, *inputs)
+        y, end, last = _Scan.apply(
+            op.resolve_backend(inputs), Alone() if alone else relay, segments, segment, state, *inputs
+        )
     return y, Carry(end, last if last is not None else segment)
 
 
-def entering_states(
+def exclusive_chunk_scan(
     decay: Tensor | None, state: Tensor, start: Tensor, gate: Tensor | None = None, *, reverse: bool = False
 ) -> Tensor:
     """The state that enters each of ``n`` neighbouring pieces: the state law, for all pieces at once.
@@ -425,7 +427,7 @@ def entering_states(
     """
     wide = torch.complex128 if state.is_complex() else torch.float64
     if reverse:
-        flipped = entering_states(
+        flipped = exclusive_chunk_scan(
             None if decay is None else decay.flip(1),
             state.flip(1),
             start,

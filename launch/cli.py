@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import __version__
-from ..kernels.errors import InputError
+from ..errors import InputError
 from . import train as train_command
 from .examples import EXAMPLES
 
@@ -209,7 +209,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _check_file(f"--{option}", getattr(arguments, option))
     if arguments.figure and Path(arguments.figure).suffix != ".png":
         raise InputError("--figure", arguments.figure, "a name that ends in .png")
-    from ..framework.evaluate import evaluate, evaluate_task, has_test, plot, write_json
+    from ..framework.inference.evaluate import evaluate, evaluate_task, has_test, plot, write_json
 
     if has_test(arguments.run_dir):
         if arguments.source or arguments.by_document or contexts or arguments.batches or arguments.figure:
@@ -258,9 +258,9 @@ def _evaluate_task(task: Task, found: Score | None, json_file: str | None) -> in
         raise InputError("data", task.title, "an example to be scored")
     print(f"{task.title}: {found.num_labels:,} answers, loss {found.loss:.4f}")
     for name, value in found.metrics.items():
-        print(f"{name:>12}{value:10.4f}   (the simplest answer: {task.chance[name]:.4f})")
+        print(f"{name:>12}{value:10.4f}   (the simplest answer: {task.baseline_metrics[name]:.4f})")
     if json_file:
-        Path(json_file).write_text(json.dumps({**asdict(found), "chance": task.chance}, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps({**asdict(found), "chance": task.baseline_metrics}, indent=2) + "\n")
     return 0
 
 
@@ -288,7 +288,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = [_prompt(text) for text in arguments.prompt] or [b""]  # nothing more to read
     from ..framework.data import load_vocabulary
     from ..framework.data.progress import progress
-    from ..framework.generate import Decoder, continuations, decode_stream, encode, load_run
+    from ..framework.inference.generate import Decoder, continuations, decode_stream, encode, load_run
 
     _, model = load_run(arguments.run_dir)
     vocabulary = load_vocabulary(arguments.run_dir)
@@ -413,7 +413,7 @@ def _check_source(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ..framework.export import export
+    from ..framework.inference.export import export
 
     model, step = export(arguments.run_dir, arguments.out_dir)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

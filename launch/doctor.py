@@ -21,8 +21,8 @@ import psutil
 from packaging.requirements import Requirement
 
 from .. import __version__
-from ..kernels.errors import InputError
-from .measure import copy_bandwidth, write_bandwidth
+from ..errors import InputError
+from .bandwidth import copy_bandwidth, write_bandwidth
 
 PACKAGES = ("torch", "triton", "deepspeed", "omegaconf", "webdataset", "tensorboard", "safetensors")
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"  # not where longreach was installed from a wheel
@@ -275,7 +275,7 @@ def _links() -> Iterator[Finding]:
     """What lies between two ranks of this machine."""
     import torch
 
-    from . import links
+    from . import link_benchmark as links
     from .train import start_ranks
 
     if torch.cuda.is_available() and torch.cuda.device_count() < links.LOCAL_RANKS:

@@ -28,7 +28,7 @@ Train on it: longreach train quickstart data.source=data/packed/mine""",
 Use it: longreach pack my-texts data/packed/tokens --tokenizer mine.json""",
     "export": """
   longreach export runs/quickstart exported
-Load it: from longreach.framework.export import load_exported; model = load_exported("exported")""",
+Load it: from longreach.framework.inference.export import load_exported; model = load_exported("exported")""",
     "bench": """
   longreach bench kernels --longest 65536
   longreach bench memory --memory-gib 4 --seconds 60

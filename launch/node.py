@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from ..kernels.errors import InputError
+from ..errors import InputError
 from .train import FAILED, guarded, launched, tell
 
 

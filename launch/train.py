@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..kernels.errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..framework.config import RunConfig
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(config: RunConfig, node_size: int) -> int:
-    from ..framework.plan import plan, tell
+    from .dry_run import plan, tell
 
     print(tell(plan(config, node_size=node_size, say=partial(print, file=sys.stderr, flush=True))))
     return 0
@@ -100,10 +100,10 @@ def _plan(config: RunConfig, node_size: int) -> int:
 
 def _train(config: RunConfig) -> int:
     # Imported here, so that a wrong config is told at once and not after seconds of imports.
-    from ..framework.finish import report
-    from ..framework.monitor import say_plainly
+    from ..framework.monitoring.monitor import say_plainly
     from ..framework.trainer import train
     from ..parallel.mesh import leave_world
+    from .report import report
 
     first = os.environ.get("RANK", "0") == "0"
     say_plainly(logging.INFO if first else logging.ERROR)  # what all ranks find out is said once
@@ -215,7 +215,7 @@ def guarded(command: Callable[[], int]) -> int:
         return tell(error)
     except RuntimeError as error:
         from ..framework.data import KILLED, WorkerFailed, worker_failure
-        from ..framework.watch import Diverged
+        from ..framework.runtime.loss_guard import Diverged
         from ..parallel.mesh import ExchangeFailed, PeerFailed, RanksDisagree, is_lost
 
         if str(error).startswith(KILLED):

@@ -40,7 +40,7 @@ def links(device: str) -> tuple[Link, Link]:
     return (LINKS["nvlink"], LINKS["network"]) if device == "cuda" else (LINKS["loopback"], LINKS["loopback"])
 
 
-def through(small: tuple[float, float], large: tuple[float, float]) -> Link:
+def fit_link(small: tuple[float, float], large: tuple[float, float]) -> Link:
     """The link on which messages of two sizes, (bytes, seconds), take so long."""
     (few, soon), (many, late) = small, large
     # A large message that is not slower than a small one says that latency is all that was seen.
@@ -53,7 +53,7 @@ def gather_seconds(num_bytes: float, ranks: int, link: Link) -> float:
     return (ranks - 1) * link.seconds(num_bytes)
 
 
-def two_level_seconds(num_bytes: float, ranks: int, node_size: int, near: Link, far: Link) -> float:
+def hierarchical_seconds(num_bytes: float, ranks: int, node_size: int, near: Link, far: Link) -> float:
     """Within nodes of ``node_size`` ranks, then between them; the ranks of a node share its way out."""
     shared = Link(far.latency, far.bandwidth / node_size)
     return gather_seconds(num_bytes, node_size, near) + gather_seconds(num_bytes, ranks // node_size, shared)
@@ -74,7 +74,7 @@ def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link, want
     return walk + wanted * math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
 
 
-def doubling_seconds(num_bytes: float, ranks: int, link: Link, wanted: bool = True) -> float:
+def recursive_doubling_seconds(num_bytes: float, ranks: int, link: Link, wanted: bool = True) -> float:
     """Merging at distances 1, 2, 4, ..., a shift by one, then, if it is wanted, a broadcast of the end (as a tree)."""
     return ((1 + wanted) * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
 
@@ -97,7 +97,7 @@ def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
 def fastest(
     num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None, wanted: bool = True
 ) -> str:
-    """The relay for so many bytes: gather, pipeline, doubling, or two_level where ``node_size`` ranks share a node.
+    """The relay for so many bytes: gather, pipeline, recursive_doubling, or hierarchical where ``node_size`` ranks share a node.
 
     Where two are equal, the first of them: who sends to a neighbour need not wait for it, who gathers waits for all.
     """
@@ -105,8 +105,8 @@ def fastest(
     found = {
         "pipeline": pipeline_seconds(num_bytes, ranks, slices, link, wanted),
         "gather": gather_seconds(num_bytes, ranks, link),
-        "doubling": doubling_seconds(num_bytes, ranks, link, wanted),
+        "recursive_doubling": recursive_doubling_seconds(num_bytes, ranks, link, wanted),
     }
     if node_size is not None:
-        found["two_level"] = two_level_seconds(num_bytes, ranks, node_size, near, far)
+        found["hierarchical"] = hierarchical_seconds(num_bytes, ranks, node_size, near, far)
     return min(found, key=lambda name: found[name])

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.errors import InputError
-from . import cost, flight
+from ..errors import InputError
+from . import cost, flight_recorder
 
 BEAT_SECONDS, AT_WORK = 1.0, -1.0  # how often a rank that is at work tells the others so, and what it tells
 
@@ -98,7 +98,7 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
     """
     if dist.is_initialized() or (world_size() == 1 and "MASTER_ADDR" not in os.environ):
         return
-    flight.record()
+    flight_recorder.record()
     rank, ranks, port = (_from_launcher(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     host = os.environ.get("MASTER_ADDR", "")
     if not host or not 0 < port < 1 << 16 or not 0 <= rank < ranks:
@@ -161,7 +161,7 @@ def _reach(host: str, port: int, seconds: float) -> None:
     raise InputError("rendezvous", f"{host}:{port}", allowed, fix)
 
 
-def pretend_world(ranks: int, rank: int, node_size: int) -> None:
+def fake_world(ranks: int, rank: int, node_size: int) -> None:
     """Be one rank of a world without the others: what they would send is made up. For planning."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -204,9 +204,9 @@ def init_mesh(
     columns = [tuple(range(part, ranks, sequence)) for part in range(sequence)]
     world = Axis(dist.get_rank(), ranks, tuple(range(ranks)), dist.group.WORLD)
     node, peers = levels(rows, node_size or local_size() or ranks)
-    if relay == "two_level" and node is None:
+    if relay == "hierarchical" and node is None:
         allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
-        raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or doubling")
+        raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or recursive_doubling")
     supposed = cost.links(device.type)
     axis = replace(_join(rows), relay=relay, node=node, peers=peers, near=near or supposed[0], far=far or supposed[1])
     return Mesh(data=_join(columns), sequence=axis, world=world, device=device)
@@ -295,7 +295,7 @@ def together(work: Callable[[], None], axis: Axis) -> None:
         raise PeerFailed(f"rank {axis.ranks[failed[0]]} failed")
 
 
-def first_alone(work: Callable[[], None], axis: Axis) -> None:
+def first_rank_only(work: Callable[[], None], axis: Axis) -> None:
     """Run ``work`` on the first rank of the axis while the others wait, however long it takes; a collective.
 
     Raises:

@@ -2,10 +2,10 @@
 
 - gather: every rank gets every summary and folds what lies before it. One exchange, no rank waits for another's result;
   what a rank receives grows with the number of ranks.
-- two_level: ranks of a node gather, then nodes do. What crosses between nodes does not grow with the ranks in a node.
+- hierarchical: ranks of a node gather, then nodes do. What crosses between nodes does not grow with the ranks in a node.
 - pipeline: each rank maps what it gets from its neighbour and sends it on, slice by slice. What a rank sends and
   receives does not depend on the number of ranks; the last slice arrives after a walk along all of them.
-- doubling: ranks at distances 1, 2, 4 and so on merge what they know (Hillis and Steele 1986), in as many steps as the
+- recursive_doubling: ranks at distances 1, 2, 4 and so on merge what they know (Hillis and Steele 1986), in as many steps as the
   number of ranks has binary digits, each of one summary.
 
 `parallel.cost` says which is the fastest for so many bytes.
@@ -28,7 +28,7 @@ from .mesh import Axis, all_gather, as_bytes
 from .traffic import Note, Once, every_time, unnoted
 
 log = logging.getLogger("longreach.parallel")
-WAYS = ("auto", "gather", "two_level", "pipeline", "doubling")
+WAYS = ("auto", "gather", "hierarchical", "pipeline", "recursive_doubling")
 SLICES = 4  # of a state that goes from neighbour to neighbour
 Map = tuple[Tensor, Tensor]
 """(A, B) of ``x -> A x + B``."""
@@ -72,7 +72,11 @@ class AxisRelay:
             way = _fastest(self._axis, num_bytes, any(flow.wanted for flow in flows))
         if way == "gather":
             return self._gather(decay, flows, known)
-        ways = {"two_level": self._two_level, "pipeline": self._pipeline, "doubling": self._doubling}
+        ways = {
+            "hierarchical": self._hierarchical,
+            "pipeline": self._pipeline,
+            "recursive_doubling": self._recursive_doubling,
+        }
         return ways[way](decay, flows), ()
 
     def _gather(
@@ -87,7 +91,7 @@ class AxisRelay:
         ]
         return found, decays
 
-    def _two_level(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
+    def _hierarchical(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
         node, peers = self._axis.node, self._axis.peers
         assert node is not None and peers is not None
         near = gather([decay, *_distinct(flows)], node, self._note)
@@ -143,7 +147,7 @@ class AxisRelay:
                     sending.append((self._post(dist.isend, y, target), y))
         return before, leaving
 
-    def _doubling(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
+    def _recursive_doubling(self, decay: Tensor, flows: Sequence[Flow]) -> list[tuple[Tensor, Tensor | None]]:
         maps: list[Map] = [(decay, flow.state) for flow in flows]
         distance = 1
         while distance < self.size:

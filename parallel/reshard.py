@@ -23,7 +23,7 @@ SLICES = 4  # of a rank's channels, at most
 SLICED_FROM = 1 << 19  # bytes of a slice of a piece: smaller ones cost more in messages than they hide
 
 
-def channel_shares(units: int, size: int) -> list[int]:
+def channel_shard_sizes(units: int, size: int) -> list[int]:
     """How many of ``units`` channels each of ``size`` ranks holds; they differ by at most one."""
     return [units // size + (rank < units % size) for rank in range(size)]
 
@@ -53,7 +53,7 @@ class AllToAll:
 class Resharding:
     """Some tokens of all channels against all tokens of some channels, slice by slice of these.
 
-    On the tokens' side, `scatter` sends all slices and `assemble` receives them; on the channels' side, `take` receives
+    On the tokens' side, `scatter` sends all slices and `assemble` receives them; on the channels' side, `shard` receives
     one and `give` sends one. Either side's pair are each other's adjoints.
 
     Args:
@@ -67,7 +67,7 @@ class Resharding:
     def __init__(self, axis: Axis, lengths: Sequence[int], units: int, num_slices: int, note: Note) -> None:
         self.axis, self.lengths, self.note = axis, list(lengths), note
         # By rank, the widths of its slices.
-        self.widths = [channel_shares(share, num_slices) for share in channel_shares(units, axis.size)]
+        self.widths = [channel_shard_sizes(share, num_slices) for share in channel_shard_sizes(units, axis.size)]
         self._under_way: list[AllToAll | None] = [None] * num_slices
 
     def scatter(self, x: Tensor) -> None:
@@ -181,7 +181,7 @@ def by_channel(
     num_slices = max(1, min(SLICES, units // axis.size, num_bytes // SLICED_FROM))
     forth, back = (Resharding(axis, lengths, units, num_slices, note) for _ in range(2))
     tickets = _Scatter.apply(x, forth, num_slices)
-    first, returned = sum(channel_shares(units, axis.size)[: axis.rank]), []
+    first, returned = sum(channel_shard_sizes(units, axis.size)[: axis.rank]), []
     for number, width in enumerate(forth.widths[axis.rank]):
         y = fn(_Take.apply(tickets[number], forth, number), slice(first, first + width))
         returned.append(_Give.apply(y, back, number))
@@ -190,7 +190,7 @@ def by_channel(
 
 
 def _all_channels(x: Tensor, axis: Axis, units: int, note: Note) -> Tensor:
-    shares = channel_shares(units, axis.size)
+    shares = channel_shard_sizes(units, axis.size)
     padded = x.new_zeros(*x.shape[:2], max(shares), *x.shape[3:])
     padded[:, :, : shares[axis.rank]] = x
     rows = gather([padded], axis, note)
@@ -198,7 +198,7 @@ def _all_channels(x: Tensor, axis: Axis, units: int, note: Note) -> Tensor:
 
 
 def _own_channels(x: Tensor, axis: Axis) -> Tensor:
-    return x.split(channel_shares(x.shape[2], axis.size), dim=2)[axis.rank].contiguous()
+    return x.split(channel_shard_sizes(x.shape[2], axis.size), dim=2)[axis.rank].contiguous()
 
 
 class _Replicate(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..kernels.errors import InputError
+from ..errors import InputError
 from ..kernels.scan import NO_TOKENS, Carry, StatefulOp, scan
 from . import halo as neighbours
 from . import reshard
@@ -34,7 +34,7 @@ Within = Callable[[Tensor, Tensor | None], Tensor]
 """What `Span.halo` can make of a piece and its neighbours."""
 
 
-def shares(length: int, size: int) -> list[int]:
+def shard_lengths(length: int, size: int) -> list[int]:
     """Tokens that each of ``size`` ranks holds of ``length``: rank r holds ``[r*C, (r+1)*C)`` with ``C =
     ceil(length / size)``.
     """
@@ -43,7 +43,7 @@ def shares(length: int, size: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ChannelShard:
     """The whole sequence of some channels, as `Span.by_channel` hands it to its function.
 
     Attributes:
@@ -71,7 +71,7 @@ def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, 
 
 
 @dataclass
-class _Journey:
+class _SharedCache:
     """What all layers' views of one span share: the outgoing carry, what is worth finding out once, and what exchanges
     brought.
     """
@@ -92,8 +92,8 @@ class Span:
         segments: ``[B, n]`` int64 non-decreasing document ids >= 0 of this rank's tokens; None for one document.
         carry: what came before ``start``, by layer and verb; empty at the beginning. The same on every rank.
         keep_carry: whether the verbs write the outgoing carry (streaming, decoding).
-        remember: keep what small exchanges bring: layers will be computed again for their gradients (`at`).
-        noise: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
+        cache_collectives: keep what small exchanges bring: layers will be computed again for their gradients (`at`).
+        dropout_seeds: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
         traffic: counts the bytes exchanged.
         layer: name of the layer that uses this view.
     """
@@ -104,20 +104,20 @@ class Span:
     segments: Tensor | None = None
     carry: Mapping[str, Carry] = field(default_factory=dict)
     keep_carry: bool = False
-    remember: bool = False
-    noise: Tensor | None = None
+    cache_collectives: bool = False
+    dropout_seeds: Tensor | None = None
     traffic: Traffic = field(default_factory=Traffic)
     layer: str = ""
-    _journey: _Journey = field(default_factory=_Journey)
+    _cache: _SharedCache = field(default_factory=_SharedCache)
     _calls: int = 0
 
     @classmethod
     def of(cls, mesh: Mesh, length: int, **fields: Any) -> Span:
         """This rank's share of a sequence of ``length`` tokens, split over ``mesh.sequence``.
 
-        ``fields`` are the attributes of `Span`; ``segments`` are those of this rank's tokens (see `take`).
+        ``fields`` are the attributes of `Span`; ``segments`` are those of this rank's tokens (see `shard`).
         """
-        return cls(axis=mesh.sequence, lengths=shares(length, mesh.sequence.size), **fields)
+        return cls(axis=mesh.sequence, lengths=shard_lengths(length, mesh.sequence.size), **fields)
 
     def __post_init__(self) -> None:
         if self.lengths is None and self.axis.size > 1:
@@ -133,29 +133,29 @@ class Span:
     @property
     def carry_out(self) -> dict[str, Carry]:
         """What the verbs wrote for the tokens that follow, if ``keep_carry``."""
-        return self._journey.carry_out
+        return self._cache.carry_out
 
-    def take(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """This rank's tokens of ``x [B, L, ...]``, all tokens from position 0 on."""
         return x if self.lengths is None else x[:, self.position : self.position + self.lengths[self.axis.rank]]
 
-    def at(self, layer: str, **fields: Any) -> Span:
+    def for_layer(self, layer: str, **fields: Any) -> Span:
         """The view of this span for one layer: its verbs' carries and bytes go under that name.
 
-        A layer that is computed again takes a new view of the same name, with ``remember=True`` both times: then ranks
+        A layer that is computed again takes a new view of the same name, with ``cache_collectives=True`` both times: then ranks
         exchange states and halos once, and the carry is that of the first time.
         """
         return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, **fields, _calls=0)
 
-    def entered(self, carry: Mapping[str, Carry], **fields: Any) -> Span:
+    def with_carry(self, carry: Mapping[str, Carry], **fields: Any) -> Span:
         """This span with what came before it, and nothing yet of what it leaves."""
-        return replace(self, carry=carry, **fields, _journey=_Journey(), _calls=0)
+        return replace(self, carry=carry, **fields, _cache=_SharedCache(), _calls=0)
 
-    def following(self, length: int) -> Span:
+    def next_block(self, length: int) -> Span:
         """The span of the next tokens: it starts where this one (of ``length`` tokens over all ranks) ends, with
         its carry.
         """
-        return self.entered(self.carry_out, start=self.start + length, segments=None)
+        return self.with_carry(self.carry_out, start=self.start + length, segments=None)
 
     @_verb
     def scan(self, op: StatefulOp, *inputs: Tensor) -> Tensor:
@@ -223,22 +223,22 @@ class Span:
         if self.segments is None:
             return None
         key = ("halo", left, right)
-        if key not in self._journey.found:
+        if key not in self._cache.found:
             ids, lengths = self.segments, self._lengths(self.segments)
             note = self.traffic.note("segments", "halo")
             extended = neighbours.borrow(ids, self.axis, lengths, left, right, -1, note)
             past = self._carried_ids(left)
             if past is not None:
                 extended = neighbours.with_past(extended, past, self.axis, lengths, left, note)
-            self._journey.found[key] = extended
-        return self._journey.found[key]
+            self._cache.found[key] = extended
+        return self._cache.found[key]
 
     @_verb
-    def by_channel(self, fn: Callable[[Whole], Tensor], x: Tensor, reach: int | None = 0) -> Tensor:
+    def by_channel(self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = 0) -> Tensor:
         """A function of the whole sequence, run by each rank on its slice of the channels.
 
         Args:
-            fn: gets a `Whole`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks than
+            fn: gets a `ChannelShard`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks than
                 channels).
             x: ``[B, n, D, ...]``, this piece; dimension 2 (channels, or heads) is what is sliced.
             reach: how many tokens of the past each of ``fn``'s outputs depends on, and none of the future, with zeros
@@ -255,11 +255,11 @@ class Span:
         if reach is not None and self.axis.size > 1 and reach * self.axis.size <= max(lengths) * (self.axis.size - 1):
 
             def alone(tokens: Tensor, ids: Tensor | None) -> Tensor:
-                return fn(Whole(tokens, 0, slice(0, units), ids))
+                return fn(ChannelShard(tokens, 0, slice(0, units), ids))
 
             return self._near(key, note, past, x, reach, 0, alone)
         segments, carried, num_past = self._whole_segments(), None, 0
-        first = sum(reshard.channel_shares(units, self.axis.size)[: self.axis.rank])
+        first = sum(reshard.channel_shard_sizes(units, self.axis.size)[: self.axis.rank])
         if past is not None:
             carried = reshard.own_channels(past.state.to(x.dtype), self.axis, note)
             num_past = carried.shape[1]
@@ -273,7 +273,7 @@ class Span:
                 tokens = torch.cat([own, tokens], dim=1)
             if self.keep_carry:
                 kept.append(tokens if reach is None else _last(tokens, reach, 0))
-            return fn(Whole(tokens, num_past, channels, segments))
+            return fn(ChannelShard(tokens, num_past, channels, segments))
 
         y = reshard.by_channel(run, x, self.axis, lengths, note)
 
@@ -300,10 +300,10 @@ class Span:
 
     def _once(self, key: str) -> Once:
         """How a verb makes an exchange that is small enough to be remembered."""
-        return partial(self._remembered, key) if self.remember else every_time
+        return partial(self._remembered, key) if self.cache_collectives else every_time
 
     def _remembered(self, key: str, exchange: Callable[[], Any]) -> Any:
-        brought = self._journey.brought
+        brought = self._cache.brought
         if key not in brought:
             brought[key] = exchange()
         return brought[key]
@@ -324,26 +324,26 @@ class Span:
         if self.segments is None:
             return None
         key = ("tail", reach)
-        if key not in self._journey.found:
+        if key not in self._cache.found:
             ids = None if past is None or past.segment is None else past.segment + 1
             lengths = self._lengths(self.segments)
             note = self.traffic.note("segments", "halo")
             # Shifted by one, because a missing token is 0 in a tail and -1 among ids.
-            self._journey.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach, note) - 1
-        return self._journey.found[key]
+            self._cache.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach, note) - 1
+        return self._cache.found[key]
 
     def _whole_segments(self) -> Tensor | None:
         """All tokens' ids ``[B, L]``, gathered once."""
         if self.segments is None or self.axis.size == 1:
             return self.segments
-        if "whole" not in self._journey.found:
+        if "whole" not in self._cache.found:
             lengths = self._lengths(self.segments)
             padded = self.segments.new_full((self.segments.shape[0], max(lengths)), -1)
             padded[:, : self.segments.shape[1]] = self.segments
             rows = gather([padded], self.axis, self.traffic.note("segments", "by_channel"))
             ids = [row[:, :length] for (row,), length in zip(rows, lengths, strict=True)]
-            self._journey.found["whole"] = torch.cat(ids, dim=1)
-        return self._journey.found["whole"]
+            self._cache.found["whole"] = torch.cat(ids, dim=1)
+        return self._cache.found["whole"]
 
 
 def _last(x: Tensor, length: int, fill: int) -> Tensor:

@@ -42,7 +42,7 @@ def blocks(mesh: Mesh, length: int, block_len: int = 0, *, segments: Tensor | No
     for start in range(0, max(1, length), stride):
         span = Span.of(mesh, min(stride, length - start), start=start, **fields)
         if segments is not None:
-            span.segments = span.take(segments).to(mesh.device)
+            span.segments = span.shard(segments).to(mesh.device)
         spans.append(span)
     return spans
 
@@ -51,7 +51,7 @@ def read(blocks: Sequence[Span], run: Callable[[Span], T]) -> Iterator[T]:
     """What ``run`` gives for each block, each from the carry of those before it; without gradients."""
     carry: Carries = {}
     for number, block in enumerate(blocks):
-        span = block.entered(carry, keep_carry=number + 1 < len(blocks))
+        span = block.with_carry(carry, keep_carry=number + 1 < len(blocks))
         with torch.no_grad():
             result = run(span)
         carry = span.carry_out
@@ -79,14 +79,14 @@ def train(
     store = _Store(park)
     entries = [store.put({})]
     for block in blocks[:-1]:
-        span = block.entered(store.get(entries[-1]), keep_carry=True)
+        span = block.with_carry(store.get(entries[-1]), keep_carry=True)
         with torch.no_grad():
             advance(span)
         entries.append(store.put(span.carry_out))
     grads: dict[str, Tensor | None] = {}
     for block in reversed(blocks):
         carry = _leaves(store.get(entries.pop()))
-        span = block.entered(carry, keep_carry=bool(grads))
+        span = block.with_carry(carry, keep_carry=bool(grads))
         value = loss(span)
         left = {key: span.carry_out[key].state for key, grad in grads.items() if grad is not None}
         backward(_Pull.apply(value, [grads[key] for key in left], *left.values()))

@@ -31,7 +31,11 @@ COMMANDS = [
     ["longreach", "train", "my.yaml"],
     ["longreach", "generate", "runs/my", "--prompt", "span", "--tokens", "8"],
     ["longreach", "export", "runs/my", "exported"],
-    ["python", "-c", "from longreach.framework.export import load_exported as load; print(load('exported').config)"],
+    [
+        "python",
+        "-c",
+        "from longreach.framework.inference.export import load_exported as load; print(load('exported').config)",
+    ],
 ]
 
 

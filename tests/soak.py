@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from places import Place, make_place, ranks_of
+from fault_helpers import Place, make_place, ranks_of
 from programs import finish, start
 
 from longreach.framework import checkpoint

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import run_world
+from deepspeed_world import run_world
 
-from longreach.framework.charts import layout
 from longreach.framework.config import load
+from longreach.framework.monitoring.charts import layout
 from longreach.framework.trainer import train
 
 browser = pytest.importorskip("browser", reason="selenium is not installed: make dev")

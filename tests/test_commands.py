@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed_world import run_world
 from programs import python
-from worlds import run_world
 
 from longreach.framework.config import CONFIGS
 

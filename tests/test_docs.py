@@ -31,7 +31,7 @@ PUBLIC = [  # what other code may call
     "framework.config.load",
     "framework.mixers.register",
     "framework.model.build_model",
-    "framework.export.load_exported",
+    "framework.inference.export.load_exported",
 ]
 
 

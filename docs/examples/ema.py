@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longreach.errors import InputError
 from longreach.framework.mixers import register
-from longreach.kernels.errors import InputError
-from longreach.kernels.scan import StatefulOp, entering_states
+from longreach.kernels.scan import StatefulOp, exclusive_chunk_scan
 from longreach.parallel.span import Span
 
 BLOCK = 64  # tokens that are walked through one by one, in all blocks at once
@@ -24,13 +24,13 @@ class GatedAverage(StatefulOp):
     Its inputs are ``x`` and ``gate``, both ``[B, L, D]``.
     """
 
-    def summarize(self, inputs: Tensors, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: Tensors, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         x, gate = inputs
         wide = torch.promote_types(x.dtype, torch.float32)  # states are kept in fp32 or better
         kept = F.logsigmoid(gate.to(wide)).sum(1).exp()  # of many tokens: their product, by its logarithm
         return kept, _states(x, gate, segments, past=torch.zeros_like(kept))[:, -1]
 
-    def attend(self, inputs: Tensors, segments: Tensor | None, past: Tensor) -> tuple[Tensor, Tensors]:
+    def apply_state(self, inputs: Tensors, segments: Tensor | None, past: Tensor) -> tuple[Tensor, Tensors]:
         return _states(*inputs, segments, past)[:, 1:].to(inputs[0].dtype), ()
 
 
@@ -48,7 +48,7 @@ def _states(x: Tensor, gate: Tensor, segments: Tensor | None, past: Tensor) -> T
     for token in range(1, size):
         decays.append(keep[:, :, token] * decays[-1])
         sums.append(keep[:, :, token] * sums[-1] + new[:, :, token])
-    before = entering_states(decays[-1], sums[-1], past)[:, :-1].to(past.dtype)
+    before = exclusive_chunk_scan(decays[-1], sums[-1], past)[:, :-1].to(past.dtype)
     states = torch.stack(decays, 2) * before.unsqueeze(2) + torch.stack(sums, 2)
     return torch.cat([past.unsqueeze(1), states.flatten(1, 2)[:, :length]], 1)
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ...parallel.mesh import Axis, PeerFailed, gather_values, together
-from ..engine import Engine
+from ..deepspeed.engine import Engine
 from .directory import (
     LATEST,
     STATE,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import InputError
-from ..files import digest, remove, sync, write_text
+from ...errors import InputError
+from ..runtime.files import digest, remove, sync, write_text
 from .shards import KINDS, Damaged
 
 FORMAT = 2

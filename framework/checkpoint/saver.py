@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...kernels.errors import InputError
-from ...parallel.mesh import PeerFailed, first_alone, gather_values
-from ..engine import Engine
-from ..files import digest, remove, sync
+from ...errors import InputError
+from ...parallel.mesh import PeerFailed, first_rank_only, gather_values
+from ..deepspeed.engine import Engine
+from ..runtime.files import digest, remove, sync
 from .directory import FORMAT, Keep, clear, complete, partial_of, path_of
 from .randomness import states
 from .shards import KINDS, MODEL, OPTIMIZER, Pieces, file_name, write
@@ -48,7 +48,7 @@ class Saver:
 
     def check_space(self) -> None:
         """Raise `InputError`, on the first rank, where a checkpoint does not fit beside what is there."""
-        first_alone(self._check_space, self._world)
+        first_rank_only(self._check_space, self._world)
 
     def start(self, state: dict[str, Any]) -> Path:
         """Begin a checkpoint of what the engine holds now, after waiting for the one before.
@@ -65,7 +65,7 @@ class Saver:
         """
         self.wait()
         path = path_of(self._directory, state["step"])
-        first_alone(lambda: self._prepare(path), self._world)
+        first_rank_only(lambda: self._prepare(path), self._world)
         shapes = {
             kind: {name: list(shape) for name, shape in tensors.items()} for kind, tensors in self._shapes.items()
         }
@@ -146,9 +146,9 @@ class Saver:
         rows = gather_values(written, self._world)
         failed = [rank for rank, row in enumerate(rows) if any(map(math.isnan, row))]
         if failed:
-            first_alone(lambda: remove(partial_of(path)), self._world)
+            first_rank_only(lambda: remove(partial_of(path)), self._world)
             raise self._failure or PeerFailed(f"rank {self._world.ranks[failed[0]]} failed")
-        first_alone(lambda: self._complete(path, rows), self._world)
+        first_rank_only(lambda: self._complete(path, rows), self._world)
 
     def _complete(self, path: Path, rows: list[list[float]]) -> None:
         files = {}

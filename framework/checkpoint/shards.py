@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...kernels.errors import InputError
-from ..files import sync
+from ...errors import InputError
+from ..runtime.files import sync
 
 MODEL, OPTIMIZER = "model", "optimizer"  # the two kinds of files
 KINDS = (MODEL, OPTIMIZER)

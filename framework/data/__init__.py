@@ -13,7 +13,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
 from .index import FILE_NAME, Index

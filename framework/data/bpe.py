@@ -11,8 +11,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ...kernels.errors import InputError
-from ..files import replace_text
+from ...errors import InputError
+from ..runtime.files import replace_text
 from .corpus import list_files
 from .progress import Callback, progress
 from .reading import BadSamples, Reader

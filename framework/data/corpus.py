@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .tar import Member, check_suffix, members, read_member
 
 CPYTHON = "cpython"  # ./cpython is a folder of that name

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .records import Document
 
 LEAST = 2  # tokens of a part: one to read, and one to predict

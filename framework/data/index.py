@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .progress import Callback, progress
 from .stall import TIMEOUT, within
 from .tar import members

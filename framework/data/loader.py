@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .index import Index
 from .stall import TIMEOUT, within
 

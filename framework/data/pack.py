@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import TarWriter
 
-from ...kernels.errors import InputError
-from ..files import sync, write_text
+from ...errors import InputError
+from ..runtime.files import sync, write_text
 from .baselines import baselines
 from .bpe import check_size, train_on
 from .corpus import CPYTHON, File, list_files

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .corpus import File
 from .holdout import Holdout
 from .progress import Callback, progress

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .corpus import File, read_file, unreadable
 from .tar import MAX_DOCUMENT, BadSample
 

@@ -9,7 +9,7 @@ from concurrent.futures import TimeoutError as NotYet  # the built-in one only f
 from pathlib import Path
 from typing import TypeVar
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 
 TIMEOUT = 300.0  # seconds; less than parallel.timeout, so that the file is named and not the ranks that wait for it
 T = TypeVar("T")

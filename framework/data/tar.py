@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 
 BLOCK = 512
 MAX_NAME = 4096

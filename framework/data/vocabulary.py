@@ -19,8 +19,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
-from ..files import replace_text
+from ...errors import InputError
+from ..runtime.files import replace_text
 
 # In any way but unset, it keeps the library from a warning when a process that used its threads starts a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

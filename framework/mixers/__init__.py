@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .chela import ChelaConfig
 from .elementwise import ElementwiseConfig
 from .feedforward_kernel import FeedforwardKernelConfig

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ...kernels.linear_attention import LinearAttention
 from ...kernels.long_conv import ModalConv, long_conv
-from ...kernels.long_conv.centred import CentredModalConv
-from ...parallel.span import Span, Whole
+from ...kernels.modal_conv.centred import CentredModalConv
+from ...parallel.span import ChannelShard, Span
 from ..layers import RMSNorm, ShortConv
 
 
@@ -113,7 +113,7 @@ class TapKernel(nn.Module):
         """``[B, L, D]`` -> ``[B, L, D]``."""
         kernel, skip = self.kernel(), self.skip
 
-        def convolve(whole: Whole) -> Tensor:
+        def convolve(whole: ChannelShard) -> Tensor:
             y, _ = long_conv(
                 whole.tokens,
                 kernel[whole.channels],

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ...kernels.linear_attention import LinearAttention
 from ...parallel.span import Span
 from ..layers import ShortConv, dropout

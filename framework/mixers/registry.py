@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from .chela import Chela
 from .elementwise import Elementwise
 from .feedforward_kernel import FeedforwardKernel

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.errors import InputError
-from ...parallel.span import Span, Whole
+from ...errors import InputError
+from ...parallel.span import ChannelShard, Span
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Softmax(nn.Module):
         y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), reach=None)
         return self.out(y.flatten(-2))
 
-    def _attend(self, whole: Whole) -> Tensor:
+    def _attend(self, whole: ChannelShard) -> Tensor:
         """All tokens of some heads ``[B, T + L, H_r, 3K]`` -> ``[B, L, H_r, K]``."""
         q, k, v = (part.transpose(1, 2) for part in whole.tokens.chunk(3, dim=-1))
         q = q[:, :, whole.num_past :]

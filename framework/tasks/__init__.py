@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import DataConfig
 from .forecast import Forecast
 from .images import Images

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 
 AEON = "aeon"  # as data.source: what the package has with it; nothing is fetched
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
 from .archive import find
@@ -47,7 +47,7 @@ class Forecast(Task):
                 least = math.ceil((data.seq_len + task.horizon) / SHARES["train"])
                 allowed = f"longer windows than {file.name} has room for in its {len(values)} lines"
                 raise InputError("data.seq_len", data.seq_len, f"makes {allowed} (about {least} are needed)")
-        self.chance = self._persistence()
+        self.baseline_metrics = self._persistence()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
 from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, held_out, settle, whole
@@ -34,7 +34,7 @@ class Images(Task):
         train, valid = held_out(len(known), data.valid_fraction)
         self.numbers = {"train": known[train], "valid": known[valid], "test": self.test}
         common = np.bincount(labels[known]).argmax()
-        self.chance = {"accuracy": float((labels[self.test] == common).mean())}
+        self.baseline_metrics = {"accuracy": float((labels[self.test] == common).mean())}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data import (
-    DataConfig,
-    Index,
-    Sequences,
-    check_labels,
-    packed_dir,
-    prepare,
-    save_vocabulary,
-    sequences_of,
-)
+from ..data import DataConfig, Index, Sequences, check_labels, packed_dir, prepare, save_vocabulary, sequences_of
 from ..model import ModelConfig
 from .task import Task, TaskConfig, check_causal, settle
 

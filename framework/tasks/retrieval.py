@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import DataConfig, Index, Sequences, TokenStream, packed_dir, prepare
 from ..model import ModelConfig
 from .task import Examples, Rows, Task, TaskConfig, digest_of, settle, whole
@@ -34,7 +34,7 @@ class Retrieval(Task):
             if len(found) < 2 or not self.half:
                 allowed = f"must be at most the length of two documents of the {split} split, and at least 2"
                 raise InputError("data.seq_len", data.seq_len, allowed, "shorter sequences, or more long documents")
-        self.chance = {"accuracy": 0.5}
+        self.baseline_metrics = {"accuracy": 0.5}
 
     @classmethod
     def prepare(cls, data: DataConfig) -> None:

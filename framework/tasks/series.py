@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
 from .archive import aeon_datasets, find
@@ -41,7 +41,9 @@ class Series(Task):
         if unknown := set(labels["test"]) - set(self.classes):
             raise InputError("data.name", data.name, f"has classes in its test cases alone: {sorted(unknown)}")
         self.labels = {s: np.array([self.classes.index(label) for label in found]) for s, found in labels.items()}
-        self.chance = {"accuracy": float((self.labels["test"] == np.bincount(self.labels["train"]).argmax()).mean())}
+        self.baseline_metrics = {
+            "accuracy": float((self.labels["test"] == np.bincount(self.labels["train"]).argmax()).mean())
+        }
 
     @cached_property
     def fingerprint(self) -> str:

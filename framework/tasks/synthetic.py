@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import IGNORE, DataConfig, Sequences
 from ..model import ModelConfig
 from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, settle, whole
@@ -59,7 +59,7 @@ class ListOps(Synthetic):
         super().__init__(task, data)
         self.title = "ListOps-style expressions"
         values = [int(self.numbered("test", number)[1][-1]) for number in range(min(200, task.test_examples))]
-        self.chance = {"accuracy": max(map(values.count, values)) / len(values)}
+        self.baseline_metrics = {"accuracy": max(map(values.count, values)) / len(values)}
 
     def fit(self, model: ModelConfig) -> None:
         settle(model, "listops", channels=0, vocab=self.VOCAB, head="class", outputs=10, documents=1)
@@ -99,7 +99,7 @@ class Recall(Synthetic):
         if not 1 <= task.pairs <= self.KEYS:
             raise InputError("task.pairs", task.pairs, f"from 1 to {self.KEYS}")
         self.title = f"recall of {task.pairs} keys"
-        self.chance = {"accuracy": 1 / self.VALUES}
+        self.baseline_metrics = {"accuracy": 1 / self.VALUES}
 
     def fit(self, model: ModelConfig) -> None:
         settle(model, "recall", channels=0, vocab=1 + self.KEYS + self.VALUES, head="token", outputs=0, documents=1)
@@ -126,7 +126,7 @@ class Needle(Synthetic):
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.title = f"a needle in {data.seq_len:,} tokens"
-        self.chance = {"accuracy": 1 / self.VALUES}
+        self.baseline_metrics = {"accuracy": 1 / self.VALUES}
 
     def fit(self, model: ModelConfig) -> None:
         settle(model, "needle", channels=0, vocab=1 + self.HAY + self.VALUES, head="token", outputs=0, documents=1)
@@ -150,7 +150,7 @@ class Adding(Synthetic):
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.title = "the adding problem"
-        self.chance = {"rmse": (1 / 6) ** 0.5, "mae": 1 / 3}  # of always answering 1
+        self.baseline_metrics = {"rmse": (1 / 6) ** 0.5, "mae": 1 / 3}  # of always answering 1
 
     def fit(self, model: ModelConfig) -> None:
         settle(model, "adding", channels=2, vocab=0, head="numbers", outputs=1, documents=1)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ..data import FILLER, IGNORE, DataConfig, Sequences
 from ..model import ModelConfig
 
@@ -85,7 +85,7 @@ class Task:
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         self.task, self.data = task, data
         self.title = task.name
-        self.chance: dict[str, float] = {}
+        self.baseline_metrics: dict[str, float] = {}
 
     @classmethod
     def prepare(cls, data: DataConfig) -> None:

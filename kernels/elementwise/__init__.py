@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
 from . import cpu
 from .chunked import Chunked
@@ -94,7 +94,7 @@ class ElementwiseAttention(StatefulOp):
     causal: bool = True
     backend: str = "auto"
 
-    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         q, k, v = inputs
         # Fast implementations read memory by q's dtype and shape.
         if not q.dtype == k.dtype == v.dtype:
@@ -113,15 +113,15 @@ def _triton() -> type[Chunked]:
     return Triton
 
 
-def _triton_lacks(device: str, dtype: torch.dtype, order: int) -> str:
-    return gpu.lacks(device, dtype) or ("" if order <= 8 else f"orders up to 8, not {order}")
+def _triton_unsupported(device: str, dtype: torch.dtype, order: int) -> str:
+    return gpu.unsupported_reason(device, dtype) or ("" if order <= 8 else f"orders up to 8, not {order}")
 
 
 BACKENDS: Backends[type[Chunked]] = Backends(
     NAME,
     {
-        "cpu": Option(lambda: cpu.Native, cpu.lacks),
-        "triton": Option(_triton, _triton_lacks),
+        "cpu": Option(lambda: cpu.Native, cpu.unsupported_reason),
+        "triton": Option(_triton, _triton_unsupported),
         "chunked": Option(lambda: Chunked),
     },
 )

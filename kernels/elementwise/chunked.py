@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks import Documents, from_blocks, to_blocks
-from ..scan import StatefulOp, entering_states
+from ..chunks import Documents, from_chunks, to_chunks
+from ..scan import StatefulOp, exclusive_chunk_scan
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT, finite, state_dtype
 
 BLOCK_LEN = 64
@@ -42,7 +42,7 @@ class Chunked(StatefulOp):
     order: int = 6
     causal: bool = True
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         cut = _Cut.of(inputs[0])
         if inputs[0].shape[1] == 1:
             state = self._single(cut, inputs)
@@ -52,7 +52,7 @@ class Chunked(StatefulOp):
             state = self._ends(cut, self._keys(cut, inputs), ends)
         return state.new_ones(1, 1, 1, 1), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         cut = _Cut.of(inputs[0])
@@ -68,12 +68,12 @@ class Chunked(StatefulOp):
                 # At n = 0 the power is 1.
                 total = pair.expand(*q.shape[:3], 2, -1).clone() if total is None else total.addcmul_(pair, power)
             assert total is not None
-            num, bottom = (from_blocks(x, slab.num_tokens) for x in total.unbind(-2))
+            num, bottom = (from_chunks(x, slab.num_tokens) for x in total.unbind(-2))
             den[:, slab.tokens] = bottom
             y[:, slab.tokens] = finite(num / bottom.clamp(min=DEN_FLOOR), cut.dtype)
         return y if y.dtype == inputs[0].dtype else finite(y, inputs[0].dtype), (y, den)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -85,7 +85,7 @@ class Chunked(StatefulOp):
         ends = None if segments is None else [segments == segments[:, :1], segments == segments[:, -1:]]
         return self._ends(cut, self._queries(cut, inputs, saved, grad), ends)
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -107,7 +107,7 @@ class Chunked(StatefulOp):
                 *self._key_value_grad(cut, slab, k, v, seeing),
             )
             for whole, part in zip(grads, parts):
-                whole[:, slab.tokens] = finite(from_blocks(part, slab.num_tokens), whole.dtype)
+                whole[:, slab.tokens] = finite(from_chunks(part, slab.num_tokens), whole.dtype)
         return grads
 
     def _single(self, cut: _Cut, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -117,7 +117,7 @@ class Chunked(StatefulOp):
         return torch.stack([powers * v, powers], dim=1)
 
     def _attend_single(self, cut: _Cut, inputs: tuple[Tensor, ...], past: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`attend` for the only token of a piece."""
+        """`apply_state` for the only token of a piece."""
         sums = self._single(cut, inputs) + (past if self.causal else past[0] + past[1])
         q = inputs[0].to(cut.dtype).clamp(-Q_LIMIT, Q_LIMIT)
         ratios = 2 / torch.arange(1, self.order + 1, dtype=cut.dtype, device=cut.device)
@@ -164,8 +164,8 @@ class Chunked(StatefulOp):
             k, v = (x[:, slab.tokens].to(cut.dtype) for x in inputs[1:])
             weight = torch.exp(-k * k)
             # Filled up after the exponential: a token that is not there has the weight 0.
-            x = to_blocks(torch.stack([weight * v, weight], dim=-2), cut.block_len)
-            factor = to_blocks(k, cut.block_len).unsqueeze(-2)
+            x = to_chunks(torch.stack([weight * v, weight], dim=-2), cut.block_len)
+            factor = to_chunks(k, cut.block_len).unsqueeze(-2)
             yield x
             for _ in range(self.order):
                 yield x.mul_(factor)
@@ -196,7 +196,7 @@ class Chunked(StatefulOp):
         """
         if ends is not None:
             masks = torch.stack(ends[:1] if self.causal else ends, dim=-1).to(cut.dtype)  # [B, L, ends]
-            state = cut.totals(terms, self.order, to_blocks(masks, cut.block_len).mT)
+            state = cut.totals(terms, self.order, to_chunks(masks, cut.block_len).mT)
         else:
             state = cut.totals(terms, self.order)
         state = state.sum(dim=1, dtype=torch.float64).to(cut.dtype).movedim(1, 0)
@@ -248,7 +248,7 @@ class _Cut:
 
     def blocks(self, x: Tensor, slab: _Slab) -> Tensor:
         """A slab of ``x [B, L, D]`` as ``[B, blocks, C, D]`` in the dtype of the sums, filled up with zeros."""
-        return to_blocks(x[:, slab.tokens].to(self.dtype), self.block_len)
+        return to_chunks(x[:, slab.tokens].to(self.dtype), self.block_len)
 
     def totals(self, terms: Terms, order: int, weights: Tensor | None = None) -> Tensor:
         """Every block's sum of terms ``[B, N, W, 2, t+1, D]``, its tokens weighted by ``weights [B, N, W, C]``."""
@@ -317,7 +317,7 @@ class _Sums:
             return start.unsqueeze(1)
         if documents is None:
             totals = cut.totals(terms, order)[:, :, 0]
-            states = entering_states(None, totals, start, reverse=reverse)
+            states = exclusive_chunk_scan(None, totals, start, reverse=reverse)
         else:
             leaving, gate = documents.tail, documents.continues
             if reverse:
@@ -325,7 +325,7 @@ class _Sums:
                 gate = torch.cat([gate[:, 1:], torch.ones_like(gate[:, :1])], dim=1)
             totals = cut.totals(terms, order, leaving.to(cut.dtype).unsqueeze(2))[:, :, 0]
             decay = documents.whole[:, :, None, None, None]
-            states = entering_states(decay, totals, start, gate, reverse=reverse)
+            states = exclusive_chunk_scan(decay, totals, start, gate, reverse=reverse)
         return (states[:, 1:] if reverse else states[:, :-1]).to(cut.dtype)
 
     def at(self, slab: _Slab, first: int = 0) -> Iterator[Tensor]:

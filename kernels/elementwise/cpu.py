@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..backends import is_traced
-from ..scan import Advance
+from ..scan import FusedForward
 from .chunked import Chunked
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -24,37 +24,37 @@ ORDERS = (2, 4, 6, 8)
 LANES = 16  # channels are worked on by so many or by a divisor of it; others are filled up
 
 
-def lacks(device: str, dtype: torch.dtype, order: int) -> str:
+def unsupported_reason(device: str, dtype: torch.dtype, order: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
     if order not in ORDERS:
         return f"one of the orders {ORDERS}, not {order}"
-    return native.lacks(SOURCE, device, dtype, define=f"ORDER={order}")
+    return native.unsupported_reason(SOURCE, device, dtype, define=f"ORDER={order}")
 
 
 @dataclass(frozen=True)
 class Native(Chunked):
     """The passes of `Chunked` for ``[B, L, D]`` in fp32 or bf16; states and sums are fp32, blocks add up in fp64."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         state = self._state(inputs[0])
         self._forward(inputs, segments, None, None, state, None)
         return state.new_ones(1, 1, 1, 1), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, states = torch.empty_like(inputs[0], memory_format=torch.contiguous_format), self._states(inputs[0])
         self._forward(inputs, segments, past, y, None, states)
         return y, (states,)
 
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
         state = self._state(inputs[0])
         past = torch.zeros_like(state) if start is None else start.to(state.dtype)
         y, states = torch.empty_like(inputs[0], memory_format=torch.contiguous_format), self._states(inputs[0])
         self._forward(inputs, segments, past, y, state, states)
-        return Advance(past, y, (states,), state.new_ones(1, 1, 1, 1), state)
+        return FusedForward(past, y, (states,), state.new_ones(1, 1, 1, 1), state)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -66,7 +66,7 @@ class Native(Chunked):
         self._call(1, inputs, grad, (None,) * 4, segments, past, None, to_past, saved[0])
         return to_past
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,

@@ -44,9 +44,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import to_blocks
+from ..chunks import to_chunks
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
-from ..scan import Advance
+from ..scan import FusedForward
 from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
 
@@ -569,9 +569,9 @@ class Triton(Chunked):
     # What a summary computed and the pass after it needs again, with what it was computed from.
     _kept: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         if _is_small(inputs):
-            return super().summarize(inputs, segments)
+            return super().local_transition(inputs, segments)
         walk = _Walk.of(self, inputs, segments)
         totals = walk.key_totals()
         state = walk.end(totals)
@@ -581,11 +581,11 @@ class Triton(Chunked):
             state = torch.stack([state, to_left])
         return state.new_ones(1, 1, 1, 1), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if _is_small(inputs):
-            return super().attend(inputs, segments, past)
+            return super().apply_state(inputs, segments, past)
         walk = _Walk.of(self, inputs, segments)
         totals = self._take(inputs)
         totals = walk.key_totals() if totals is None else totals
@@ -601,16 +601,16 @@ class Triton(Chunked):
             saved = (totals, from_right)
         return walk.output(saved), saved
 
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
         if _is_small(inputs):
-            return super().advance(inputs, segments, start)
+            return super().fused_forward(inputs, segments, start)
         walk = _Walk.of(self, inputs, segments)
         totals = walk.key_totals()
         past = torch.zeros_like(totals[:, 0]) if start is None else start.float()
         end = walk.enter(totals, past)
-        return Advance(past, walk.output((totals,)), (totals,), past.new_ones(1, 1, 1, 1), end)
+        return FusedForward(past, walk.output((totals,)), (totals,), past.new_ones(1, 1, 1, 1), end)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -619,7 +619,7 @@ class Triton(Chunked):
         grad: Tensor,
     ) -> Tensor:
         if _is_small(inputs):
-            return super().summarize_grad(inputs, segments, past, saved, grad)
+            return super().incoming_state_grad(inputs, segments, past, saved, grad)
         walk = _Walk.of(self, inputs, segments)
         dq, a, y, totals = walk.query_grad(saved, grad)
         self._keep(grad, (dq, a, y, totals))
@@ -629,7 +629,7 @@ class Triton(Chunked):
         to_right = state if segments is None else walk.end(walk.query_totals(a, y))
         return torch.stack([state, to_right])
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -639,7 +639,7 @@ class Triton(Chunked):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         if _is_small(inputs):
-            return super().attend_grad(inputs, segments, past, future, saved, grad)
+            return super().input_grads(inputs, segments, past, future, saved, grad)
         walk = _Walk.of(self, inputs, segments)
         dq, a, y, totals = self._take(grad) or walk.query_grad(saved, grad)
         if self.causal:
@@ -735,7 +735,7 @@ class _Walk:
         end, decays = self.states(), totals
         if self.begins is not None:
             begins = self.begins[:, 1:] if reverse else self.begins[:, :-1]
-            decays = 1 - to_blocks(begins, CHUNK).amax(dim=2).float()
+            decays = 1 - to_chunks(begins, CHUNK).amax(dim=2).float()
         size = start[0].numel()
         flags = {"WRITE": write, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
         programs = triton.cdiv(size, ENTERING["COLS"]) * len(start)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..errors import InputError
 from ..scan import Carry, Relay, StatefulOp, scan
 from . import cpu
 from .chunked import Chunked
@@ -26,19 +26,19 @@ def _triton() -> type[StatefulOp]:
     return Triton
 
 
-def _triton_lacks(device: str, q: torch.dtype, v: torch.dtype, width: int, values: int) -> str:
+def _triton_unsupported(device: str, q: torch.dtype, v: torch.dtype, width: int, values: int) -> str:
     # Wider fp32 would spill registers.
     most = {torch.bfloat16: 256, torch.float16: 128}.get(q, 64) if q == v else 64
     fits = min(width, values) > 0 and max(width, values) <= most
     size = "" if fits else f"K and V of 1 to {most}, not {width} and {values}"
-    return gpu.lacks(device, q, v) or size
+    return gpu.unsupported_reason(device, q, v) or size
 
 
 BACKENDS: Backends[Callable[..., StatefulOp]] = Backends(
     "linear_attention",
     {
-        "cpu": Option(lambda: cpu.Native, cpu.lacks),
-        "triton": Option(_triton, _triton_lacks),
+        "cpu": Option(lambda: cpu.Native, cpu.unsupported_reason),
+        "triton": Option(_triton, _triton_unsupported),
         "chunked": Option(lambda: Chunked),
         "reference": Option(lambda: Reference),
     },
@@ -55,7 +55,7 @@ class LinearAttention(Settings, StatefulOp):
 
     backend: str = "auto"
 
-    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         q, k, v = inputs
         if q.shape != k.shape or q.dim() != 4 or v.shape[:-1] != q.shape[:-1]:  # fast ones read memory by these
             shapes = [list(x.shape) for x in inputs]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks import Documents
-from ..scan import StatefulOp, entering_states
+from ..chunks import Documents
+from ..scan import StatefulOp, exclusive_chunk_scan
 from .settings import Settings, state_dtype
 
 MIN_BLOCK, MAX_BLOCK = 64, 256
@@ -30,12 +30,12 @@ CPU_WORKSPACE, GPU_WORKSPACE = 1 << 20, 1 << 26
 class Chunked(Settings, StatefulOp):
     """Linear attention by blocks; sums are fp32 inside a block (fp64 for fp64 inputs) and fp64 between blocks."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         _, k, v = inputs
         state = self._sums(k, self.values(v), segments, state_dtype(*inputs), adjoint=False)
         return self.decay_over(k.shape[1], state), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, k, v = inputs
@@ -50,7 +50,7 @@ class Chunked(Settings, StatefulOp):
             y[:, tokens] = out
         return y, () if divisor is None else (y, divisor)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -60,7 +60,7 @@ class Chunked(Settings, StatefulOp):
     ) -> Tensor:
         return self._sums(inputs[0], self._upstream(grad, saved), segments, past.dtype, adjoint=True)
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -191,7 +191,7 @@ class Chunked(Settings, StatefulOp):
             if through is not None:
                 through = through.expand(-1, keys.shape[1], -1, -1, -1)
             written = (keys if writes is None else keys * writes).mT @ values
-            entering = entering_states(through, written, state, gate, reverse=reverse)
+            entering = exclusive_chunk_scan(through, written, state, gate, reverse=reverse)
             state, entering = (entering[:, 0], entering[:, 1:]) if reverse else (entering[:, -1], entering[:, :-1])
             entering = entering.to(dtype)
             outs = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import native
 from ..backends import is_traced
-from ..scan import Advance
+from ..scan import FusedForward
 from .chunked import Chunked
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -22,11 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 MAX_STATE = 1 << 16  # elements, of 16 bytes: larger states leave a processor's cache
 
 
-def lacks(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, width: int, values: int) -> str:
+def unsupported_reason(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, width: int, values: int) -> str:
     """Why the C++ kernels do not serve ``q [..., width]`` and ``v [..., values]``; "" if they do."""
     if not 0 < width * values <= MAX_STATE:
         return f"K * V in 1 to {MAX_STATE}, not {width} * {values}"
-    return native.lacks(SOURCE, device, q_dtype, v_dtype)
+    return native.unsupported_reason(SOURCE, device, q_dtype, v_dtype)
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,30 @@ class Native(Chunked):
     Not causal, a document is one product ``K^T V``, which `Chunked` leaves to the matrix product of PyTorch.
     """
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self._serves(inputs):
-            return super().summarize(inputs, segments)
+            return super().local_transition(inputs, segments)
         state = self._state(inputs)
         self._call(inputs, segments, end=state)
         return self.decay_over(inputs[0].shape[1], state), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not self._serves(inputs):
-            return super().attend(inputs, segments, past)
+            return super().apply_state(inputs, segments, past)
         return self._forward(inputs, segments, past, None)
 
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
         if not self._serves(inputs):
-            return super().advance(inputs, segments, start)
+            return super().fused_forward(inputs, segments, start)
         end = self._state(inputs)
         past = torch.zeros_like(end) if start is None else start.to(end.dtype)
         y, saved = self._forward(inputs, segments, past, end)
         decay = self.decay_over(inputs[0].shape[1], end)
-        return Advance(past, y, saved, decay, end)
+        return FusedForward(past, y, saved, decay, end)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -68,12 +68,12 @@ class Native(Chunked):
         grad: Tensor,
     ) -> Tensor:
         if not self._serves(inputs):
-            return super().summarize_grad(inputs, segments, past, saved, grad)
+            return super().incoming_state_grad(inputs, segments, past, saved, grad)
         to_past = self._state(inputs)
         self._call(inputs, segments, grad=grad, saved=saved, end=to_past)
         return to_past
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -83,7 +83,7 @@ class Native(Chunked):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         if not self._serves(inputs):
-            return super().attend_grad(inputs, segments, past, future, saved, grad)
+            return super().input_grads(inputs, segments, past, future, saved, grad)
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         self._call(inputs, segments, grad=grad, saved=saved, grads=grads, past=past, future=future)
         return grads

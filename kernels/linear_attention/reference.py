@@ -12,7 +12,7 @@ from .settings import Settings, state_dtype
 class Reference(Settings, StatefulOp):
     """Linear attention by its definition; the adjoints are those of automatic differentiation."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         _, k, v = inputs
         dtype = state_dtype(*inputs)
         k, v = k.to(dtype), self.values(v.to(dtype))
@@ -25,7 +25,7 @@ class Reference(Settings, StatefulOp):
         left = torch.einsum("blhk,blhv->bhkv", _only(k, segments, 0), v)
         return self.decay_over(length, right), torch.stack([right, left])
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         dtype = state_dtype(*inputs)
@@ -103,5 +103,5 @@ def reference_linear_attention(
         if last is not None:
             past = past * (segments[:, 0] == last)[:, None, None, None]
         last = segments[:, -1]
-    y, _ = op.attend((q, k, v), segments, past if causal else torch.stack([past, torch.zeros_like(past)]))
+    y, _ = op.apply_state((q, k, v), segments, past if causal else torch.stack([past, torch.zeros_like(past)]))
     return y, Carry(factor * past + own, last)

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
-from ..scan import Advance, StatefulOp
+from ..scan import FusedForward, StatefulOp
 from .settings import Settings
 
 # Programs that keep every multiprocessor of a large GPU busy; a piece with fewer spans than that has shorter ones.
@@ -489,12 +489,12 @@ def _mean_grad_kernel(
 class Triton(Settings, StatefulOp):
     """Linear attention on a GPU; see the module's docstring."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
         _, state = _Piece.of(self, inputs, segments).states(_Source(k, v), None)
         return self.decay_over(q.shape[1], state), state
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, k, v = inputs
@@ -502,15 +502,15 @@ class Triton(Settings, StatefulOp):
         entering, _ = piece.states(source, past)
         return piece.outputs(q, source, entering)
 
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
+    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
         q, k, v = inputs
         piece, source = _Piece.of(self, inputs, segments), _Source(k, v)
         entering, end = piece.states(source, start)
         decay = self.decay_over(q.shape[1], end)
         y, saved = piece.outputs(q, source, entering)
-        return Advance(torch.zeros_like(end) if start is None else start.to(end.dtype), y, saved, decay, end)
+        return FusedForward(torch.zeros_like(end) if start is None else start.to(end.dtype), y, saved, decay, end)
 
-    def summarize_grad(
+    def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -522,7 +522,7 @@ class Triton(Settings, StatefulOp):
         _, state = piece.states(piece.upstream(inputs[0], grad, saved), None)
         return state
 
-    def attend_grad(
+    def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,

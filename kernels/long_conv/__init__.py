@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..errors import InputError
+from ..conv_carry import check_tokens
+from ..modal_conv.chunked import ModalConv, modal_kernel
 from ..scan import Carry
-from ..short_conv.past import check_tokens
-from . import chunked, fft
+from . import chunked
+from . import cpu as fft
 from .chunked import LongConv
-from .modal import ModalConv, modal_kernel
 from .reference import reference_long_conv, reference_modal_conv
 
 __all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
@@ -29,8 +30,8 @@ def _triton() -> LongConv:
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "long_conv",
     {
-        "cpu": Option(lambda: LongConv(fft.forward, fft.backward), fft.lacks),
-        "triton": Option(_triton, gpu.lacks),
+        "cpu": Option(lambda: LongConv(fft.forward, fft.backward), fft.unsupported_reason),
+        "triton": Option(_triton, gpu.unsupported_reason),
         "chunked": Option(lambda: LongConv(chunked.forward, chunked.backward)),
         "reference": Option(lambda: reference_long_conv),
     },

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..conv_carry import read_carry, write_carry
 from ..scan import NO_TOKENS, Carry
-from ..short_conv.past import read_carry, write_carry
 
 # Up to this many tokens, as in decoding, the sum of L K products is cheaper than FFTs of L + K - 1 points.
 DIRECT_LEN = 16

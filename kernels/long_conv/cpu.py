@@ -1,166 +1,131 @@
-"""Modal long convolution in C++ for CPUs (`cpu.cpp`): the recurrence itself, in fp64."""
+"""Free-form long convolution in C++ for CPUs (`cpu.cpp`): FFTs of neighbouring channels side by side in vectors."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
 from ..backends import is_traced
-from ..scan import Advance, StatefulOp
-from .modal import ModalConv, Modes, check
+from .chunked import documents, fit
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-LANES, GROUP = 8, 4  # channels and modes are filled up to multiples of these
-SAVED = 256  # tokens between the states that are saved for backward, as in cpu.cpp
 
 
-def lacks(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
+def unsupported_reason(device: str, dtype: torch.dtype, kernel_dtype: torch.dtype) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
-    return native.lacks(SOURCE, device, dtype, parameter_dtype)
+    return native.unsupported_reason(SOURCE, device, dtype, kernel_dtype)
 
 
-class Native(ModalConv):
-    """The passes of `ModalConv` for ``x [B, L, D]`` and parameters in fp32 or bf16; states travel as complex64.
-
-    Saved for backward is the state at every 256th token.
-    """
-
-    def on(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        return self
-
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        if inputs[0].shape[1] <= 1:
-            return super().summarize(inputs, segments)
-        modes, end = _modes(inputs), _states(inputs)
-        _call(inputs, segments, modes, end=end)
-        return modes.power(inputs[0].shape[1]).to(torch.complex64).unsqueeze(0), _narrow(end, inputs)
-
-    def attend(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if inputs[0].shape[1] <= 1:
-            return super().attend(inputs, segments, past)
-        y, saved = _tokens(inputs[0]), _saved(inputs)
-        _call(inputs, segments, _modes(inputs), past=_wide(past), y=y, saved=saved)
-        return y[..., : inputs[0].shape[2]], (saved,)
-
-    def advance(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> Advance:
-        if inputs[0].shape[1] <= 1:
-            return super().advance(inputs, segments, start)
-        modes, end, y, saved = _modes(inputs), _states(inputs), _tokens(inputs[0]), _saved(inputs)
-        past = modes.state(inputs[0].shape[0]) if start is None else start.to(torch.complex64)
-        _call(inputs, segments, modes, past=_wide(past), y=y, end=end, saved=saved)
-        decay = modes.power(inputs[0].shape[1]).to(torch.complex64).unsqueeze(0)
-        return Advance(past, y[..., : inputs[0].shape[2]], (saved,), decay, _narrow(end, inputs))
-
-    def summarize_grad(
-        self,
-        inputs: tuple[Tensor, ...],
-        segments: Tensor | None,
-        past: Tensor,
-        saved: tuple[Tensor, ...],
-        grad: Tensor,
-    ) -> Tensor:
-        if inputs[0].shape[1] <= 1:
-            return super().summarize_grad(inputs, segments, past, saved, grad)
-        end = _states(inputs)
-        _call(inputs, segments, _modes(inputs), grad=grad, end=end)
-        return _narrow(end, inputs)
-
-    def attend_grad(
-        self,
-        inputs: tuple[Tensor, ...],
-        segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
-        saved: tuple[Tensor, ...],
-        grad: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        if inputs[0].shape[1] <= 1:
-            return super().attend_grad(inputs, segments, past, future, saved, grad)
-        x, *parameters = inputs
-        dx, to_power, to_amplitude = _tokens(x), _states(inputs), _states(inputs)
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in parameters]
-            modes = Modes.of(x, leaves)
-            power = torch.exp(modes.rate)
-        _call(
-            inputs,
-            segments,
-            _modes(inputs),
-            grad=grad,
-            future=_wide(future),
-            dx=dx,
-            saved=saved[0],
-            dlambda=to_power,
-            dc=to_amplitude,
-        )
-        sums = [_complex(total, inputs).sum(0) for total in (to_power, to_amplitude)]
-        return dx[..., : x.shape[2]], *torch.autograd.grad([power, modes.amplitude], leaves, sums)
+def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
+    """As `chunked.forward`, for x and kernel in fp32 or bf16."""
+    y = _room(x, x.shape[1], ids)
+    _call(None, x, kernel, skip, past, ids, centre, y, None)
+    return y
 
 
-def _modes(inputs: tuple[Tensor, ...]) -> Modes:
-    x, *parameters = inputs
-    check(x, parameters)
-    return Modes.of(x, [p.detach() for p in parameters])
+def backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """As `chunked.backward`: the gradients of x, kernel, skip and past."""
+    num_past = past.shape[1]
+    dtokens = _room(x, num_past + x.shape[1], ids)
+    dtaps = _empty(kernel, kernel.shape, torch.float32)
+    _call(grad, x, kernel, skip, past, ids, centre, dtokens, dtaps)
+    dskip = None if skip is None else dtaps[:, centre].to(skip.dtype)
+    dpast = dtokens[:, :num_past].clone()  # in memory of its own, as a custom op must
+    return dtokens[:, num_past:], dtaps.to(kernel.dtype), dskip, dpast.to(past.dtype)
 
 
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
+def _room(x: Tensor, length: int, ids: Tensor | None) -> Tensor:
+    """For what belongs to tokens; where there are ids, nothing is put to positions that hold none."""
+    room = _empty(x, (x.shape[0], length, x.shape[2]), x.dtype)
+    return room if ids is None else room.zero_()
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """An output like ``x [B, L, D]``, filled up to whole vectors of channels."""
-    return x.new_empty(*x.shape[:2], _up(x.shape[2], LANES))
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    made = like.new_empty(shape, dtype=dtype)
+    if not is_traced(like):
+        pointer, size = ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.numel() * made.element_size())
+        native.load(SOURCE).use_huge_pages(pointer, size)
+    return made
 
 
-def _states(inputs: tuple[Tensor, ...]) -> Tensor:
-    """Room for a state as cpu.cpp has it: fp64 ``[B, 2, N, D]``, filled up, real parts first."""
-    x, modes = inputs[0], inputs[1].shape[1]
-    return x.new_empty(x.shape[0], 2, _up(modes, GROUP), _up(x.shape[2], LANES), dtype=torch.float64)
-
-
-def _saved(inputs: tuple[Tensor, ...]) -> Tensor:
-    state = _states(inputs)
-    return state.new_empty(state.shape[0], -(-inputs[0].shape[1] // SAVED), *state.shape[1:])
-
-
-def _wide(state: Tensor) -> Tensor:
-    """``[.., D, N]`` complex -> fp64 ``[.., 2, N, D]``, filled up with zeros."""
-    x = torch.view_as_real(state.resolve_conj()).double().movedim(-1, -3).transpose(-1, -2)
-    return F.pad(x, (0, -x.shape[-1] % LANES, 0, -x.shape[-2] % GROUP)).contiguous()
-
-
-def _complex(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The reverse, in complex128."""
-    width, modes = inputs[1].shape
-    real, imaginary = state[..., :modes, :width].transpose(-1, -2).unbind(-3)
-    return torch.complex(real.contiguous(), imaginary.contiguous())
-
-
-def _narrow(state: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    return _complex(state, inputs).to(torch.complex64)
+def points(least: int) -> int:
+    """The least of 2^n, 3 2^n and 5 2^n, n >= 3, that is at least that many: sizes of real FFTs in `cpu.cpp`."""
+    size = 1 << max(3, (least - 1).bit_length())
+    return min(n for n in (size, size // 4 * 3, size // 8 * 5) if n >= least and n % 8 == 0)
 
 
 def _call(
-    inputs: tuple[Tensor, ...], segments: Tensor | None, modes: Modes, *, grad: Tensor | None = None, **places: Tensor
+    grad: Tensor | None,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None,
+    past: Tensor,
+    ids: Tensor | None,
+    centre: int,
+    out: Tensor,
+    dtaps: Tensor | None,
 ) -> None:
-    """Run `cpu.cpp` forward, or backward given ``grad [B, L, D]``; ``places`` are its other arguments by name."""
-    if is_traced(inputs[0]):
+    """Run `cpu.cpp`, see there, for all rows of a size at a time."""
+    if is_traced(x):
         return
-    x = inputs[0]
-    width = x.shape[2]
-    tokens = [None if t is None else F.pad(t, (0, -width % LANES)) if width % LANES else t for t in (x, grad)]
-    tokens = native.rows(*tokens)
-    powers = _wide(modes.power(1)), _wide(modes.amplitude)
-    names = "past", "future", "end", "saved", "dlambda", "dc"
-    begins, rest = native.begins(segments), [places.get(name) for name in names]
-    native.load(SOURCE).modal_conv(
-        x.dtype == torch.bfloat16,
-        native.integers(*x.shape[:2], *powers[0].shape[:-3:-1], *native.strides(*tokens)),
-        native.pointers(*tokens, places.get("y"), places.get("dx"), *powers, begins, *rest),
-    )
+    library, width, num_past = native.load(SOURCE), x.shape[2], past.shape[1]
+    tokens, upstream, taps = native.rows(torch.cat([past.to(x.dtype), x], dim=1) if num_past else x, grad, kernel)
+    assert tokens is not None and taps is not None
+    bias = None if skip is None else skip.to(torch.float32).contiguous()
+    lanes = library.lanes()
+    stripes = -(-width // lanes)
+    batches = list(_batches(x, num_past, ids)) if stripes else []
+    whole = len(batches) == 1 and fit(kernel.shape[1], centre, *batches[0][1:])[0] == slice(0, kernel.shape[1])
+    if dtaps is not None and not whole:
+        dtaps.zero_()
+    for rows, length, before in batches:
+        some, current, least = fit(kernel.shape[1], centre, length, before)
+        size = points(least)
+        threads = min(torch.get_num_threads(), stripes * (len(rows) if dtaps is None else 1))
+        buffers = 2 if dtaps is None else 3 if len(rows) == 1 else 4
+        room = buffers * size * lanes + (length + before) * lanes * (width % lanes > 0)
+        workspace = _empty(x, (threads * room + 16,), torch.float32)
+        workspace = workspace[-workspace.data_ptr() % 64 // 4 :]  # whole cache lines
+        parts = [taps[:, some], None if dtaps is None else dtaps[:, some]]
+        library.long_conv_fft(
+            x.dtype == torch.bfloat16,
+            kernel.dtype == torch.bfloat16,
+            native.integers(
+                size // 2,
+                width,
+                some.stop - some.start,
+                current,
+                len(rows),
+                *native.strides(tokens, upstream, out),
+                num_past,
+                *native.strides(*parts, dims=1),
+                not whole,
+                threads,
+                room,
+            ),
+            native.pointers(rows, tokens, upstream, out, parts[0], bias, parts[1], workspace),
+        )
+
+
+def _batches(x: Tensor, num_past: int, ids: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
+    """What is convolved alike: rows (row of the batch, first token, number of tokens), the past among them; the tokens
+    of the longest, and how many tokens before those have no output.
+    """
+    count = num_past + x.shape[1]
+    if ids is None:
+        rows = torch.tensor([[b, 0, count] for b in range(x.shape[0])], dtype=torch.int64)
+        if len(rows):
+            yield rows, x.shape[1], num_past
+        return
+    for starts, lengths in documents(ids):
+        rows = torch.stack([starts // count, starts % count, lengths], dim=1)
+        rows = rows[rows[:, 1] + rows[:, 2] > num_past]  # the others have no output
+        if len(rows):
+            yield rows, int(rows[:, 2].max()), 0

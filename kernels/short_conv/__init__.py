@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..errors import InputError
+from ..conv_carry import check_tokens, reach
 from ..scan import Carry
 from . import chunked, cpu
-from .function import Local
-from .past import check_tokens, reach
+from .autograd import Local
 from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
@@ -25,15 +25,15 @@ def _triton() -> Local:
     return Local(triton.forward, triton.backward)
 
 
-def _triton_lacks(device: str, x: torch.dtype, weight: torch.dtype, taps: int) -> str:
-    return gpu.lacks(device, x, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
+def _triton_unsupported(device: str, x: torch.dtype, weight: torch.dtype, taps: int) -> str:
+    return gpu.unsupported_reason(device, x, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
 
 
 BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
     "short_conv",
     {
-        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.lacks),
-        "triton": Option(_triton, _triton_lacks),
+        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.unsupported_reason),
+        "triton": Option(_triton, _triton_unsupported),
         "chunked": Option(lambda: Local(chunked.forward, chunked.backward)),
         "reference": Option(lambda: reference_short_conv),
     },

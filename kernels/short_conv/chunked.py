@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..conv_carry import window
 from ..scan import NO_TOKENS
-from .function import Piece
-from .past import window
+from .autograd import Piece
 
 # Elements of a block of tokens: 2 MB in fp32, which the passes over it find in the cache, or enough to keep a GPU busy.
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .function import Piece
+from .autograd import Piece
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 CHUNK = 1024  # tokens whose part of the taps' gradients is summed on its own
 
 
-def lacks(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, num_taps: int) -> str:
+def unsupported_reason(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, num_taps: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
-    return native.lacks(SOURCE, device, dtype, weight_dtype)
+    return native.unsupported_reason(SOURCE, device, dtype, weight_dtype)
 
 
 def forward(piece: Piece) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import TYPES, Tiling, Variant, launch_fastest
-from .function import Piece
+from .autograd import Piece
 
 MIN_TAPS, MAX_TAPS = 2, 8
 CHANNELS = 256

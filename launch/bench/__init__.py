@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 
 SIGNS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 PACKAGES = ("torch", "triton", "deepspeed", "flash-linear-attention")

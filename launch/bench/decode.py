@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...framework.carry import Bookmark
 from ...framework.data.progress import progress
-from ...framework.generate import PROMPT_BLOCK, Decoder
+from ...framework.inference.carry_file import Bookmark
+from ...framework.inference.generate import PROMPT_BLOCK, Decoder
 from ...framework.mixers.softmax import Softmax, rotate
 from ...framework.model import Block, Model, ModelConfig, build_model
 from ...kernels.scan import Carry

@@ -26,7 +26,8 @@ from ...framework.mixers.chela import ChelaConfig, ModalKernel, TapKernel
 from ...kernels.elementwise import ElementwiseAttention
 from ...kernels.linear_attention import LinearAttention
 from ...kernels.scan import StatefulOp
-from ...parallel import cost, links
+from ...parallel import cost
+from ...parallel import link_benchmark as links
 from ...parallel.mesh import Axis, all_gather, gather_values, init_mesh
 from ...parallel.recorder import Event, Recorder
 from ...parallel.span import Span

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import InputError
 from ...kernels.elementwise import elementwise_attention
-from ...kernels.errors import InputError
 from ...kernels.linear_attention import linear_attention
 from ...kernels.long_conv import long_conv
 from ...kernels.long_conv.chunked import fft_size

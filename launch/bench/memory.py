@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from . import Bound, check_out, cpu_only, environment, last_line, table_header, table_line, verdict, write_report
 
 if TYPE_CHECKING:
@@ -292,11 +292,11 @@ def gradient_errors(tokens: int, block_len: int, dtype: torch.dtype) -> dict[str
     segments = (torch.arange(tokens).unsqueeze(0) >= tokens * 2 // 5).long()
 
     def loss(span: Span) -> torch.Tensor:
-        nll, _ = model(span.take(ids), span=span, labels=span.take(labels))
+        nll, _ = model(span.shard(ids), span=span, labels=span.shard(labels))
         return nll.sum() / tokens
 
     def advance(span: Span) -> None:
-        model(span.take(ids), span=span, head=False)
+        model(span.shard(ids), span=span, head=False)
 
     found = []
     for size in (0, block_len):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ...kernels.errors import InputError
+from ...errors import InputError
 from ...parallel.cost import Link
 from . import (
     Bound,
@@ -168,7 +168,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def shares(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, float]]:
+def shard_lengths(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, float]]:
     """Each layer's bytes over those of either peer on as many ranks."""
     peers = {(one.layer, one.ranks): one.num_bytes for one in found if one.layer in PEERS}
     return {(one.layer, one.ranks): {peer: one.num_bytes / peers[peer, one.ranks] for peer in PEERS} for one in found}
@@ -236,7 +236,7 @@ def parallel(out: Path) -> int:
     for ranks in RANKS:
         links[ranks], layers = exchanges(ranks, JOB)
         found += layers
-        by_layer = shares(layers)
+        by_layer = shard_lengths(layers)
         for one in layers:
             print(as_line(one, by_layer[one.layer, ranks], cores), flush=True)
     bounds = [Bound("tokens/s on 2 ranks of 1 thread over those on 1 rank of 2", two / one_rank, ">=", SPEED_LIMIT)]
@@ -249,7 +249,7 @@ def parallel(out: Path) -> int:
         "sizes": asdict(JOB),
         "links": {str(ranks): asdict(link) for ranks, link in links.items()},
         "rows": [
-            {**asdict(one), "emulated": one.ranks > cores, "bytes_over": shares(found)[one.layer, one.ranks]}
+            {**asdict(one), "emulated": one.ranks > cores, "bytes_over": shard_lengths(found)[one.layer, one.ranks]}
             for one in found
         ],
         "bounds": [bound.as_json() for bound in bounds],
@@ -261,7 +261,7 @@ def parallel(out: Path) -> int:
 
 
 def _bounds(found: Sequence[Found]) -> list[Bound]:
-    by_layer = shares(found)
+    by_layer = shard_lengths(found)
     bounds = []
     for ranks in dict.fromkeys(one.ranks for one in found):
         errors = [one.error for one in found if one.ranks == ranks]

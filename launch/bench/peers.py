@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...framework.engine import avoid_compiling
+from ...framework.deepspeed.engine import avoid_compiling
 from ...parallel.mesh import Axis
 from .kernels import softmax_attention
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import Place, make_place, mounted
+from fault_helpers import Place, make_place, mounted
 
 
 @pytest.fixture(scope="session")

@@ -24,17 +24,17 @@ from typing import Any
 
 import pytest
 import torch
-from places import MISTAKE, Place, files_below, mounted, told
+from deepspeed_world import run_world
+from fault_helpers import MISTAKE, Place, files_below, mounted, told
 from programs import finish, longreach
-from worlds import run_world
 
+from longreach.errors import InputError
 from longreach.framework import checkpoint, trainer
 from longreach.framework.checkpoint.directory import digest_of
 from longreach.framework.config import load
 from longreach.framework.data import Index, sequences_of
 from longreach.framework.model import build_model
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
 from longreach.launch.cli import main
 
 FLIPS = 1000

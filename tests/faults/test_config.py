@@ -10,14 +10,14 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
+from fault_helpers import CONFIG, Place, files_below, told
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from places import CONFIG, Place, files_below, told
 from programs import longreach
 
+from longreach.errors import InputError
 from longreach.framework.config import MAX_BYTES, load
-from longreach.framework.engine import deepspeed_settings
-from longreach.kernels.errors import InputError
+from longreach.framework.deepspeed.engine import deepspeed_settings
 from longreach.launch.cli import main
 
 MISTAKE = 2

@@ -18,16 +18,16 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from fault_helpers import FAILED, MISTAKE, Place, ranks_of, told
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from places import FAILED, MISTAKE, Place, ranks_of, told
 from programs import finish, longreach, python
 from webdataset import TarWriter
 
+from longreach.errors import InputError
 from longreach.framework.data import Index, TokenStream, pack
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.records import documents
-from longreach.kernels.errors import InputError
 
 HOSTILE = Path(__file__).parent.parent / "data/hostile"
 MADE = ("checkpoints", "indices", "tars")  # by its script; the others were written by hand

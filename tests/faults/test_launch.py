@@ -9,7 +9,7 @@ import time
 from subprocess import CompletedProcess
 
 import pytest
-from places import Place, free_port, told, world
+from fault_helpers import Place, free_port, told, world
 from programs import finish
 
 MISTAKE, FAILED = 2, 1

@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from places import Place, told
+from fault_helpers import Place, told
 from programs import finish, longreach, start
 
+from longreach.errors import InputError
 from longreach.framework.model import ModelConfig, build_model
-from longreach.kernels.errors import InputError
 from longreach.parallel import mesh
 from longreach.parallel.span import Span
 

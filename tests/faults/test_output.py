@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from places import Place, told
+from fault_helpers import Place, told
 from programs import finish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

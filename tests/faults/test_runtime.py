@@ -13,12 +13,12 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
-from places import FAILED, MISTAKE, Place, free_port, ranks_of, told
+from fault_helpers import FAILED, MISTAKE, Place, free_port, ranks_of, told
 from programs import finish, longreach, start
 from safetensors.numpy import load_file
 
 from longreach.framework.config import TrainConfig
-from longreach.framework.watch import MAX_SKIPPED, RECENT, Diverged, Watch
+from longreach.framework.runtime.loss_guard import MAX_SKIPPED, RECENT, Diverged, LossGuard
 
 STOPPED = 75
 HUGE = "optim.lr=2e37"  # the weights after a step with it are finite, what comes of them is not
@@ -141,14 +141,14 @@ def test_45_steps_that_are_not_finite_can_be_skipped(place: Place) -> None:
 
 
 def test_46_a_loss_far_above_the_usual_is_told_with_its_sequences() -> None:
-    watch = Watch(TrainConfig(steps=1))
-    usual = [watch.judge(step, {"loss": 2.0, "grad_norm": 1.0}, lambda: [7]) for step in range(RECENT)]
+    loss_guard = LossGuard(TrainConfig(steps=1))
+    usual = [loss_guard.check(step, {"loss": 2.0, "grad_norm": 1.0}, lambda: [7]) for step in range(RECENT)]
     assert usual == [""] * RECENT
-    assert watch.judge(99, {"loss": 3.9, "grad_norm": 1.0}, lambda: [7]) == ""
-    said = watch.judge(100, {"loss": 4.5, "grad_norm": 1.0}, lambda: [7, 8])
+    assert loss_guard.check(99, {"loss": 3.9, "grad_norm": 1.0}, lambda: [7]) == ""
+    said = loss_guard.check(100, {"loss": 4.5, "grad_norm": 1.0}, lambda: [7, 8])
     assert said == "step 100: loss 4.5000, usually 2.0000, in the sequences [7, 8]"
     with pytest.raises(Diverged, match=r"step 101: loss 2, gradient norm inf, in the sequences \[9\]"):
-        watch.judge(101, {"loss": 2.0, "grad_norm": math.inf}, lambda: [9])
+        loss_guard.check(101, {"loss": 2.0, "grad_norm": math.inf}, lambda: [9])
 
 
 def test_47_out_of_memory_says_which_knobs_to_turn(place: Place) -> None:

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longreach.framework import carry
-from longreach.framework.generate import Decoder, generate
+from longreach.errors import InputError
+from longreach.framework.inference import carry_file as carry
+from longreach.framework.inference.generate import Decoder, generate
 from longreach.framework.model import Model, ModelConfig, build_model
-from longreach.kernels.errors import InputError
 from longreach.kernels.scan import Carry
 
 MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]

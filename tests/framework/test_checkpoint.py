@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_world import SmallModel, batches, run_world, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from worlds import SmallModel, batches, run_world, whole
 
+from longreach.errors import InputError
 from longreach.framework import checkpoint
 from longreach.framework.checkpoint.directory import digest_of
-from longreach.framework.engine import Engine, deepspeed_settings
-from longreach.framework.files import digest
-from longreach.kernels.errors import InputError
+from longreach.framework.deepspeed.engine import Engine, deepspeed_settings
+from longreach.framework.runtime.files import digest
 from longreach.parallel.mesh import PeerFailed, init_mesh
 
 STATE = {"step": 3, "consumed": 12, "seed": 7, "fingerprint": "abc"}

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_world import run_world
 from helpers import run_distributed
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
-from worlds import run_world
 
+from longreach.errors import InputError
 from longreach.framework.config import load
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span
 
@@ -36,7 +36,7 @@ class Case:
 
     def span(self) -> Span:
         ids = torch.arange(LENGTH).expand(BATCH, -1) // 7 if self.packed else None
-        return Span(segments=ids, noise=torch.tensor([5, 6]) if self.packed else None, keep_carry=self.streamed)
+        return Span(segments=ids, dropout_seeds=torch.tensor([5, 6]) if self.packed else None, keep_carry=self.streamed)
 
 
 CASES = {
@@ -67,7 +67,7 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
         span = case.span()
         losses, penalty = step(tokens, span, labels)
         if case.streamed:
-            more, cost = step(tokens, span.following(LENGTH), labels)
+            more, cost = step(tokens, span.next_block(LENGTH), labels)
             losses, penalty = losses + more, penalty + cost
         (losses.mean() + penalty).backward()
         grads = [parameter.grad for parameter in model.parameters()]

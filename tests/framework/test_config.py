@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from longreach.errors import InputError
 from longreach.framework import config as config_module
-from longreach.framework import typed_yaml
-from longreach.framework.config import RunConfig, load, save, to_yaml, validate
-from longreach.kernels.errors import InputError
+from longreach.framework.config import RunConfig, load, save, to_yaml, typed_yaml, validate
 
 MINIMAL = """\
 model: {vocab: 256, width: 64, depth: 2, mixers: [elementwise]}

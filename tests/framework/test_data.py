@@ -23,6 +23,7 @@ import torch
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from longreach.errors import InputError
 from longreach.framework.data import (
     FILLER,
     IGNORE,
@@ -40,7 +41,6 @@ from longreach.framework.data import (
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.records import documents as documents_of
 from longreach.framework.data.stall import within
-from longreach.kernels.errors import InputError
 
 
 def write_corpus(folder: Path, num_documents: int = 40, seed: int = 0) -> dict[str, bytes]:

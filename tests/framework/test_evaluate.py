@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.framework import evaluate as scoring
-from longreach.framework.evaluate import Figure, Text, restarted, score
+from longreach.errors import InputError
+from longreach.framework.inference import evaluate as scoring
+from longreach.framework.inference.evaluate import Figure, Text, restarted, score
 from longreach.framework.model import IGNORED, Model, ModelConfig, build_model
-from longreach.kernels.errors import InputError
 from longreach.parallel.span import Span
 
 

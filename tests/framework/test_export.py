@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import longreach
+from longreach.errors import InputError
 from longreach.framework.checkpoint import tensors_of
 from longreach.framework.checkpoint.directory import FORMAT, Keep, complete, partial_of, path_of
 from longreach.framework.checkpoint.shards import write
 from longreach.framework.config import RunConfig, save
-from longreach.framework.export import CONFIG, TENSORS, export, load_exported
-from longreach.framework.files import digest
-from longreach.framework.generate import Decoder, load_run
+from longreach.framework.inference.export import CONFIG, TENSORS, export, load_exported
+from longreach.framework.inference.generate import Decoder, load_run
 from longreach.framework.model import build_model
-from longreach.kernels.errors import InputError
+from longreach.framework.runtime.files import digest
 
 MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
 
@@ -120,7 +120,7 @@ def test_transformers_loads_an_export(run: Path, tmp_path: Path) -> None:
     """And what it saves is not taken for an export, whose tensors it may have changed."""
     from transformers import AutoModelForCausalLM
 
-    from longreach.framework.huggingface import LongreachForCausalLM
+    from longreach.framework.inference.huggingface import LongreachForCausalLM
 
     model, tokens = export(run, tmp_path / "out")[0], torch.randint(0, 256, (2, 33))
     loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -177,7 +177,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longreach.framework.export.write_text", full)
+    monkeypatch.setattr("longreach.framework.inference.export.write_text", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.framework import generate as decoding
-from longreach.framework.generate import Decoder, continuations, decode_stream, encode, generate, read_prompt
+from longreach.errors import InputError
+from longreach.framework.inference import generate as decoding
+from longreach.framework.inference.generate import Decoder, continuations, decode_stream, encode, generate, read_prompt
 from longreach.framework.model import Model, ModelConfig, build_model
-from longreach.kernels.errors import InputError
 
 SMALL_STATE = ["elementwise", "chela", "feedforward_kernel"]
 

@@ -15,10 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
 import longreach
-from longreach.framework.generate import Decoder
-from longreach.framework.huggingface import LongreachCache, LongreachConfig, LongreachForCausalLM, byte_tokenizer
+from longreach.errors import InputError
+from longreach.framework.inference.generate import Decoder
+from longreach.framework.inference.huggingface import (
+    LongreachCache,
+    LongreachConfig,
+    LongreachForCausalLM,
+    byte_tokenizer,
+)
 from longreach.framework.model import ModelConfig
-from longreach.kernels.errors import InputError
 
 MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
 RECOMPUTE = "activation_checkpointing"  # "gradient_checkpointing" before transformers 5.21
@@ -353,8 +358,11 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_nothing_else_needs_transformers() -> None:
     """The export and the command line do not import it; without it, this module says what to type."""
-    others = "import sys, longreach.framework.export, longreach.launch.cli; assert 'transformers' not in sys.modules"
-    done = run(f"{others}; sys.modules['transformers'] = None; import longreach.framework.huggingface")
+    modules = "longreach.framework.inference.export, longreach.launch.cli"
+    others = f"import sys, {modules}; assert 'transformers' not in sys.modules"
+    done = run(f"{others}; sys.modules['transformers'] = None; import longreach.framework.inference.huggingface")
     assert done.returncode == 1 and "AssertionError" not in done.stderr
-    expected = "ModuleNotFoundError: longreach.framework.huggingface needs transformers: pip install 'longreach[hf]'"
+    expected = (
+        "ModuleNotFoundError: longreach.framework.inference.huggingface needs transformers: pip install 'longreach[hf]'"
+    )
     assert done.stderr.splitlines()[-1] == expected

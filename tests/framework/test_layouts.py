@@ -46,7 +46,7 @@ class Case:
         dtype: of weights and activations.
         causal: direction of the model.
         recompute: compute blocks of the model again in backward.
-        relay: how states travel; two_level (of 4 ranks) as on two nodes of two ranks.
+        relay: how states travel; hierarchical (of 4 ranks) as on two nodes of two ranks.
     """
 
     pattern: str
@@ -70,13 +70,13 @@ class Case:
 @cache
 def two_nodes(axis: Axis) -> Axis:
     node, peers = levels([axis.ranks], 2)
-    return replace(axis, relay="two_level", node=node, peers=peers)
+    return replace(axis, relay="hierarchical", node=node, peers=peers)
 
 
 def run(axis: Axis, case: Case) -> dict[str, Tensor]:
     """This rank's summand of the loss and of every parameter's gradient."""
     if axis.size > 1:
-        axis = two_nodes(axis) if case.relay == "two_level" else replace(axis, relay=case.relay)
+        axis = two_nodes(axis) if case.relay == "hierarchical" else replace(axis, relay=case.relay)
     torch.manual_seed(1)
     mixers, chela = PATTERNS[case.pattern]
     config = ModelConfig(vocab=17, width=16, depth=max(2, len(mixers)), mixers=mixers, causal=case.causal)
@@ -93,20 +93,20 @@ def run(axis: Axis, case: Case) -> dict[str, Tensor]:
     tokens, labels = torch.randint(0, 17, (2, 2, case.length))
     labels[:, :2] = IGNORED
     count = (labels != IGNORED).sum()
-    fields: dict[str, Any] = {"segments": case.segments, "noise": torch.tensor([5, 6])}
+    fields: dict[str, Any] = {"segments": case.segments, "dropout_seeds": torch.tensor([5, 6])}
     spans = streaming.blocks(Mesh(sequence=axis), case.length, case.block_len, **fields)
     if case.lengths and axis.size > 1:
         spans = [replace(spans[0], lengths=case.lengths)]
-        spans[0].segments = None if case.segments is None else spans[0].take(case.segments)
+        spans[0].segments = None if case.segments is None else spans[0].shard(case.segments)
     total = torch.zeros((), dtype=torch.float64)
 
     def loss(span: Span) -> Tensor:
-        nll, penalty = model(span.take(tokens), span, span.take(labels))
+        nll, penalty = model(span.shard(tokens), span, span.shard(labels))
         value = nll.sum() / count + penalty / (axis.size * len(spans))
         total.add_(value.detach())
         return value
 
-    streaming.train(spans, lambda span: model(span.take(tokens), span, head=False), loss, Tensor.backward)
+    streaming.train(spans, lambda span: model(span.shard(tokens), span, head=False), loss, Tensor.backward)
     results = {"loss": total}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -141,7 +141,7 @@ def layouts(pattern: str, ranks: int) -> list[Case]:
     uneven = Case(pattern, 23, ((1, 22), (8,)))
     cases = [replace(case, causal=False) for case in (dense, documents, uneven)]
     cases += [replace(uneven, causal=False, recompute=True), replace(uneven, block_len=5, recompute=True)]
-    for relay in ("pipeline", "doubling", *(["two_level"] if ranks == 4 else [])):
+    for relay in ("pipeline", "recursive_doubling", *(["hierarchical"] if ranks == 4 else [])):
         cases += [replace(uneven, relay=relay), replace(dense, relay=relay, causal=False)]
     for case in (dense, documents, uneven):
         cases += [replace(case, block_len=block_len) for block_len in (0, 3, 5)]
@@ -181,7 +181,9 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
             0 if split else draw(st.integers(0, 9)),
             lengths,
             recompute=draw(st.booleans()),
-            relay=draw(st.sampled_from(["gather", "pipeline", "doubling", "two_level" if ranks == 4 else "auto"])),
+            relay=draw(
+                st.sampled_from(["gather", "pipeline", "recursive_doubling", "hierarchical" if ranks == 4 else "auto"])
+            ),
         ),
         ranks,
     )

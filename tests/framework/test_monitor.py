@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed_world import run_world
 from helpers import run_distributed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -23,16 +24,15 @@ from tensorboard.plugins.hparams.metadata import (
     parse_session_start_info_plugin_data,
 )
 from torch import Tensor
-from worlds import run_world
 
-from longreach.framework.charts import PARTS
+from longreach.errors import InputError
 from longreach.framework.config import load
 from longreach.framework.mixers.chela import ModalKernel, TapKernel
 from longreach.framework.model import ModelConfig, build_model
-from longreach.framework.probe import TAPS, Probe, kernel_taps, products, safe_range
-from longreach.framework.profile import StepProfile
+from longreach.framework.monitoring.charts import PARTS
+from longreach.framework.monitoring.probe import TAPS, Probe, kernel_taps, products, safe_range
+from longreach.framework.monitoring.profile import StepProfile
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
 from longreach.parallel import traffic
 from longreach.parallel.mesh import Axis
 from longreach.parallel.span import Span
@@ -196,7 +196,7 @@ def waits(axis: Axis, relay: str) -> tuple[list[bool], list[bool]]:
     return verbs, seen
 
 
-@pytest.mark.parametrize("relay", ["gather", "pipeline", "doubling"])
+@pytest.mark.parametrize("relay", ["gather", "pipeline", "recursive_doubling"])
 def test_every_wait_for_other_ranks_is_timed(relay: str) -> None:
     for verbs, collectives in run_distributed(waits, 2, relay):
         assert len(verbs) > 20 and all(verbs)

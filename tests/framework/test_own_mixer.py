@@ -15,11 +15,11 @@ import pytest
 import torch
 from programs import longreach, python
 
+from longreach.errors import InputError
 from longreach.framework.config import load
 from longreach.framework.mixers import CONFIGS, MIXERS
 from longreach.framework.mixers.registry import run_files
 from longreach.framework.model import Model, ModelConfig, build_model
-from longreach.kernels.errors import InputError
 from longreach.kernels.scan import scan
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -33,8 +33,8 @@ monitor: {tensorboard: false, plot: false}
 """
 EXPORTED = """
 import sys
-from longreach.framework.export import load_exported
-from longreach.kernels.errors import InputError
+from longreach.framework.inference.export import load_exported
+from longreach.errors import InputError
 try:
     load_exported("exported")
 except InputError as error:

@@ -98,7 +98,7 @@ def run_mixer(
     carry = {key: Carry(states[key], carry.segment) for key, carry in before.items()}
     stop = list(accumulate(lengths))[axis.rank]
     mine = slice(stop - lengths[axis.rank], stop)
-    noise = torch.tensor([5, 6])
+    dropout_seeds = torch.tensor([5, 6])
     span = Span(
         axis=axis,
         lengths=lengths,
@@ -106,7 +106,7 @@ def run_mixer(
         segments=None if ids is None else ids[:, mine],
         carry=carry,
         keep_carry=causal,
-        noise=noise,
+        dropout_seeds=dropout_seeds,
     )
     piece = x[:, mine].clone().requires_grad_()
     y = mixer(piece, span)
@@ -186,7 +186,7 @@ def test_token_by_token_equals_the_parallel_pass(name: str, packed: bool) -> Non
         for i in range(11):
             span.segments = None if ids is None else ids[:, i : i + 1]
             rows.append(mixer(x[:, i : i + 1], span))
-            span = span.following(1)
+            span = span.next_block(1)
     whole = whole[0] if isinstance(whole, tuple) else whole
     steps = torch.cat([row[0] if isinstance(row, tuple) else row for row in rows], 1)
     close(steps, whole, torch.float64, name)
@@ -202,4 +202,4 @@ def test_model_decodes_the_logits_of_the_parallel_pass() -> None:
         span = Span(keep_carry=True)
         for i in range(9):
             close(model(tokens[:, i : i + 1], span)[:, 0], whole[:, i], torch.float64, f"token {i}")
-            span = span.following(1)
+            span = span.next_block(1)

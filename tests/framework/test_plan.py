@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from deepspeed_world import run_world
 from programs import longreach
-from worlds import run_world
 
+from longreach.errors import InputError
 from longreach.framework.config import load
-from longreach.framework.plan import Plan, plan
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
+from longreach.launch.dry_run import Plan, plan
 
 SMALL = [
     "model.width=16",

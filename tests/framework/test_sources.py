@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longreach.errors import InputError
 from longreach.framework.data import Index, TokenStream, pack
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.holdout import Holdout
 from longreach.framework.data.records import documents
-from longreach.kernels.errors import InputError
 
 
 def contents(path: Path, field: str = "text") -> dict[str, bytes]:

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from worlds import run_world
+from deepspeed_world import run_world
 
+from longreach.errors import InputError
 from longreach.framework.config import RunConfig, load
 from longreach.framework.heads import IGNORED, ClassHead, labelled
 from longreach.framework.model import build_model
-from longreach.framework.scoring import batches_of
+from longreach.framework.runtime.validation import batches_of
 from longreach.framework.tasks import TASKS, Task, open_task
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
 from longreach.launch import cli
 from longreach.parallel import streaming
 from longreach.parallel.mesh import Axis, Mesh
@@ -234,7 +234,7 @@ def test_padding_does_not_count() -> None:
     expected = model(x)
     torch.testing.assert_close(model(padded, Span(segments=segments)), expected)
     spans = streaming.blocks(Mesh(), 15, 4, segments=segments)
-    *_, last = streaming.read(spans, lambda span: model(span.take(padded), span))
+    *_, last = streaming.read(spans, lambda span: model(span.shard(padded), span))
     torch.testing.assert_close(last, expected)
 
 
@@ -333,7 +333,7 @@ def test_a_column_that_changes_after_training_alone_is_left_out(tmp_path: Path) 
     config = make(tmp_path, "forecast", f"data.source={path}", "task.horizon=4")
     task = opened(config)
     task.fit(config.model)
-    assert config.model.channels == 1 and task.chance["rmse"] < 2
+    assert config.model.channels == 1 and task.baseline_metrics["rmse"] < 2
 
 
 @pytest.mark.parametrize(("examples", "ranks", "sizes"), [(5, 1, [4, 4]), (3, 1, [3]), (3, 2, [2]), (1, 2, [1])])

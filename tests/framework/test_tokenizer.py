@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from longreach.errors import InputError
 from longreach.framework.data import Bytes, Ids, Index, Pieces, TokenStream, load_vocabulary, pack, save_vocabulary
 from longreach.framework.data import vocabulary as vocabularies
 from longreach.framework.data.bpe import make_tokenizer, train_bpe
-from longreach.kernels.errors import InputError
 
 WORDS = "span carry halo scan relay Zustand \N{SNOWMAN} \N{GRINNING FACE} caf\N{LATIN SMALL LETTER E WITH ACUTE}"
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True, database=None)

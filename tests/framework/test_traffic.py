@@ -8,7 +8,7 @@ from helpers import run_distributed
 
 from longreach.framework.model import ModelConfig, build_model
 from longreach.parallel.mesh import Axis
-from longreach.parallel.span import Span, shares
+from longreach.parallel.span import Span, shard_lengths
 
 B, D, H, VOCAB = 2, 12, 3, 17
 FP32, IDS = 4, 16  # bytes of a number; of a row's first and last document id
@@ -21,7 +21,7 @@ def count(axis: Axis, mixer: str, options: dict[str, object], length: int, packe
         assert hasattr(getattr(config, mixer), name)
         setattr(getattr(config, mixer), name, value)
     model = build_model(config)
-    lengths = shares(length, axis.size)
+    lengths = shard_lengths(length, axis.size)
     first = sum(lengths[: axis.rank])
     ids = (torch.arange(length) // 5).expand(B, -1)[:, first : first + lengths[axis.rank]] if packed else None
     span = Span(axis=axis, lengths=lengths, segments=ids)

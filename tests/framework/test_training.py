@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed_world import run_world
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from worlds import run_world
 
+from longreach.errors import InputError
 from longreach.framework.config import load
 from longreach.framework.trainer import train
-from longreach.kernels.errors import InputError
 
 CONFIG = """
 model:

@@ -11,6 +11,7 @@ import torch
 from helpers import run_distributed
 from torch import Tensor
 
+from longreach.errors import InputError
 from longreach.kernels.elementwise import (
     BACKENDS,
     ElementwiseAttention,
@@ -19,7 +20,6 @@ from longreach.kernels.elementwise import (
     exact_elementwise_attention,
     reference_elementwise_attention,
 )
-from longreach.kernels.errors import InputError
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import AxisRelay
@@ -113,7 +113,7 @@ def compare(
     backend: str = "chunked",
 ) -> None:
     """A backend in ``dtype`` against the definition in fp64, on the same numbers."""
-    if lack := BACKENDS.options[backend].lacks("cpu", dtype, order):
+    if lack := BACKENDS.options[backend].unsupported_reason("cpu", dtype, order):
         pytest.skip(lack)
     inputs = make_inputs(length, dtype)
     segments = make_segments(documents, length)
@@ -173,7 +173,7 @@ def test_equals_the_definition_in_every_dtype(backend: str, dtype: torch.dtype, 
 
 def test_threads_and_strides_change_nothing() -> None:
     """Catches channels that two threads share or none takes, and tokens that are taken for neighbours in memory."""
-    if lack := BACKENDS.options["cpu"].lacks("cpu", torch.float32, 6):
+    if lack := BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, 6):
         pytest.skip(lack)
     wide = torch.randn(3, 70, 3 * 80)
     q, k, v = wide.chunk(3, dim=-1)
@@ -272,7 +272,7 @@ def test_no_tokens() -> None:
     inputs = make_inputs(0)
     carry = make_carry(6, None)
     for causal in (True, False):
-        decay, state = ElementwiseAttention(6, causal).on(inputs).summarize(inputs, None)
+        decay, state = ElementwiseAttention(6, causal).resolve_backend(inputs).local_transition(inputs, None)
         assert decay.eq(1).all() and state.eq(0).all()
         grads = make_grads(0, 6)
         y, end, *input_grads, carry_grad = run(inputs, grads, carry=carry, causal=causal)

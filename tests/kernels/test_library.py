@@ -12,7 +12,7 @@ from longreach.kernels import library
 from longreach.kernels.elementwise import ElementwiseAttention
 from longreach.kernels.linear_attention import LinearAttention
 from longreach.kernels.long_conv import ModalConv, long_conv
-from longreach.kernels.long_conv.centred import CentredModalConv
+from longreach.kernels.modal_conv.centred import CentredModalConv
 from longreach.kernels.scan import Carry, StatefulOp, scan
 from longreach.kernels.short_conv import short_conv
 
@@ -22,11 +22,11 @@ BATCH, LENGTH, WIDTH = 2, 5, 3
 class Average(StatefulOp):
     """``s_i = a s_{i-1} + x_i``, y = s: its adjoints are `StatefulOp`'s, by automatic differentiation."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, _ = self.attend(inputs, segments, torch.zeros_like(inputs[0][:, 0]))
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, _ = self.apply_state(inputs, segments, torch.zeros_like(inputs[0][:, 0]))
         return (inputs[1] ** LENGTH).unsqueeze(0), y[:, -1]
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, rate = inputs

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import run_distributed
 from torch import Tensor
 
-from longreach.kernels.errors import InputError
+from longreach.errors import InputError
 from longreach.kernels.linear_attention import (
     BACKENDS,
     LinearAttention,
@@ -39,7 +39,7 @@ DTYPES = {"chunked": (torch.float64, torch.float32, torch.bfloat16), "cpu": (tor
 def backend(request: pytest.FixtureRequest) -> str:
     """Each fast implementation that runs here."""
     name: str = request.param
-    if lack := BACKENDS.options[name].lacks("cpu", torch.float32, torch.float32, WIDTH, VALUES):
+    if lack := BACKENDS.options[name].unsupported_reason("cpu", torch.float32, torch.float32, WIDTH, VALUES):
         pytest.skip(lack)
     return name
 
@@ -165,7 +165,7 @@ def test_any_width(width: int, values: int, backend: str) -> None:
 
 def test_threads_and_strides_change_nothing() -> None:
     """Catches heads that two threads share or none takes, and tokens that are taken for neighbours in memory."""
-    if lack := BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32, WIDTH, VALUES):
+    if lack := BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32, WIDTH, VALUES):
         pytest.skip(lack)
     data = make(200, True, with_segments=True, width=32, values=20)
     want = all_of(linear_attention, data, torch.float32, backend="cpu", decay=DECAY, normalize=True)
@@ -356,7 +356,7 @@ def test_ranks_are_one_process(shares: list[int]) -> None:
         data = make(200, settings["normalize"], with_segments=with_segments)
         data["grad"], data["grad_carry"] = torch.randn_like(data["v"]), torch.randn_like(data["carry"].state)
         cases.append((data, settings))
-        if not BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32, WIDTH, VALUES):
+        if not BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32, WIDTH, VALUES):
             cases.append((in_fp32(data), settings | {"backend": "cpu"}))
     ranks = run_distributed(on_rank, len(shares), shares, cases)
     (alone,) = run_distributed(on_rank, 1, [200], cases)

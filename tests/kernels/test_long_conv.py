@@ -11,19 +11,21 @@ import torch
 from helpers import run_distributed
 from torch import Tensor
 
-from longreach.kernels.errors import InputError
+from longreach.errors import InputError
 from longreach.kernels.long_conv import (
     BACKENDS,
     ModalConv,
     chunked,
-    fft,
     long_conv,
-    modal,
     modal_kernel,
     reference_long_conv,
     reference_modal_conv,
 )
-from longreach.kernels.long_conv.modal import BACKENDS as MODAL_BACKENDS
+from longreach.kernels.long_conv import (
+    cpu as fft,
+)
+from longreach.kernels.modal_conv import chunked as modal
+from longreach.kernels.modal_conv.chunked import BACKENDS as MODAL_BACKENDS
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import AxisRelay
@@ -70,7 +72,7 @@ def documents(length: int, before: int) -> Tensor:
 
 
 def has_cpu() -> bool:
-    return not BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32)
+    return not BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32)
 
 
 def make(
@@ -356,7 +358,7 @@ def test_the_modal_convolution_is_its_recurrence(length: int, small_workspace: N
         data = make_modal(length, with_carry=with_carry, with_segments=with_segments)
         expected = all_of(reference_modal_conv, data)
         assert_close(all_of(run_modal, data), expected, MODAL_TOLERANCES[torch.float64], MODAL_NAMES)
-        if not MODAL_BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32):
+        if not MODAL_BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32):
             actual = all_of(run_modal, data, torch.float32, backend="cpu")
             assert_close(actual, expected, MODAL_TOLERANCES[torch.float32], MODAL_NAMES)
 

@@ -13,9 +13,9 @@ import torch
 from programs import finish, python, start
 from torch import Tensor
 
+from longreach.errors import InputError
 from longreach.kernels.elementwise import ElementwiseAttention, elementwise_attention
 from longreach.kernels.elementwise import cpu as elementwise_cpu
-from longreach.kernels.errors import InputError
 from longreach.kernels.linear_attention import LinearAttention, linear_attention
 from longreach.kernels.linear_attention import cpu as linear_cpu
 from longreach.kernels.scan import Carry, scan
@@ -28,7 +28,7 @@ TIMEOUT = 120.0
 THREE_OPERATORS = """
 import torch
 from longreach.kernels.elementwise import elementwise_attention
-from longreach.kernels.errors import InputError
+from longreach.errors import InputError
 from longreach.kernels.linear_attention import linear_attention
 from longreach.kernels.short_conv import short_conv
 
@@ -141,9 +141,9 @@ def test_a_cache_that_cannot_be_written(place: str, tmp_path: Path, monkeypatch:
 
 def skip_unless_compiled() -> None:
     lacks = (
-        elementwise_cpu.lacks("cpu", torch.float32, 6),
-        linear_cpu.lacks("cpu", torch.float32, torch.float32, 5, 6),
-        short_cpu.lacks("cpu", torch.float32, torch.float32, 4),
+        elementwise_cpu.unsupported_reason("cpu", torch.float32, 6),
+        linear_cpu.unsupported_reason("cpu", torch.float32, torch.float32, 5, 6),
+        short_cpu.unsupported_reason("cpu", torch.float32, torch.float32, 4),
     )
     for lack in filter(None, lacks):
         pytest.skip(lack)

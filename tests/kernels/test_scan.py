@@ -10,7 +10,7 @@ import torch
 from helpers import run_distributed
 from torch import Tensor
 
-from longreach.kernels.scan import Carry, StatefulOp, entering_states, scan
+from longreach.kernels.scan import Carry, StatefulOp, exclusive_chunk_scan, scan
 from longreach.parallel.mesh import Axis, levels
 from longreach.parallel.relay import AxisRelay
 
@@ -18,14 +18,14 @@ from longreach.parallel.relay import AxisRelay
 class GatedAverage(StatefulOp):
     """``s_i = a_i s_{i-1} + x_i``, y = s: a decay that depends on the input, so gradients flow through A too."""
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         x, gate = inputs
         zero = x.new_zeros(x.shape[0], x.shape[2])
         if not x.shape[1]:
             return torch.ones_like(zero), zero
-        return gate.prod(1), self.attend(inputs, segments, zero)[0][:, -1]
+        return gate.prod(1), self.apply_state(inputs, segments, zero)[0][:, -1]
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, gate = inputs
@@ -45,7 +45,7 @@ class TwoSided(StatefulOp):
     plain_sum = False
     rate = 0.7
 
-    def summarize(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         (x,) = inputs
         length = x.shape[1]
         power = self.rate ** torch.arange(length, dtype=x.dtype)
@@ -55,7 +55,7 @@ class TwoSided(StatefulOp):
             to_left = to_left * (segments == segments[:, :1]).unsqueeze(-1)
         return x.new_full((1, 1), self.rate**length), torch.stack([(to_right * x).sum(1), (to_left * x).sum(1)])
 
-    def attend(
+    def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (x,) = inputs
@@ -95,7 +95,7 @@ def _run(
     leaves = [x[:, mine].clone().requires_grad_() for x in inputs]
     state = carry.state.clone().requires_grad_()
     axis = replace(axis, relay=way)
-    if way == "two_level":  # two nodes of two ranks
+    if way == "hierarchical":  # two nodes of two ranks
         node, peers = levels([axis.ranks], 2)
         axis = replace(axis, node=node, peers=peers)
     relay = AxisRelay(axis) if axis.size > 1 else None
@@ -113,9 +113,9 @@ def _run(
     ("way", "lengths"),
     [
         *(("gather", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [2, 2, 1, 0], [5, 1, 8, 9])),
-        *(("two_level", lengths) for lengths in ([2, 2, 1, 0], [5, 1, 8, 9], [0, 3, 0, 1])),
+        *(("hierarchical", lengths) for lengths in ([2, 2, 1, 0], [5, 1, 8, 9], [0, 3, 0, 1])),
         *(("pipeline", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
-        *(("doubling", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
+        *(("recursive_doubling", lengths) for lengths in ([5, 1], [4, 4, 3], [3, 0, 1], [5, 1, 8, 9])),
         ("auto", [4, 4, 3]),
     ],
 )
@@ -179,5 +179,5 @@ def test_entering_states(num_pieces: int, gated: bool, decayed: bool, reverse: b
         x = (1.0 if decay is None else decay[:, piece]) * rows[piece] + state[:, piece]
     expected = [rows[piece] for piece in range(num_pieces)]
     expected = [x, *expected] if reverse else [*expected, x]
-    got = entering_states(decay, state, start, gate, reverse=reverse)
+    got = exclusive_chunk_scan(decay, state, start, gate, reverse=reverse)
     torch.testing.assert_close(got, torch.stack(expected, 1), rtol=0, atol=1e-14)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.kernels.errors import InputError
+from longreach.errors import InputError
 from longreach.kernels.scan import Carry
 from longreach.kernels.short_conv import BACKENDS, chunked, reach, reference_short_conv, short_conv
 
@@ -111,7 +111,7 @@ def test_the_fast_path_is_the_definition(length: int, causal: bool) -> None:
             settings = {"causal": causal, "activation": activation}
             expected = all_of(reference_short_conv, data, **settings)
             assert_close(all_of(short_conv, data, **settings), expected)
-            if not BACKENDS.options["cpu"].lacks("cpu", torch.float32, torch.float32, num_taps):
+            if not BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32, num_taps):
                 actual = all_of(short_conv, data, torch.float32, backend="cpu", **settings)
                 assert_close(actual, expected, (1e-6, 1e-6))
 

@@ -23,7 +23,7 @@ from longreach.kernels import gpu
 from longreach.kernels.gpu import Choices, Tiling
 from longreach.kernels.long_conv.chunked import LongConv
 from longreach.kernels.scan import scan
-from longreach.kernels.short_conv.function import Local
+from longreach.kernels.short_conv.autograd import Local
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TILINGS = tuple(Tiling({"ROWS": rows}, num_warps=4) for rows in (1, 2, 4))

@@ -157,11 +157,11 @@ def passes(
     alone: bool,
 ) -> list[Tensor]:
     """What the four passes give, in the order of `scan`; or without the two summaries, if ``alone``."""
-    summaries = [] if alone else [op.summarize(inputs, segments)[1]]
-    y, saved = op.attend(inputs, segments, past)
+    summaries = [] if alone else [op.local_transition(inputs, segments)[1]]
+    y, saved = op.apply_state(inputs, segments, past)
     if not alone:
-        summaries.append(op.summarize_grad(inputs, segments, past, saved, grad))
-    grads = op.attend_grad(inputs, segments, past, future, saved, grad)
+        summaries.append(op.incoming_state_grad(inputs, segments, past, saved, grad))
+    grads = op.input_grads(inputs, segments, past, future, saved, grad)
     return [*summaries, y, *(x for x in grads if x is not None)]
 
 

@@ -90,10 +90,10 @@ def passes(
     op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor, future: Tensor, grad: Tensor
 ) -> list[Tensor]:
     """What the two passes and their adjoints give."""
-    _, state = op.summarize(inputs, segments)
-    y, saved = op.attend(inputs, segments, past)
-    to_past = op.summarize_grad(inputs, segments, past, saved, grad)
-    grads = op.attend_grad(inputs, segments, past, future, saved, grad)
+    _, state = op.local_transition(inputs, segments)
+    y, saved = op.apply_state(inputs, segments, past)
+    to_past = op.incoming_state_grad(inputs, segments, past, saved, grad)
+    grads = op.input_grads(inputs, segments, past, future, saved, grad)
     return [state, y, to_past, *(x for x in grads if x is not None)]
 
 
@@ -226,6 +226,6 @@ def test_compiled_sums_of_a_long_sequence() -> None:
     """Sums between spans in fp64: 2^18 terms without decay are right to 1e-6."""
     module = importlib.import_module("longreach.kernels.linear_attention.triton")
     k, v = torch.rand(2, 1, 1 << 18, 2, 64, device="cuda")
-    _, state = module.Triton(**PLAIN).summarize((k, k, v), None)
+    _, state = module.Triton(**PLAIN).local_transition((k, k, v), None)
     truth = torch.einsum("blhk,blhv->bhkv", k.double(), v.double())
     assert ((state - truth).abs() / truth).max() < 1e-6

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import interpreted
 
 from longreach.kernels.scan import Carry
-from longreach.kernels.short_conv.function import Local
+from longreach.kernels.short_conv.autograd import Local
 from longreach.kernels.short_conv.reference import reference_short_conv
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -18,8 +18,8 @@ import pytest
 import torch
 from programs import Job, finish, longreach, python, start
 
-from longreach.framework.export import load_exported
-from longreach.framework.generate import Decoder, load_run
+from longreach.framework.inference.export import load_exported
+from longreach.framework.inference.generate import Decoder, load_run
 from longreach.launch.cli import main
 
 PROGRESS = re.compile(

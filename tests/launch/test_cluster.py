@@ -20,7 +20,7 @@ import kubeflow_trainer_api.models as models
 import psutil
 import pytest
 import yaml
-from places import Place, make_place, told
+from fault_helpers import Place, make_place, told
 from programs import LAUNCHERS, finish
 from torch.distributed import run
 
@@ -181,12 +181,12 @@ def test_the_help_of_a_node_is_its_own(place: Place) -> None:
 
 
 def test_the_help_of_links_is_a_usage(place: Place) -> None:
-    program = ("python", "-m", "longreach.launch.links")
+    program = ("python", "-m", "longreach.launch.link_benchmark")
     done = finish(begin(place, *program, "--help"), 60)
     assert done.returncode == 0 and "torchrun --nnodes 2" in done.stdout and "parallel.far" in done.stdout
     done = finish(begin(place, *program), 60)
     assert done.returncode == MISTAKE
-    told(done, "a link lies between two ranks", "longreach.launch.links --help")
+    told(done, "a link lies between two ranks", "longreach.launch.link_benchmark --help")
 
 
 def test_a_node_refuses_restarts_of_its_own(place: Place) -> None:

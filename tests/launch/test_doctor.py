@@ -12,7 +12,7 @@ import psutil
 import pytest
 from programs import longreach, python
 
-from longreach.kernels.errors import InputError
+from longreach.errors import InputError
 from longreach.launch import doctor
 from longreach.launch.doctor import Finding
 

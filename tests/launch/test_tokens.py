@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from programs import finish, longreach, start
 
+from longreach.errors import InputError
 from longreach.framework.data import Index, load_vocabulary
-from longreach.framework.evaluate import evaluate
-from longreach.framework.export import export
-from longreach.kernels.errors import InputError
+from longreach.framework.inference.evaluate import evaluate
+from longreach.framework.inference.export import export
 from longreach.launch.cli import main
 
 CONFIG = """

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 from helpers import run_distributed
 
+from longreach.errors import InputError
 from longreach.framework.config import load
-from longreach.kernels.errors import InputError
 from longreach.parallel import cost
-from longreach.parallel.links import measure
+from longreach.parallel.link_benchmark import measure
 from longreach.parallel.mesh import Axis, Mesh
 from longreach.parallel.relay import SLICES, _fastest
 
 
 def test_two_sizes_tell_a_link() -> None:
     link = cost.Link(2e-4, 3e9)
-    found = cost.through((1000, link.seconds(1000)), (2**24, link.seconds(2**24)))
+    found = cost.fit_link((1000, link.seconds(1000)), (2**24, link.seconds(2**24)))
     assert found.latency == pytest.approx(link.latency) and found.bandwidth == pytest.approx(link.bandwidth)
-    odd = cost.through((1000, 1e-4), (2**24, 1e-4))  # noise: the larger one was as fast
+    odd = cost.fit_link((1000, 1e-4), (2**24, 1e-4))  # noise: the larger one was as fast
     assert 0 <= odd.latency <= 1e-4 and odd.bandwidth > 1e12
 
 
@@ -45,8 +45,8 @@ def test_links_choose_the_relay() -> None:
     """Where a message costs nothing but its bytes, states go in slices; where it costs its latency, in few steps."""
     axis = Axis(size=64, ranks=tuple(range(64)), relay="auto")
     latent, narrow = cost.Link(1.0, 1e12), cost.Link(0.0, 1e6)
-    assert _fastest(replace(axis, near=latent, far=latent), 10**6, True) == "doubling"
-    assert _fastest(replace(axis, near=narrow, far=narrow), 10**6, True) in ("pipeline", "doubling")
+    assert _fastest(replace(axis, near=latent, far=latent), 10**6, True) == "recursive_doubling"
+    assert _fastest(replace(axis, near=narrow, far=narrow), 10**6, True) in ("pipeline", "recursive_doubling")
     assert cost.num_slices(1e6, 64, SLICES, narrow) == SLICES and cost.num_slices(1e6, 64, SLICES, latent) == 1
     # Between two ranks, a message; but what leaves the last one has to be told to both.
     two = replace(axis, size=2, ranks=(0, 1), near=latent, far=latent)

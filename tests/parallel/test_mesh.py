@@ -9,7 +9,7 @@ import torch.distributed as dist
 from helpers import run_distributed
 
 from longreach.parallel import mesh
-from longreach.parallel.mesh import Axis, PeerFailed, first_alone
+from longreach.parallel.mesh import Axis, PeerFailed, first_rank_only
 
 
 def wait_for_the_first(axis: Axis, seconds: float, fails: bool) -> tuple[bool, str]:
@@ -27,7 +27,7 @@ def wait_for_the_first(axis: Axis, seconds: float, fails: bool) -> tuple[bool, s
             raise OSError("no space")
 
     try:
-        first_alone(work, axis)
+        first_rank_only(work, axis)
     except (OSError, PeerFailed) as error:
         return worked, type(error).__name__
     finally:

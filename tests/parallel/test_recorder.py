@@ -62,11 +62,11 @@ def exchanges(
     spans = streaming.blocks(Mesh(sequence=axis), 23, block_len, segments=segments, traffic=traffic)
 
     def loss(span: Span) -> torch.Tensor:
-        nll, penalty = model(span.take(tokens), span, span.take(tokens))
+        nll, penalty = model(span.shard(tokens), span, span.shard(tokens))
         return nll.sum() + penalty
 
     with Recorder(traffic) as recorder:
-        streaming.train(spans, lambda span: model(span.take(tokens), span, head=False), loss, torch.Tensor.backward)
+        streaming.train(spans, lambda span: model(span.shard(tokens), span, head=False), loss, torch.Tensor.backward)
     return recorder.events, dict(traffic.bytes)
 
 

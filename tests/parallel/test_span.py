@@ -17,7 +17,7 @@ from longreach.kernels.scan import Carry
 from longreach.kernels.short_conv import reach, reference_short_conv, short_conv
 from longreach.parallel import reshard
 from longreach.parallel.mesh import Axis
-from longreach.parallel.span import Span, Whole
+from longreach.parallel.span import ChannelShard, Span
 
 BATCH = 2
 TAPS = 5
@@ -68,7 +68,7 @@ def share_of(axis: Axis, mixer: Any, data: dict[str, Any], blocks: list[list[int
         span = Span(
             axis=axis, lengths=lengths, start=first, segments=segments, carry=carries, keep_carry=len(blocks) > 1
         )
-        outs.append(mixer(span.at("layer"), x[:, tokens], *weights))
+        outs.append(mixer(span.for_layer("layer"), x[:, tokens], *weights))
         mine.append(tokens)
         carries, first = span.carry_out, first + sum(lengths)
     upstream = upstream_of(x)
@@ -96,7 +96,7 @@ def short_by_halo(causal: bool, inside_first: bool) -> Any:
 
 def long_by_channel(causal: bool) -> Any:
     def mixer(span: Span, x: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
-        def run(whole: Whole) -> Tensor:
+        def run(whole: ChannelShard) -> Tensor:
             carry = segments = None
             if whole.num_past:
                 ids = None if whole.segments is None else whole.segments[:, : whole.num_past]
@@ -171,7 +171,7 @@ def sliced_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> list[T
     slices: list[int] = []
 
     def mixer(span: Span, x: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
-        def run(whole: Whole) -> Tensor:
+        def run(whole: ChannelShard) -> Tensor:
             slices.append(whole.tokens.shape[2])
             y, _ = long_conv(whole.tokens, kernel[whole.channels], skip[whole.channels], segments=whole.segments)
             return y[:, whole.num_past :]
@@ -181,7 +181,9 @@ def sliced_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> list[T
     blocks = [[length - 20 for length in lengths], [20 for _ in lengths]]  # the second finds a carry
     with mock.patch.object(reshard, "SLICED_FROM", 1 << 8):
         found = share_of(axis, mixer, data, blocks)
-    assert len(slices) == 2 * reshard.SLICES and sum(slices) == 2 * reshard.channel_shares(19, axis.size)[axis.rank]
+    assert (
+        len(slices) == 2 * reshard.SLICES and sum(slices) == 2 * reshard.channel_shard_sizes(19, axis.size)[axis.rank]
+    )
     return found
 
 

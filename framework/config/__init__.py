@@ -1,0 +1,449 @@
+"""The configuration of a run: defaults <- YAML file <- command line, merged once, with every type checked.
+
+Each section is a dataclass beside the code that it configures. `typed_yaml` reads the text against these
+types, OmegaConf merges and resolves interpolations, and what `load` returns are plain dataclasses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
+
+from ...errors import InputError
+from ..data import DataConfig
+from ..mixers.registry import run_files
+from ..model import ModelConfig
+from ..tasks import TaskConfig, kind_of
+from . import typed_yaml
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+MAX_BYTES = 1 << 18
+MAX_INTERPOLATIONS = 20  # one of another multiplies: so many make a text 1,500 times as long, at most
+MAX_INTERPOLATION_LEN = 1000
+
+
+@dataclass
+class RunSection:
+    """Where results go (by default ``runs/<name of the config>``), and the seed of weights and data order."""
+
+    dir: str = ""
+    seed: int = 0
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are used.
+
+    Args:
+        ranks: processes in all.
+        sequence: ranks that share one sequence; 0 means all of them.
+        block_len: tokens of a streamed block on each rank, so that memory does not grow with the sequence; 0 processes
+            it whole.
+        relay: how states travel along the ranks of a sequence: ``gather`` (all to all ranks), ``hierarchical`` (within
+            nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``recursive_doubling`` (to
+            ranks at distances 1, 2, 4, ...), ``auto`` (the fastest by `parallel.cost`).
+        near, far: latency in seconds and bandwidth in bytes a second between ranks of a node, and between nodes, as
+            ``longreach doctor`` and `launch.link_benchmark` measure them; empty for rough figures.
+        park_carries: keep what waits between streamed blocks in host memory.
+        timeout: seconds after which a rank that does not answer ends the run, and an exchange that does not end.
+    """
+
+    ranks: int = 1
+    sequence: int = 0
+    block_len: int = 0
+    relay: Literal["auto", "gather", "hierarchical", "pipeline", "recursive_doubling"] = "auto"
+    near: list[float] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
+    park_carries: bool = False
+    timeout: float = 600.0
+
+    @property
+    def num_sequence_ranks(self) -> int:
+        return self.sequence or self.ranks
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.ranks // self.num_sequence_ranks
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then a cosine to ``min_lr_ratio * lr`` at ``schedule_steps``.
+
+    ``schedule_steps`` is ``train.steps`` unless given; ``clip`` limits the gradient's norm, 0 does not.
+    """
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 0
+    schedule_steps: int | None = None
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps.
+        micro_batch_size: sequences that a data rank processes at once; the rest of its share accumulates.
+        precision: of activations; weights are kept in fp32 besides.
+        log_every, validate_every: steps; a run always validates at its end, and with 0 only there.
+        validate_batches: how many batches of ``data.batch_size`` sequences a validation reads; 0 reads all.
+        threads: intra-op threads of a rank; 0 shares the cores among the ranks of a machine.
+        compile: run the model through ``torch.compile``, which fuses what lies between the operators; the first step
+            takes minutes. Exchanges between ranks stay outside of its graphs.
+        recompute: keep only the input of each block of the model for backward, and compute the block again then: less
+            memory for one more forward pass. States and halos are exchanged once.
+        time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
+        nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
+            ``skip`` the step, up to `loss_guard.MAX_SKIPPED` in a row.
+    """
+
+    steps: int = MISSING
+    micro_batch_size: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: int = 1
+    validate_every: int = 0
+    validate_batches: int = 0
+    threads: int = 0
+    compile: bool = False
+    recompute: bool = False
+    time_limit: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and what to keep. Training goes on while a checkpoint is written.
+
+    Args:
+        every: so many steps, and at the end; 0 only there.
+        resume: continue what the run dir holds.
+        keep_last: the newest so many are kept; 0 keeps all.
+        keep_every: and those whose step is a multiple of this; 0 for none.
+        keep_best: and the one with the lowest held-out loss.
+    """
+
+    every: int = 100
+    resume: bool = True
+    keep_last: int = 3
+    keep_every: int = 0
+    keep_best: bool = False
+
+
+@dataclass
+class MonitorConfig:
+    """What is shown.
+
+    Args:
+        tensorboard, plot: write TensorBoard's events, and the loss curve at the end.
+        sample_len: tokens of generated text at the end.
+        record_exchanges: of so many first steps, every exchange of every rank, in ``exchanges/rank-N.jsonl``.
+        profile_steps: the first and the last step that are traced, as in ``[10, 12]``, every rank in a file of
+            ``profile/``; empty for none.
+    """
+
+    tensorboard: bool = True
+    plot: bool = True
+    sample_len: int = 0
+    record_exchanges: int = 0
+    profile_steps: list[int] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """A whole run. ``deepspeed`` is a name in ``configs/deepspeed/``, the path of a JSON, or its keys."""
+
+    run: RunSection = field(default_factory=RunSection)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    deepspeed: Any = "zero1"
+
+    def __post_init__(self) -> None:
+        # Where an interpolation stood: {path: (as written, what it gave)}. `to_yaml` writes it back.
+        self.interpolations: dict[tuple[str | int, ...], tuple[str, Any]] = {}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration, check it, and run the files of ``model.code``.
+
+    Args:
+        path: of a YAML file, or the bare name of one in ``configs/``.
+        overrides: ``section.key=value``, the value in YAML's notation; later ones win.
+
+    Raises:
+        InputError: in one line, with the key and where it was written.
+    """
+    file = _find(path)
+    trees = [
+        _read_file(file),
+        *(_read_override(item, overrides[i + 1 :]) for i, item in enumerate(overrides)),
+    ]
+    _check_interpolations(trees)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *trees)
+        if missing := OmegaConf.missing_keys(merged):
+            allowed = f"mandatory, and given neither in {file} nor on the command line"
+            raise InputError(", ".join(sorted(missing)), MISSING, allowed, "add each as key=value")
+        config = typing.cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise _unresolved(error, trees) from None
+    except RecursionError:
+        raise InputError("config", str(file), "holds an interpolation that is nested too deeply") from None
+    given = dataclasses.asdict(config)
+    for place, text in _interpolations(OmegaConf.to_container(merged, resolve=False), ()):
+        config.interpolations[place] = (text, _at(given, place))
+    config.run.dir = config.run.dir or f"runs/{file.stem}"
+    if config.optim.schedule_steps is None:
+        config.optim.schedule_steps = config.train.steps
+    try:
+        validate(config)
+        run_files(config.model.code)
+    except InputError as error:
+        raise without_secrets(error, config) from None
+    return config
+
+
+def as_written(config: RunConfig) -> dict[str, Any]:
+    """A configuration's keys and values for others to read.
+
+    What came from an interpolation is that interpolation, not its value (which may be a secret from the environment),
+    unless the program has changed it since.
+    """
+    tree = dataclasses.asdict(config)
+    for place, (text, value) in config.interpolations.items():
+        if _at(tree, place) == value:
+            _at(tree, place[:-1])[place[-1]] = text
+    return tree
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write a configuration as YAML that `load` reads back; see `as_written`."""
+    return typed_yaml.dump(as_written(config))
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write `to_yaml` to a file, UTF-8; what was there stays until all is written."""
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def without_secrets(error: InputError, config: RunConfig) -> InputError:
+    """The same mistake, told with ``${oc.env:NAME}`` in place of what the environment gave the configuration."""
+    texts = " ".join(text for text, _ in config.interpolations.values())
+    secrets = {os.environ.get(name, ""): name for name in re.findall(r"oc\.env:\s*(\w+)", texts)}
+    parts = [error.value if isinstance(error.value, str) else repr(error.value), error.allowed, error.fix]
+    for value, name in secrets.items():
+        if len(value) > 3 and not value.isdecimal():  # numbers and words like "off" stand in any message
+            parts = [part.replace(value, f"${{oc.env:{name}}}") for part in parts]
+    unchanged = parts[0] in (error.value, repr(error.value))
+    return InputError(error.field, error.value if unchanged else parts[0], parts[1], parts[2])
+
+
+def validate(config: RunConfig) -> None:
+    """Check the values that a type cannot: ranges, and what fields say together.
+
+    Raises:
+        InputError: for the first that is wrong, with the numbers.
+    """
+    tree = dataclasses.asdict(config)
+    for key in ("run.dir", "data.source", "data.cache", "data.tokenizer"):
+        _check_path(key, _at(tree, tuple(key.split("."))))
+    for low, keys in _AT_LEAST.items():
+        for key in keys.split():
+            value = _at(tree, tuple(key.split(".")))
+            if value is not None and (value < low or not math.isfinite(value)):
+                raise InputError(key, value, f"must be a number and at least {low}")
+    optim, parallel, train = config.optim, config.parallel, config.train
+    for key, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
+        if value == 0:
+            raise InputError(key, value, "must be more than 0")
+    if optim.min_lr_ratio > 1:
+        raise InputError("optim.min_lr_ratio", optim.min_lr_ratio, "must be between 0 and 1")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise InputError("optim.betas", optim.betas, "must be two numbers in [0, 1)")
+    schedule_steps = train.steps if optim.schedule_steps is None else optim.schedule_steps
+    if optim.warmup_steps >= schedule_steps:
+        allowed = f"must be less than optim.schedule_steps = {schedule_steps}"
+        fix = f"set optim.warmup_steps=0, or train.steps above {optim.warmup_steps}"
+        raise InputError("optim.warmup_steps", optim.warmup_steps, allowed, fix)
+    kind_of(config.task)
+    if config.data.valid_fraction >= 1:
+        raise InputError("data.valid_fraction", config.data.valid_fraction, "must be less than 1")
+    if not isinstance(config.deepspeed, (str, dict)):
+        allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
+        raise InputError("deepspeed", config.deepspeed, allowed)
+    profiled = config.monitor.profile_steps
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]):
+        raise InputError("monitor.profile_steps", profiled, "must be a first and a last step, as in [10, 12]")
+    for key, link in (("parallel.near", parallel.near), ("parallel.far", parallel.far)):
+        if link and not (len(link) == 2 and 0 <= link[0] < math.inf and 0 < link[1] < math.inf):
+            allowed = "must be a latency in seconds and a bandwidth in bytes a second"
+            how = (
+                "longreach doctor"
+                if key == "parallel.near"
+                else "python -m longreach.launch.link_benchmark under torchrun"
+            )
+            raise InputError(key, link, allowed, f"measure it with {how}, or write {key}=[1e-5,1e10]")
+    if parallel.block_len and not config.model.causal:
+        allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
+        raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")
+    if parallel.ranks % parallel.num_sequence_ranks:
+        allowed = f"must divide parallel.ranks = {parallel.ranks} (ranks = data ranks x sequence ranks)"
+        fix = f"set parallel.sequence={parallel.ranks}, or 0: all ranks share a sequence"
+        raise InputError("parallel.sequence", parallel.sequence, allowed, fix)
+    unit = parallel.num_data_ranks * train.micro_batch_size
+    if config.data.batch_size % unit:
+        allowed = (
+            f"must be a multiple of {unit} = {parallel.num_data_ranks} data ranks "
+            f"({parallel.ranks} ranks / {parallel.num_sequence_ranks} of a sequence) "
+            f"x {train.micro_batch_size} (train.micro_batch_size)"
+        )
+        nearest = max(1, round(config.data.batch_size / unit)) * unit
+        raise InputError("data.batch_size", config.data.batch_size, allowed, f"set data.batch_size={nearest}")
+
+
+_AT_LEAST = {
+    0: (
+        "run.seed task.seed model.vocab model.channels model.outputs model.dropout "
+        "parallel.sequence parallel.block_len data.workers data.vocab data.valid_fraction "
+        "data.max_bad_samples optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
+        "train.validate_every train.validate_batches train.threads train.time_limit checkpoint.every "
+        "checkpoint.keep_last checkpoint.keep_every monitor.sample_len "
+        "monitor.record_exchanges"
+    ),
+    1: (
+        "task.examples task.test_examples task.horizon task.pairs task.size "
+        "model.width model.depth data.seq_len data.batch_size parallel.ranks "
+        "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout data.timeout"
+    ),
+}
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file that CONFIG means."""
+    file, text = Path(path), str(path)
+    _check_path("config", text)
+    names = sorted(item.stem for item in CONFIGS.glob("*.yaml"))
+    if file.name == text and file.suffix not in (".yaml", ".yml"):
+        if text in names:
+            return CONFIGS / f"{text}.yaml"
+        if not file.exists():
+            near = difflib.get_close_matches(text, names, 1)
+            fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
+            raise InputError("config", text, "is neither a file nor a name in configs/", fix)
+    return file
+
+
+def _check_path(key: str, text: str) -> None:
+    """Raise `InputError` for what no file system takes as a path; whether something lies there is asked later."""
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        raise InputError(key, text, f"is no path: {error.strerror}") from None
+    except ValueError as error:  # a NUL, or a character that the system cannot encode
+        raise InputError(key, text, f"is no path: {error}") from None
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        fix = "give the path of a YAML file, or the bare name of one in configs/"
+        if (file / "config.yaml").is_file():
+            fix = f"for this run, give {file / 'config.yaml'}"
+        raise InputError("config", str(file), f"cannot be read: {error.strerror}", fix) from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        allowed = f"is not UTF-8 text (line {line})"
+        raise InputError("config", str(file), allowed, "save it as UTF-8") from None
+    if len(content) > MAX_BYTES:
+        raise InputError("config", str(file), f"must be at most {MAX_BYTES} bytes")
+    return typed_yaml.read_document(text, RunConfig, str(file))
+
+
+def _read_override(item: str, following: Sequence[str]) -> Any:
+    """Turn ``a.b=value`` into ``{a: {b: value}}``.
+
+    Args:
+        item: one word of the command line.
+        following: the words after it, to see through ``a.b = value``.
+    """
+    key, equals, text = item.partition("=")
+    if not equals and following and following[0].startswith("="):
+        words = f"{item} {' '.join(following[: 2 if following[0] == '=' else 1])}"
+    else:
+        words = item
+    tight = "=".join(part.strip() for part in words.split("=", 1))
+    if "=" not in words or not key.strip():
+        raise InputError("override", item, "must be key=value", f"write {key.strip() or 'KEY'}=VALUE")
+    if tight != item:
+        raise InputError("override", words, "must be key=value without spaces around '='", f"write {tight}")
+    return typed_yaml.read_override(key, text, RunConfig)
+
+
+def _unresolved(error: OmegaConfBaseException, trees: Sequence[Any]) -> InputError:
+    """Say in one line what OmegaConf found; never with a resolved value, which may be a secret."""
+    key = getattr(error, "full_key", None) or "config"
+    problem = str(error).splitlines()[0].replace("KeyError raised while resolving interpolation: ", "")
+    if isinstance(error, InterpolationValidationError):
+        problem = "what the interpolation gives is not of the field's type"
+    written: Any = "${...}"
+    for tree in trees:
+        with contextlib.suppress(KeyError, TypeError):
+            written = _at(tree, key.split("."))
+    return InputError(key, written, problem)
+
+
+def _interpolations(tree: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, str) and "${" in tree:
+        yield place, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, child in items:
+        yield from _interpolations(child, (*place, name))
+
+
+def _check_interpolations(trees: Sequence[Any]) -> None:
+    """Raise `InputError` for more or longer interpolations than a configuration needs, before any is resolved."""
+    found = [item for tree in trees for item in _interpolations(tree, ())]
+    for place, text in found:
+        if len(text) > MAX_INTERPOLATION_LEN:
+            allowed = f"a text with an interpolation must be at most {MAX_INTERPOLATION_LEN} characters"
+            raise InputError(".".join(map(str, place)), text, allowed)
+    number = sum(text.count("${") for _, text in found)
+    if number > MAX_INTERPOLATIONS:
+        allowed = f"a configuration must hold at most {MAX_INTERPOLATIONS}"
+        raise InputError("interpolations", number, allowed, "write values out")
+
+
+def _at(tree: Any, place: Sequence[str | int]) -> Any:
+    for name in place:
+        tree = tree[name]
+    return tree

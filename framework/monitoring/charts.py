@@ -1,0 +1,84 @@
+"""How TensorBoard arranges a run: five questions, each with the charts that answer it, and the table of runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import RunConfig, as_written
+
+TAGS = {
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "compute_seconds": "speed/compute_seconds",
+    "exchange_seconds": "speed/exchange_seconds",
+    "zero_seconds": "speed/zero_seconds",
+    "optimizer_seconds": "speed/optimizer_seconds",
+    "data_wait_seconds": "speed/data_wait_seconds",
+    "save_seconds": "speed/save_seconds",
+    "peak_memory_bytes": "memory/peak_bytes",
+    "skipped_steps": "health/skipped_steps",
+    "outside_range": "health/outside_range",
+    "bytes_scan": "exchange/scan_bytes",
+    "bytes_halo": "exchange/halo_bytes",
+    "bytes_by_channel": "exchange/by_channel_bytes",
+}
+"""The scalars that are not below ``train/`` or ``validation/``, by their names in the files of rows."""
+
+PARTS = ("compute", "exchange", "zero", "optimizer", "data_wait", "save")
+
+
+def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
+    """What `SummaryWriter.add_custom_scalars` takes: questions, their charts, and the tags of these."""
+    health = {
+        "gradient norm": ["train/grad_norm"],
+        "learning rate": ["train/lr"],
+        "penalty on weights": ["train/penalty"],
+        "steps skipped so far": ["health/skipped_steps"],
+        "peak memory of a rank, bytes": ["memory/peak_bytes"],
+    }
+    if "elementwise" in config.model.mixers[: config.model.depth]:
+        health["pairs outside the series' safe range"] = ["health/outside_range"]
+    questions = {
+        "Is it learning?": {
+            "loss, nats per token": ["train/loss", "validation/loss"],
+            "bits per token": ["train/bits_per_token", "validation/bits_per_token"],
+        },
+        "Is it fast?": {
+            "tokens per second": ["speed/tokens_per_second"],
+            "seconds of a step": ["speed/step_seconds"],
+        },
+        "Is it healthy?": health,
+        "Where does the time go?": {"seconds of a step on rank 0": [f"speed/{part}_seconds" for part in PARTS]},
+        "Does it use its context?": {"gain of context, bits per token": ["validation/gain_of_context"]},
+    }
+    if config.task.name != "language":
+        del questions["Does it use its context?"]
+        questions["Is it learning?"] = {
+            "loss": ["train/loss", "validation/loss"],
+            "what the task measures": ["validation/(accuracy|rmse|mae)"],
+        }
+    # TensorBoard takes each for a pattern that a tag begins with.
+    return {
+        question: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items()}
+        for question, charts in questions.items()
+    }
+
+
+def hyperparameters(config: RunConfig) -> dict[str, float | str]:
+    """What tells runs apart, by short names; see `as_written`."""
+    tree = as_written(config)
+    model, data, optim, train = (tree[name] for name in ("model", "data", "optim", "train"))
+    return {
+        "mixers": ", ".join(model["mixers"]),
+        "task": tree["task"]["name"],
+        "data": data["name"] or data["source"],
+        "ranks": config.parallel.ranks,
+        "sequence_ranks": config.parallel.num_sequence_ranks,
+        "block_len": config.parallel.block_len,
+        "deepspeed": tree["deepspeed"] if isinstance(tree["deepspeed"], str) else "keys of its own",
+        "seed": config.run.seed,
+        **{name: model[name] for name in ("width", "depth", "vocab")},
+        **{name: data[name] for name in ("seq_len", "batch_size")},
+        **{name: optim[name] for name in ("lr", "warmup_steps", "weight_decay")},
+        **{name: train[name] for name in ("precision", "steps")},
+    }

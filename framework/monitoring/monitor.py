@@ -1,0 +1,277 @@
+"""What a run shows while it goes: metrics.jsonl, TensorBoard, the console, and the loss curve at the end.
+
+`charts` arranges what TensorBoard shows, `figures` draws, `probe` looks into the model, `profile` traces steps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from ...errors import InputError
+from ..config import RunConfig, to_yaml
+from . import figures
+from .charts import TAGS, hyperparameters, layout
+from .probe import Probe
+
+matplotlib.use("Agg")
+log = logging.getLogger("longreach.monitor")
+BITS = math.log2(math.e)  # bits in a nat
+RECENT = 20  # steps whose mean training loss is a result
+
+
+class Monitor:
+    """Rank 0's view of a run, written below its directory.
+
+    Args:
+        run_dir: gets ``metrics.jsonl``, ``validation.jsonl``, ``tensorboard/`` and ``plots/``.
+        config: shown in TensorBoard as text.
+        first_step: steps done before; rows of later steps, left by a run that was stopped, are dropped.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, first_step: int) -> None:
+        self.run_dir, self.config = run_dir, config
+        self.in_bits = config.task.name == "language"  # losses are of tokens
+        self.metrics, self.validations = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
+        self.rows = _rows_up_to(self.metrics, first_step)
+        self.held_out = _rows_up_to(self.validations, first_step)
+        _write_rows(self.metrics, self.rows)
+        _write_rows(self.validations, self.held_out)
+        self.board: SummaryWriter | None = None
+        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self.console,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=config.train.steps, completed=first_step, state="")
+        if config.monitor.tensorboard:
+            with self._charts():
+                threading.excepthook = _say_no_writer
+                with self._rewritten("layout") as board:
+                    board.add_custom_scalars(layout(config))
+                self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+                self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def say(self, line: str) -> None:
+        """Print one line, above the progress bar if there is one."""
+        (self.progress.console if self.progress else self.console).print(line, soft_wrap=True)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one optimizer step; ``row["step"]`` counts from 1."""
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        before = self.rows[-1].get("skipped_steps", 0) if self.rows else 0
+        row["skipped_steps"] = before + (not finite)
+        if self.in_bits:
+            row["bits_per_token"] = row["loss"] * BITS
+        self.rows.append(row)
+        _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()})
+        step = row["step"]
+        with self._charts():
+            for name, value in row.items():
+                if self.board is not None and name != "step" and math.isfinite(value):
+                    self.board.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+        bits = f"{row['bits_per_token']:.3f} bits/token  " if self.in_bits else ""
+        state = f"loss {row['loss']:.4f}  {bits}{row['tokens_per_second']:,.0f} tokens/s"
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, state=state)
+        elif step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            pace = (time.monotonic() - self.started) / (step - self.first_step)
+            left = _clock(pace * (self.config.train.steps - step))
+            self.say(f"step {step}/{self.config.train.steps}  {state}  {left} left")
+
+    def validation(
+        self, step: int, loss: float, by_position: list[tuple[int, float]], metrics: dict[str, float], probe: Probe
+    ) -> None:
+        """Record a validation: ``loss`` in nats a token, the loss of each stretch of positions, what else the task
+        measures, and what a probe saw in the model.
+        """
+        row = {"step": step, "loss": loss, **metrics}
+        if self.in_bits:
+            row["bits_per_token"] = loss * BITS
+            row["gain_of_context"] = (by_position[0][1] - by_position[-1][1]) * BITS
+            self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
+        else:
+            found = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+            self.say(f"step {step}: held-out {loss:.4f}{found}")
+        if probe.outside_range is not None:
+            row["outside_range"] = probe.outside_range
+        self.held_out.append({**row, "by_position": by_position})
+        _append(self.validations, self.held_out[-1])
+        if self.board is None:
+            return
+        title = f"held-out, step {step}"
+        with self._charts():
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(TAGS.get(name, f"validation/{name}"), value, step)
+            if self.in_bits:
+                bits = [(position, value * BITS) for position, value in by_position]
+                self.board.add_figure("validation/by_position", figures.by_position(bits, title), step)
+            self.board.add_figure("figures/where_the_time_goes", figures.time_parts(self.rows), step)
+            if probe.kernels:
+                self.board.add_figure("figures/long_kernels", figures.long_kernels(probe.kernels, title), step)
+            if probe.products:
+                self.board.add_figure("figures/products", figures.products(probe.products, title), step)
+
+    def profile(self, step: int, path: Path, table: str) -> None:
+        """Show what a trace of steps found, and where it is."""
+        self.say(f"step {step}: traced in {path}; open it in https://ui.perfetto.dev or chrome://tracing")
+        if self.board is not None:
+            with self._charts():
+                self.board.add_text("profile/top_operators", f"{path}\n\n```\n{table}\n```", step)
+
+    def finish(self) -> None:
+        """Add the run, which did all its steps, to TensorBoard's table of runs: hyperparameters and what they gave."""
+        if self.board is None or not self.rows:
+            return
+        step, finite = self.rows[-1]["step"], [row for row in self.rows if _is_finite(row["loss"])]
+        results = {}
+        if self.held_out:
+            results["result/held_out"] = self.held_out[-1]["loss"]
+        if finite:
+            results["result/loss"] = fmean(row["loss"] for row in finite[-RECENT:])
+        results["result/tokens_per_second"] = median(row["tokens_per_second"] for row in self.rows)
+        with self._charts(), self._rewritten("results") as board:
+            assert board.file_writer is not None
+            for summary in hparams(hyperparameters(self.config), results):
+                board.file_writer.add_summary(summary, step)
+            for tag, value in results.items():
+                board.add_scalar(tag, value, step)
+
+    def plot(self) -> Path | None:
+        """Draw the loss curve from ``metrics.jsonl``; returns the PNG's path, or None if it cannot be written."""
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        shown = [row for row in self.rows if _is_finite(row["loss"])]
+        scale = BITS if self.in_bits else 1.0
+        axes.plot([r["step"] for r in shown], [r["loss"] * scale for r in shown], lw=0.8, label="training")
+        if self.held_out:
+            steps, losses = zip(*[(r["step"], r["loss"] * scale) for r in self.held_out], strict=True)
+            axes.plot(steps, losses, "o-", label="held-out")
+        axes.set(xlabel="step", ylabel="bits per token" if self.in_bits else "loss", title=self.run_dir.name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        path = self.run_dir / "plots" / "loss.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            self.say(f"warning: {path} cannot be written ({error.strerror}); metrics.jsonl has every step")
+            return None
+        return path
+
+    def close(self) -> None:
+        """Stop the progress bar and flush TensorBoard."""
+        if self.progress is not None:
+            self.progress.stop()
+        if self.board is not None:
+            with self._charts():
+                self.board.close()
+
+    @contextmanager
+    def _rewritten(self, name: str) -> Iterator[SummaryWriter]:
+        """A file of TensorBoard's beside the main one; it replaces that of this name, from before a run was resumed."""
+        directory = self.run_dir / "tensorboard"
+        for old in directory.glob(f"events.out.tfevents.*.{name}"):
+            old.unlink()
+        with SummaryWriter(str(directory), filename_suffix=f".{name}") as board:
+            yield board
+
+    @contextmanager
+    def _charts(self) -> Iterator[None]:
+        """Where TensorBoard is written: if it cannot be, that is said once, and the run goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            place = self.run_dir / "tensorboard"
+            why = error.strerror or str(error)
+            self.say(f"warning: {place} cannot be written ({why}): no more charts; metrics.jsonl has every step")
+            self.board = None
+
+
+def _is_finite(value: float | None) -> bool:
+    """Whether a row's value is a finite number; one read from ``metrics.jsonl`` is None if it was not."""
+    return value is not None and math.isfinite(value)
+
+
+def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a JSONL file up to a step; a half-written last line is dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                log.warning("%s: dropped a line that is no JSON", path)
+                continue
+            if row["step"] <= step:
+                rows.append(row)
+    return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    with _recording(path):
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+        os.replace(partial, path)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with _recording(path), open(path, "a", encoding="ascii") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def _recording(path: Path) -> Iterator[None]:
+    """Raise `InputError` where the record of the run cannot be written: without it, the run is not to go on."""
+    try:
+        yield
+    except OSError as error:
+        fix = "make room, then the same command goes on from the last checkpoint"
+        raise InputError("run.dir", str(path), f"cannot be written: {error.strerror}", fix) from None
+
+
+def _say_no_writer(arguments: threading.ExceptHookArgs) -> None:
+    """Threads tell what ended them, but not TensorBoard's writer: the next call to it does."""
+    if not (isinstance(arguments.exc_value, OSError) and "Writer" in type(arguments.thread).__name__):
+        threading.__excepthook__(arguments)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say_plainly(level: int = logging.INFO) -> None:
+    """Send this package's log lines of a level and above to standard error, one plain line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("longreach")
+    root.handlers, root.propagate = [handler], False
+    root.setLevel(level)

@@ -1,0 +1,114 @@
+"""How a model does on a split of a task, in training and afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallel import streaming
+from ...parallel.mesh import Mesh, gather_values
+from ...parallel.span import Span
+from ...parallel.traffic import Traffic
+from ..config import RunConfig
+from ..data import Batch, Batches
+from ..heads import Head, labelled
+from ..monitoring.probe import Probe
+from ..tasks import Score, Task
+
+POSITION_BINS = 32  # stretches of positions that are told apart
+
+
+def batches_of(config: RunConfig, mesh: Mesh, task: Task, split: str, seed: int | None = None) -> Batches:
+    """This data rank's micro-batches of a split, in the order of ``seed``; once without one, of no more sequences than
+    there are.
+    """
+    sequences, data, micro_batch_size = task.sequences(split, seed), config.data, config.train.micro_batch_size
+    batch_size = data.batch_size
+    if seed is None and 0 < len(sequences) < batch_size:
+        micro_batch_size = min(micro_batch_size, -(-len(sequences) // mesh.data.size))
+        unit = micro_batch_size * mesh.data.size
+        batch_size = -(-len(sequences) // unit) * unit
+    return Batches(
+        sequences,
+        batch_size,
+        micro_batch_size=micro_batch_size,
+        data_rank=mesh.data.rank,
+        num_data_ranks=mesh.data.size,
+        workers=data.workers if seed is not None else 0,
+    )
+
+
+def blocks_of(
+    batch: Batch, config: RunConfig, mesh: Mesh, dropout_seeds: Tensor | None, traffic: Traffic
+) -> list[Span]:
+    """This rank's spans of a micro-batch of whole sequences: one a block, a single one where nothing is streamed."""
+    length, block_len = batch.tokens.shape[1], config.parallel.block_len
+    return streaming.blocks(
+        mesh, length, block_len, segments=batch.segments, dropout_seeds=dropout_seeds, traffic=traffic
+    )
+
+
+@torch.no_grad()
+def score(
+    config: RunConfig,
+    run: Callable[..., Any],
+    head: Head,
+    mesh: Mesh,
+    task: Task,
+    split: str,
+    max_batches: int = 0,
+    probe: Probe | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Score | None:
+    """Losses and metrics of a model on a split, over all ranks.
+
+    Args:
+        config: of the run.
+        run: the model, or what runs it, in evaluation mode.
+        head: the model's.
+        mesh: whose ranks share the work.
+        task, split: what is read.
+        max_batches: stop after so many; 0 reads all.
+        probe: looks at the first one.
+        progress: called with the number of tokens just read.
+
+    Returns:
+        None if the split holds no example, or none that was read has a label.
+    """
+    if split not in task.splits or not len(task.sequences(split, None)):
+        return None
+    names = head.metrics if task.measured else ()
+    bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64)
+    for micro in batches_of(config, mesh, task, split).iterate(num_steps=max_batches or None):
+
+        def add(span: Span, micro: Batch = micro) -> None:
+            labels = span.shard(micro.labels)
+            tokens, wanted = (x.to(mesh.device) for x in (span.shard(micro.tokens), labels))
+            losses, _, *measured = run(tokens, span=span, labels=wanted, measure=task.measured)
+            known = labelled(labels)
+            place = torch.arange(span.position, span.position + known.shape[1])
+            place = (place * POSITION_BINS // config.data.seq_len).expand_as(known).flatten()
+            rows = [losses, known, *(measured[0].unbind(-1) if measured else ())]
+            for row, values in zip(bins, rows, strict=True):
+                row.index_add_(0, place, values.double().cpu().flatten())
+            if progress is not None:
+                progress(known.numel())
+
+        with probe or nullcontext():
+            for _ in streaming.read(blocks_of(micro, config, mesh, dropout_seeds=None, traffic=Traffic()), add):
+                pass
+    totals = torch.tensor(gather_values(bins.flatten().tolist(), mesh.world), dtype=torch.float64).sum(0).view_as(bins)
+    loss, count, *measures = totals.sum(1).tolist()
+    if not count:
+        return None
+    by_position = [
+        (int((place + 0.5) * config.data.seq_len / POSITION_BINS), nats / number)
+        for place, (nats, number, *_) in enumerate(totals.T.tolist())
+        if number
+    ]
+    means = {name: total / count for name, total in zip(names, measures, strict=True)}
+    return Score(loss / count, int(count), task.metrics(means), by_position)

@@ -1,0 +1,198 @@
+"""Plan before you rent: real training steps as one rank of a world whose other ranks are not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import InputError
+from ..framework.config import RunConfig, validate
+from ..framework.data import Batch, Batches, Bytes, Pieces
+from ..framework.deepspeed.engine import Engine, disable_stage3_order_check
+from ..framework.tasks import open_task
+from ..framework.trainer import mesh_of, num_micro_batches, peak_memory, settings_of, start_engine, train_step
+from ..parallel import cost
+from ..parallel.mesh import Mesh, fake_world, leave_world
+from ..parallel.recorder import Event, Recorder
+from ..parallel.traffic import Traffic
+
+
+@dataclass
+class Line:
+    """Exchanges of one kind for one purpose in a step.
+
+    Attributes:
+        purpose: the verb of `Span` that makes them, or "ZeRO".
+        kind, ranks: as in `Event`; how many ranks take part.
+        number: exchanges in a step.
+        num_bytes: that this rank hands over.
+        seconds: predicted by `parallel.cost`.
+    """
+
+    purpose: str
+    kind: str
+    ranks: int
+    number: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Plan:
+    """What one rank needs and does in a step.
+
+    Attributes:
+        rank, world, sequence: which rank, of how many, of which so many share a sequence.
+        num_parameters: of the whole model.
+        num_tokens: that this rank processes in a step.
+        memory_bytes: peak; of the device on a GPU, resident on a CPU.
+        flops: of the matrix products that torch sees; the mixers' own kernels are not among them.
+        compute_seconds: of a step on this machine, where exchanges take no time.
+        exchanges: by purpose and kind.
+    """
+
+    rank: int
+    world: int
+    sequence: int
+    num_parameters: int
+    num_tokens: int
+    memory_bytes: float
+    flops: int
+    compute_seconds: float
+    exchanges: list[Line] = field(default_factory=list)
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Predicted, if no exchange runs beside work."""
+        return sum(line.seconds for line in self.exchanges)
+
+
+def plan(
+    config: RunConfig,
+    *,
+    node_size: int = 8,
+    rank: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Plan:
+    """Three training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the
+    second one's time is reported.
+
+    Nothing is written; the corpus of a language is not read. The process joins a world of its own making and leaves it.
+
+    Args:
+        config: of the run.
+        node_size: ranks of a node: what is exchanged within one takes the faster link.
+        rank: which one to be; by default one in the middle of a sequence, which has neighbours on both sides.
+        say: is told what is being computed.
+
+    Raises:
+        InputError: something in the config does not fit.
+    """
+    validate(config)
+    world, sequence = config.parallel.ranks, config.parallel.num_sequence_ranks
+    batch = _batch(config)
+    rank = sequence // 2 if rank is None else rank
+    if node_size < 1:
+        raise InputError("--per-node", node_size, "at least 1")
+    if not 0 <= rank < world:
+        raise InputError("rank", rank, f"one of the {world} ranks, from 0 on")
+    settings = settings_of(config)
+    disable_stage3_order_check()
+    fake_world(world, rank, min(node_size, world))
+    try:
+        mesh = mesh_of(config)
+        engine = start_engine(config, settings, mesh)
+        say(f"computing three steps of rank {rank}, {engine.num_parameters:,} parameters")
+        started = time.monotonic()
+        _step(config, engine, mesh, batch, Traffic())  # compiles kernels, fills caches
+        say(f"the first one took {time.monotonic() - started:.1f} s; two more")
+        traffic = Traffic()
+        started = time.monotonic()
+        _step(config, engine, mesh, batch, traffic)
+        seconds = time.monotonic() - started
+        with Recorder(traffic) as recorder, FlopCounterMode(display=False) as flops:
+            _step(config, engine, mesh, batch, traffic)
+        lengths = -(-config.data.seq_len // sequence)
+        own = max(0, min(lengths, config.data.seq_len - mesh.sequence.rank * lengths))
+        return Plan(
+            rank=rank,
+            world=world,
+            sequence=sequence,
+            num_parameters=engine.num_parameters,
+            num_tokens=own * config.data.batch_size // config.parallel.num_data_ranks,
+            memory_bytes=peak_memory(mesh),
+            flops=flops.get_total_flops(),
+            compute_seconds=seconds,
+            exchanges=_lines(recorder.events, mesh, min(node_size, world)),
+        )
+    except RuntimeError as error:
+        if "inputBuffer is empty" not in str(error):
+            raise
+        allowed = (
+            "at most as many ranks to a sequence as a softmax mixer has heads: torch cannot pretend to send nothing"
+        )
+        raise InputError("--world", world, allowed, "set parallel.sequence, or more heads") from None
+    finally:
+        leave_world()
+
+
+def _batch(config: RunConfig) -> Batch:
+    """A micro-batch of random tokens, or of the examples of a task that needs no corpus."""
+    shape = config.train.micro_batch_size, config.data.seq_len
+    if config.task.name != "language":
+        task = open_task(config.task, config.data)
+        task.fit(config.model)
+        return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
+    data = config.data
+    pieces = Pieces.read(data.tokenizer).size if data.tokenizer and not config.model.vocab else 0
+    config.model.vocab = config.model.vocab or pieces or data.vocab or Bytes.size
+    tokens = torch.randint(0, config.model.vocab, shape)
+    segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
+    return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
+
+
+def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic) -> None:
+    train_step(config, engine, mesh, [batch] * num_micro_batches(config), 0, config.optim.lr, traffic)
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _lines(events: list[Event], mesh: Mesh, node_size: int) -> list[Line]:
+    near, far = mesh.sequence.near, mesh.sequence.far
+    lines: dict[tuple[str, str, int], Line] = {}
+    for event in events:
+        purpose, ranks = event.verb or "ZeRO", len(event.ranks)
+        line = lines.setdefault((purpose, event.kind, ranks), Line(purpose, event.kind, ranks))
+        together = len({rank // node_size for rank in event.ranks}) == 1
+        line.number += 1
+        line.num_bytes += event.num_bytes
+        line.seconds += cost.seconds(event.kind, event.num_bytes, ranks, near if together else far)
+    return sorted(lines.values(), key=lambda line: -line.num_bytes)
+
+
+def tell(plan: Plan) -> str:
+    """A plan as text."""
+    rows = [
+        f"rank {plan.rank} of {plan.world}, {plan.sequence} to a sequence",
+        f"parameters            {plan.num_parameters:,} in all",
+        f"tokens                {plan.num_tokens:,} a step",
+        f"peak memory           {plan.memory_bytes / 2**30:.2f} GiB",
+        f"matrix products       {plan.flops / 1e12:.3f} TFLOP a step (torch's; the mixers' own kernels come on top)",
+        "exchanges of a step:",
+        f"  {'for':<12} {'kind':<15} {'ranks':>6} {'number':>7} {'bytes':>15} {'predicted':>12}",
+    ]
+    for line in plan.exchanges:
+        rows.append(
+            f"  {line.purpose:<12} {line.kind:<15} {line.ranks:>6} {line.number:>7} {line.num_bytes:>15,} "
+            f"{line.seconds * 1e3:>9.2f} ms"
+        )
+    total = plan.compute_seconds + plan.exchange_seconds
+    rows.append(
+        f"step                  {total:.3f} s = {plan.compute_seconds:.3f} s of work, as measured on this machine, "
+        f"+ {plan.exchange_seconds:.3f} s of exchange, as predicted"
+    )
+    return "\n".join(rows)
