@@ -63,7 +63,7 @@ check-types: .venv/installed-dev
 # Without an __init__.py beside them, every layer is a package of its own, `kernels` among them.
 check-imports: .venv/installed-dev
 	@mkdir -p .venv/links/layers/longreach
-	@for layer in launch framework parallel kernels errors.py; do \
+	@for layer in launch framework parallel kernels _aliases.py bounds.py errors.py; do \
 		ln -sfn "../../../../$$layer" ".venv/links/layers/longreach/$$layer" || exit 1; done
 	@PYTHONPATH=.venv/links/layers .venv/bin/lint-imports --no-logo --cache-dir .import_linter_cache
 

@@ -25,7 +25,7 @@ from statistics import median
 
 from longreach.launch.bench import environment
 from longreach.launch.link_benchmark import LOCAL_RANKS, join_and_measure
-from longreach.launch.train import start_ranks
+from longreach.launch.local import start_ranks
 from longreach.parallel import cost
 from longreach.parallel.relay import SLICES
 
@@ -111,7 +111,7 @@ STEPS, WARM_UP = 40, 10  # of a real training, and those of them that are not co
 PLAN = """
 import json, sys
 from longreach.framework.config import load
-from longreach.framework.plan import plan
+from longreach.launch.dry_run import plan
 found = plan(load("quickstart", sys.argv[1:]), node_size=64)
 print(json.dumps([found.compute_seconds, found.exchange_seconds]))
 """
@@ -172,7 +172,7 @@ def predict() -> None:
     near, far = cost.links("cuda")
     print(f"{shape}")
     print(f"links: {near} within nodes of {NODE_SIZE}, {far} between them")
-    print("| tokens of the sequence | GPUs | tokens of each | work | states travel | by | ZeRO | share of work |")
+    print("| sequence length | GPUs | shard length | work | state exchange | algorithm | ZeRO | share of work |")
     print("|---|---|---|---|---|---|---|---|")
     for tokens in TOKENS:
         for ranks in RANKS:

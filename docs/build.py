@@ -26,10 +26,13 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *so
 PAGES += [ROOT / "benchmarks" / "README.md"]
 MODULES = [  # what users call; `kernels` is no package, so its operators are named
     "longreach.kernels.scan",
+    "longreach.kernels.state",
+    "longreach.kernels.transition",
     "longreach.kernels.elementwise",
     "longreach.kernels.linear_attention",
     "longreach.kernels.short_conv",
     "longreach.kernels.long_conv",
+    "longreach.kernels.modal_conv",
     "longreach.errors",
     "longreach.parallel.mesh",
     "longreach.parallel.span",
@@ -43,6 +46,7 @@ MODULES = [  # what users call; `kernels` is no package, so its operators are na
     "longreach.framework.inference.generate",
     "longreach.framework.inference.evaluate",
     "longreach.framework.inference.export",
+    "longreach.framework.inference.loading",
     "longreach.framework.inference.carry_file",
     "longreach.framework.inference.huggingface",
 ]
@@ -105,7 +109,7 @@ def reference(out_dir: Path) -> None:
 def config_page() -> str:
     """The text of docs/config.md: a table for each section, from the fields of the dataclasses and their docstrings."""
     from longreach.framework.config import RunConfig
-    from longreach.framework.deepspeed.engine import SETTINGS
+    from longreach.framework.deepspeed.settings import SETTINGS
 
     names = ", ".join(f"`{file.stem}`" for file in sorted(SETTINGS.glob("*.json")))
     top = [field for field in dataclasses.fields(RunConfig) if field.name == "deepspeed"]

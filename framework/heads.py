@@ -1,8 +1,8 @@
-"""What a model answers: the next token, a class or some numbers for the whole sequence, or the next values of a series.
+"""Output heads: the next token, a class or numbers for the whole sequence, or numbers for every token.
 
-All heads give one loss per token, 0 where there is no label, so that whoever adds them up need not know which head it
-is. A head that answers for the whole sequence sums it up by a scan: the sum's state crosses ranks and blocks as a
-mixer's does, and the answer stands at the sequence's last token.
+Every head returns one loss per token, 0 where there is no label, so that losses are summed alike for all heads. A head
+for the whole sequence pools it by a scan, whose state crosses ranks and blocks as that of a mixer does; its answer is
+at the sequence's last token.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.scan import StatefulOp
+from ..kernels.state import StatefulOp
 from ..parallel.span import Span
 from .layers import RMSNorm
 
 IGNORED = -100  # the label of a token that the loss leaves out
-LOGITS_AT_ONCE = 2**22  # logits that the loss holds at a time (16 MiB in fp32)
+LOGITS_AT_ONCE = 2**22  # logits that the loss computes at a time (16 MiB in fp32)
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -28,31 +28,31 @@ def labelled(labels: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """What stands on top of the blocks.
+    """The layers after the blocks.
 
     Attributes:
-        metrics: names of what `measure` finds.
+        metrics: names of the columns of `measure`.
     """
 
     metrics: tuple[str, ...] = ()
 
     def collect(self, x: Tensor, span: Span) -> Tensor:
-        """What the answer needs of ``x [B, L, D]``, and of the rest of the sequence."""
+        """The features that `forward` takes, from ``x [B, L, D]`` and the rest of the sequence."""
         return x
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The answer of what `collect` gave, or with labels each token's loss ``[B, L]``, 0 where there is no label."""
+        """The output for the features of `collect`, or with labels each token's loss ``[B, L]``, 0 without a label."""
         raise NotImplementedError
 
     def measure(self, x: Tensor, labels: Tensor) -> Tensor:
-        """``[B, L, metrics]``: of each labelled token; 0 elsewhere."""
+        """Metrics ``[B, L, metrics]`` of each labelled token; 0 elsewhere."""
         raise NotImplementedError
 
 
 class TokenHead(Head):
     """The next token: final norm and logits by the embedding's own matrix.
 
-    With labels it returns each token's loss and never holds all logits at once.
+    With labels it returns each token's loss, without the logits of all tokens in memory.
     """
 
     metrics = ("accuracy",)
@@ -85,10 +85,10 @@ class TokenHead(Head):
 
 
 class SequenceHead(Head):
-    """One answer for the whole sequence, from the mean of its tokens; or for several documents in it, from their means.
+    """One output for the whole sequence, from the mean of its tokens, or from the means of its first documents.
 
-    The sequence's first ``documents`` documents count (``span.segments`` 0, 1, ...); what follows them is padding. Two
-    are the towers of a comparison: the answer is made of both means, their difference and their product.
+    The first ``documents`` documents count (``span.segments`` 0, 1, ...); tokens after them are padding. Two documents
+    are compared: the output is a function of both means, their difference and their product.
 
     Args:
         width: D.
@@ -104,7 +104,7 @@ class SequenceHead(Head):
         self.answer = nn.Linear(width, outputs)
 
     def collect(self, x: Tensor, span: Span) -> Tensor:
-        """``[B, L, D]`` -> ``[B, documents, D]``, the means of the documents up to this piece's end."""
+        """``[B, L, D]`` -> ``[B, documents, D]``, the documents' means over all tokens up to the end of this shard."""
         if span.segments is None:
             member = x.new_ones(*x.shape[:2], 1)
         else:
@@ -124,7 +124,7 @@ class SequenceHead(Head):
         answer = self.answer(x.squeeze(1))
         if labels is None:
             return answer
-        if not labels.shape[1]:  # a rank that holds no token takes part in the backward pass
+        if not labels.shape[1]:  # a rank without tokens takes part in the backward pass
             return answer.sum(-1, keepdim=True)[:, :0]
         return F.pad(self.loss(answer, labels[:, -1]).unsqueeze(1), (labels.shape[1] - 1, 0))
 
@@ -190,8 +190,8 @@ class SeriesHead(Head):
 
 
 class Total(StatefulOp):
-    """``x [B, L, D]`` weighted by ``member [B, L, S]`` and summed over all tokens up to this piece's end: ``[B, S, D]``
-    in fp32 or better.
+    """The sum over all tokens up to the end of this shard of ``x [B, L, D]`` weighted by ``member [B, L, S]``: ``[B, S,
+    D]`` in fp32 or better.
     """
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -199,9 +199,9 @@ class Total(StatefulOp):
         return x.new_ones(1, 1, 1), member.transpose(1, 2) @ x
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return past + self.local_transition(inputs, segments)[1], ()
+        return initial + self.local_transition(inputs, segments)[1], ()
 
 
 def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

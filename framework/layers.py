@@ -50,14 +50,14 @@ class RMSNorm(nn.Module):
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``weight * x / rms(x)`` over the last dimension, and ``1 / rms(x)``, in few passes."""
+    """``weight * x / rms(x)`` over the last dimension, and ``1 / rms(x)``, in few passes over memory."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * rate).mul_(weight).to(x.dtype), rate
 
 
 class _Normed(torch.autograd.Function):
-    """`_normed`, which saves nothing as large as x but x itself."""
+    """`_normed`; of tensors as large as x it saves x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,7 +90,7 @@ class SwiGLU(nn.Module):
 
 
 class _Gated(torch.autograd.Function):
-    """``silu(gate) * up`` of both side by side; saves nothing else."""
+    """``silu(gate) * up`` of ``[..., 2 hidden]``; saves its input only."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class _Gated(torch.autograd.Function):
 
 
 class ShortConv(nn.Module):
-    """Depthwise convolution over the last few tokens (causal) or the nearest ones (centred), across pieces.
+    """Depthwise convolution over the last few tokens (causal) or the nearest ones (centred), with a halo exchange.
 
     Args:
         width: D, channels.
@@ -142,13 +142,13 @@ class ShortConv(nn.Module):
 def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:
     """Dropout whose mask is a hash of (row's seed, layer, global position, channel).
 
-    So it is the same however the sequence is split, and again when a piece is recomputed.
+    So it does not depend on how the sequence is split, and is the same when a layer is recomputed.
 
     Args:
         x: ``[B, L, ...]``.
         rate: probability of zero; the rest is divided by ``1 - rate``.
         span: gives the rows' seeds (``dropout_seeds``; None switches dropout off) and the position of the first token.
-        name: tells apart several dropouts of one layer.
+        name: distinguishes several dropouts of one layer.
     """
     if span.dropout_seeds is None or rate == 0.0 or x.numel() == 0:
         return x

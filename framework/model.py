@@ -1,7 +1,7 @@
 """The model: embedding, pre-norm residual blocks, a head. Plain single-device code that takes a `Span`.
 
-Whether the tokens it sees are a whole sequence, one rank's piece, the next streamed block or the next generated
-token is the span's business alone.
+The same code runs on a whole sequence, on one rank's shard, on a streamed block and on the next generated token: the
+span alone knows which.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..bounds import bounded
 from ..errors import InputError
 from ..parallel.span import Span
 from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
@@ -44,27 +45,27 @@ class ModelConfig:
         ffn_ratio: hidden width of the feed-forward layers over the width.
         dropout: rate at the end of each mixer and feed-forward layer.
         positions: what is added to the embedded tokens: "sinusoidal" (arXiv 1706.03762), or nothing.
-        channels: numbers that a token consists of; 0 where tokens are ids.
-        head: what is answered: the next "token"; a "class" or "numbers" for the whole sequence; numbers for each token
+        channels: C, where a token is a vector of C numbers; 0 where tokens are ids.
+        head: the output: the next "token"; a "class" or "numbers" for the whole sequence; numbers for each token
             ("series").
         outputs: classes, or numbers; taken from the data where 0.
-        documents: 2 where the whole sequence is two documents to be compared.
+        documents: 2 where a sequence is two documents to be compared.
         elementwise, chela, feedforward_kernel, softmax: the mixers' options.
-        code: Python files, run by `config.load`, which register mixers of your own; `build_model` runs none.
-        options: the options of those, by name.
+        code: Python files, run by `config.load`, that register mixers of your own; `build_model` runs none.
+        options: the options of these mixers, by name.
     """
 
-    vocab: int = 0
-    width: int = 128
-    depth: int = 4
+    vocab: int = bounded(0, minimum=0)
+    width: int = bounded(128, minimum=1)
+    depth: int = bounded(4, minimum=1)
     mixers: list[str] = field(default_factory=lambda: ["elementwise", "chela"])
     causal: bool = True
     ffn_ratio: float = 8 / 3
-    dropout: float = 0.0
+    dropout: float = bounded(0.0, minimum=0)
     positions: Literal["none", "sinusoidal"] = "none"
-    channels: int = 0
+    channels: int = bounded(0, minimum=0)
     head: Literal["token", "class", "numbers", "series"] = "token"
-    outputs: int = 0
+    outputs: int = bounded(0, minimum=0)
     documents: int = 1
     elementwise: ElementwiseConfig = field(default_factory=ElementwiseConfig)
     chela: ChelaConfig = field(default_factory=ChelaConfig)
@@ -97,7 +98,7 @@ class Model(nn.Module):
     """A sequence model over token ids, or over vectors of numbers.
 
     Attributes:
-        recompute: keep only each block's input for backward, and compute the block again then.
+        recompute: keep only each block's input for backward, and recompute the block then (activation checkpointing).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -137,18 +138,18 @@ class Model(nn.Module):
         head: bool = True,
         measure: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Predict every next token of this piece, or what else the head answers.
+        """The head's output for this shard: logits of every next token, or what else the head computes.
 
         Args:
-            tokens: ``[B, L]`` int64 ids of this rank's piece, or ``[B, L, channels]`` numbers.
-            span: the piece and the way to the rest of its sequence; None for a whole sequence.
+            tokens: ``[B, L]`` int64 ids of this rank's shard, or ``[B, L, channels]`` numbers.
+            span: the shard's place and the way to the rest of its sequence; None for a whole sequence.
             labels: ``[B, L]`` int64 wanted ids, `IGNORED` where there is none; for heads that answer numbers ``[B, L,
                 outputs]``, NaN where there is none.
-            head: False returns what the head would see, ``[B, L, D]``; enough to move the span's carry on.
-            measure: with labels, find the head's metrics too.
+            head: False returns the head's input ``[B, L, D]``; enough to write the span's carry.
+            measure: with labels, compute the head's metrics, too.
 
         Returns:
-            What the head answers: for tokens, logits ``[B, L, vocab]``; with labels, each token's loss ``[B, L]`` (nats
+            The head's output: for tokens, logits ``[B, L, vocab]``; with labels, each token's loss ``[B, L]`` (nats
             or squared errors; 0 where there is no label), the penalty on the weights, a scalar to be added to the loss
             once, and with ``measure`` the metrics ``[B, L, metrics]`` of the labelled tokens.
         """
@@ -161,8 +162,8 @@ class Model(nn.Module):
         return (*found, self.head.measure(x, labels)) if measure else found
 
     def features(self, tokens: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """What the head sees (``[B, L, D]``, or what it has collected of the whole sequence), and the penalty on the
-        weights (a scalar).
+        """The head's input (``[B, L, D]``, or what it pooled over the whole sequence), and the penalty on the weights
+        (a scalar).
         """
         x = self._embed(tokens, span)
         penalty = x.new_zeros(())
@@ -183,11 +184,11 @@ class Model(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             return block(x, span.for_layer(name))
 
-        def again(x: Tensor) -> tuple[Tensor, Tensor]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
             return block(x, span.for_layer(name, cache_collectives=True))
 
-        # Dropout is a hash of positions, so no state of a random generator is kept.
-        return checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
+        # Dropout is a hash of positions: there is no random state to keep.
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def build_model(config: ModelConfig) -> Model:

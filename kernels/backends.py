@@ -75,7 +75,7 @@ class Backends(Generic[T]):
             backend = self.automatic(device, *case)[0]
             if (device, backend) not in self._said and not torch.compiler.is_dynamo_compiling():  # no logging there
                 self._said.add((device, backend))
-                log.info("%s on %s runs %s", self.operator, device, backend)
+                log.info("%s on %s: backend %s", self.operator, device, backend)
         elif backend not in self.options:
             raise InputError(field, backend, f"one of auto, {', '.join(self.options)}")
         elif lack := self.options[backend].unsupported_reason(device, *case):

@@ -1,4 +1,4 @@
-"""The tokens before a piece: what a convolution needs of its past."""
+"""The carry of a convolution: the last tokens before a shard, and their document ids."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .scan import NO_TOKENS, Carry
+from .state import NO_TOKENS, Carry
 
 
 class Past(NamedTuple):
-    """The carried tokens that a convolution may reach.
+    """The tokens before a shard that a convolution's taps can reach.
 
     Attributes:
-        tokens: ``[B, T, ...]``, T = 0 where nothing was carried.
-        ids: ``[B, T]`` their document ids (-1: no token), or None where the piece has no documents.
+        tokens: ``[B, T, ...]``, T = 0 without a carry.
+        ids: ``[B, T]`` int64, their document ids (-1: no token), or None where the shard has no documents.
     """
 
     tokens: Tensor
@@ -24,13 +24,13 @@ class Past(NamedTuple):
 
 
 def reach(num_taps: int, causal: bool = True) -> tuple[int, int]:
-    """How many tokens before and after its own a short convolution of ``num_taps`` taps sees."""
+    """The number of tokens before and after the current one under the ``num_taps`` taps of a short convolution."""
     left = num_taps - 1 if causal else num_taps // 2
     return left, num_taps - 1 - left
 
 
 def check_tokens(operator: str, x: Tensor, carry: Carry | None, segments: Tensor | None) -> None:
-    """Raise `InputError` unless ``x [B, L, D]``, its ids and what was carried fit together."""
+    """Raise `InputError` unless ``x [B, L, D]``, its ids and the carry fit together."""
     if x.dim() != 3 or not x.is_floating_point():
         raise InputError(f"{operator}: x", f"{x.dtype} {list(x.shape)}", "a floating tensor [B, L, D]")
     batch, length, width = x.shape
@@ -50,9 +50,9 @@ def check_tokens(operator: str, x: Tensor, carry: Carry | None, segments: Tensor
 
 
 def read_carry(x: Tensor, carry: Carry | None, segments: Tensor | None, reach: int) -> Past:
-    """The last ``reach`` carried tokens (fewer where fewer were carried), and their ids.
+    """The last ``reach`` tokens of the carry (all, where it has fewer), and their ids.
 
-    A carry without ids belongs to the piece's first document, as in `kernels.scan.scan`.
+    A carry without ids belongs to the shard's first document, as in `kernels.scan.scan`.
     """
     if carry is None:
         return Past(x[:, :0], None if segments is None else segments[:, :0])
@@ -64,7 +64,7 @@ def read_carry(x: Tensor, carry: Carry | None, segments: Tensor | None, reach: i
 
 
 def write_carry(x: Tensor, segments: Tensor | None, past: Past, reach: int) -> Carry:
-    """The last ``reach`` tokens of (past, piece) in x's dtype and their ids; zeros and -1 where there are none."""
+    """The last ``reach`` tokens of past and shard, in x's dtype, and their ids; zeros and -1 where there are none."""
     ids = None
     if segments is not None and (past.ids is not None or x.shape[1]):
         past_ids = segments[:, :0] if past.ids is None else past.ids
@@ -76,13 +76,13 @@ def _last(x: Tensor, past: Tensor, reach: int, fill: int) -> Tensor:
     new = x[:, max(0, x.shape[1] - reach) :]
     old = past[:, max(0, past.shape[1] + new.shape[1] - reach) :]
     none = x.new_full((x.shape[0], reach - new.shape[1] - old.shape[1], *x.shape[2:]), fill)
-    return torch.cat([none, old, new], dim=1)  # a copy: a view would keep the whole piece alive
+    return torch.cat([none, old, new], dim=1)  # a copy: a view would keep the shard in memory
 
 
 def window(x: Tensor, past: Tensor, start: int, stop: int, dtype: torch.dtype, fill: int = 0) -> Tensor:
-    """Tokens ``[start, stop)`` of a piece ``x [B, L, ...]``, ``[B, stop - start, ...]`` in ``dtype``.
+    """Tokens ``[start, stop)`` of a shard ``x [B, L, ...]``, ``[B, stop - start, ...]`` in ``dtype``.
 
-    Negative positions are those of ``past [B, T, ...]`` (-1 its last token); ``fill`` where there is no token.
+    Negative positions are in ``past [B, T, ...]`` (-1 is its last token); ``fill`` where there is no token.
     """
     length, num_past = x.shape[1], past.shape[1]
     if start >= 0 and stop <= length:

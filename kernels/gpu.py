@@ -1,7 +1,7 @@
-"""What the Triton kernels share: where they run, how they are compiled and cut, and what is compiled ahead of time.
+"""Shared by the Triton kernels: where they run, how they are launched and tiled, and what is compiled ahead of time.
 
-Every operator's `triton.py` has ``variants()``, each kernel in each configuration that it may launch;
-`tests/kernels/test_ahead_of_time.py` compiles them for GPUs that need not be there.
+Every operator's `triton.py` has ``variants()``, each kernel in each configuration in which it is launched;
+`tests/kernels/test_ahead_of_time.py` compiles them for GPUs that the machine need not have.
 
 A kernel may come with a few `Tiling`s. `launch_fastest` finds the fastest on the GPU that it runs on, once per class of
 launches. (Triton's own autotuner measures at every new length, also while a CUDA graph is captured, and takes 256 MB.)
@@ -37,14 +37,14 @@ OPTIONS = {"enable_fp_fusion": True}  # for every launch: fused multiply-adds, w
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
-ROUNDS = 3  # in which the tilings take turns, so that a GPU that speeds up favours none; the best time counts
+ROUNDS = 3  # in each of which every tiling is timed, so that a changing clock favours none; the best time counts
 LAUNCHES = 3  # timed together, after one that is not
-SHORT = 0.03  # milliseconds. Less is about the time to launch a kernel, and no other tiling is tried
+SHORT = 0.03  # milliseconds, about the launch overhead: below it no other tiling is tried
 GAIN = 0.95  # share of the first tiling's time below which another one is preferred: more than noise
 
 
 class Tiling(NamedTuple):
-    """One way to cut a kernel's work.
+    """The tile sizes of a kernel.
 
     Attributes:
         constants: values of "constexpr" arguments, such as the rows and columns of a tile.
@@ -61,8 +61,8 @@ class Variant(NamedTuple):
     """One kernel in one configuration.
 
     Attributes:
-        name: tells it from the operator's other variants.
-        kernel: what ``@triton.jit`` made.
+        name: unique among the operator's variants.
+        kernel: the function decorated with ``@triton.jit``.
         signature: every argument's type: "*bf16", "i64", "fp32", or "constexpr".
         constants: the values of the "constexpr" arguments.
         num_warps: warps of 32 threads (64 on AMD) per program.
@@ -93,7 +93,7 @@ def unsupported_reason(device: str, *dtypes: torch.dtype) -> str:
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
     """Run ``programs`` programs of ``kernel`` on the device of its first argument, a tensor.
 
-    None where there is nothing to do, or where `torch.compile` only asks for shapes.
+    Nothing is launched for 0 programs, or where `torch.compile` traces for shapes.
     """
     if programs and not is_traced(arguments[0]):
         with torch.cuda.device_of(arguments[0]):
@@ -107,13 +107,13 @@ def launch_fastest(
     *arguments: Any,
     **settings: Any,
 ) -> None:
-    """`launch` with the fastest of ``tilings``, which it may have to measure.
+    """`launch` with the fastest of ``tilings``, measured on first use.
 
-    It is the first one in the interpreter, for a class of launches first met while a CUDA graph is captured or a model
-    traced, and where torch was asked for deterministic algorithms: the order of a sum may depend on the tiling.
+    The first one is used in the interpreter, for launches first seen while a CUDA graph is captured or a model traced,
+    and under `torch.use_deterministic_algorithms`: the order of a sum may depend on the tiling.
 
     Args:
-        kernel: writes nothing that it reads, so that it may run any number of times.
+        kernel: must not write what it reads, as it may be run several times.
         tilings: the usual one first.
         programs: their number, given a tiling's constants.
         arguments: as of `launch`, but for the constants.
@@ -137,14 +137,14 @@ def launch_fastest(
 
 
 class Choices:
-    """Which tiling is the fastest, for one class of launches after the other.
+    """The fastest tiling of each class of launches.
 
-    Found once: in this process, in a file that another one left, or by measuring. Ranks that measure at the same time
-    write a whole file each, and the last one stays.
+    Cached in this process and in files; measured where neither has it. Ranks that measure concurrently each replace the
+    whole file.
 
     Args:
-        directory: gives where the files are.
-        milliseconds: how long a launch takes; infinity if it does not fit the GPU.
+        directory: returns the directory of the files.
+        milliseconds: the time of a launch; infinity if it does not fit the GPU.
     """
 
     def __init__(self, directory: Callable[[], Path], milliseconds: Callable[[Callable[[], None]], float]) -> None:
@@ -162,22 +162,22 @@ class Choices:
         """The fastest of ``tilings``.
 
         Args:
-            case: the class of launches, alike in every process.
+            case: the class of launches, equal in every process.
             tilings: the usual one first.
             run: launches the kernel.
-            measure: whether that may be done now; if not, what is not known is not remembered either.
+            measure: whether measuring is possible now; if not, the first tiling is used, and is not cached.
         """
         key = case, len(tilings)
         if key not in self._known:
-            told = [str(x) for x in (*case, *tilings)]
-            path = self._directory() / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]}.json"
+            texts = [str(x) for x in (*case, *tilings)]
+            path = self._directory() / f"{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:20]}.json"
             number = _read(path, len(tilings))
             if number is None and not measure:
                 return tilings[0]
-            self._known[key] = self._measured(path, told, tilings, run) if number is None else number
+            self._known[key] = self._measured(path, texts, tilings, run) if number is None else number
         return tilings[self._known[key]]
 
-    def _measured(self, path: Path, told: list[str], tilings: Sequence[Tiling], run: Callable[[Tiling], None]) -> int:
+    def _measured(self, path: Path, texts: list[str], tilings: Sequence[Tiling], run: Callable[[Tiling], None]) -> int:
         times = [math.inf] * len(tilings)
         for _ in range(ROUNDS):
             for number, tiling in enumerate(tilings):
@@ -187,12 +187,12 @@ class Choices:
         number = min(range(len(tilings)), key=times.__getitem__)
         if times[number] > GAIN * times[0]:
             number = 0
-        _write(path, {"number": number, "milliseconds": [str(time) for time in times], "case": told})
+        _write(path, {"number": number, "milliseconds": [str(time) for time in times], "case": texts})
         return number
 
 
 def _read(path: Path, count: int) -> int | None:
-    """The number that was written there; None if there is no file, or one that is damaged."""
+    """The number in a file; None if it is missing or damaged."""
     try:
         number = json.loads(path.read_text(encoding="utf-8"))["number"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,7 +201,7 @@ def _read(path: Path, count: int) -> int | None:
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:
-    """Whole or not at all, whoever else reads or writes it."""
+    """Write a file atomically; a failure is logged."""
     try:
         handle, made = tempfile.mkstemp(dir=path.parent)
         try:
@@ -222,7 +222,7 @@ def _tilings_dir() -> Path:
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
-    """Of one launch on the current device; infinity if it needs more of a GPU's resources than there are."""
+    """The time of one launch on the current device; infinity if it exceeds the GPU's resources."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -242,7 +242,7 @@ CHOICES = Choices(_tilings_dir, _milliseconds)
 
 
 def _class(x: Any) -> Hashable:
-    """What of an argument a kernel's speed depends on: dtypes, flags, and the powers of two of whole numbers."""
+    """The part of an argument that a kernel's speed depends on: dtypes, flags, the bit lengths of integers."""
     if isinstance(x, Tensor):
         return x.dtype
     if isinstance(x, float):

@@ -1,5 +1,5 @@
-// What the C++ kernels share: vectors of floats of this processor's width, their loads and stores, and a division of work
-// among threads. Vector extensions of GCC and Clang, so that one text serves every processor.
+// Shared by the C++ kernels: vectors of floats of this processor's width, their loads and stores, and the division of work
+// among threads. Uses the vector extensions of GCC and Clang, so that one source serves every processor.
 #pragma once
 #include <omp.h>
 
@@ -27,7 +27,7 @@ struct bf16 {
 };
 
 static inline vec splat(float x) { return x - vec{}; }
-// NaN in a stays, so that what is wrong shows.
+// NaN in a is kept.
 static inline vec vmin(vec a, vec b) { return a > b ? b : a; }
 static inline vec vmax(vec a, vec b) { return a < b ? b : a; }
 static inline vec clamp(vec x, float limit) { return vmin(vmax(x, splat(-limit)), splat(limit)); }
@@ -69,7 +69,7 @@ template <class X>
 static inline void put(X* p, vec x) {
   store(p, x);
 }
-// A vector of channels, or one where fewer are left.
+// A vector of channels, or a single channel.
 template <class V, class X>
 static inline V get(const X* p) {
   if constexpr (std::is_same_v<V, vec>)
@@ -102,7 +102,7 @@ constexpr float largest<bf16>() {
   return 3.3895313892515355e38f;
 }
 
-// Stores x, what is beyond the finite range of X as its largest value.
+// Stores x, clamped to the finite range of X.
 template <class X>
 static inline void store_finite(X* p, vec x) {
   store(p, clamp(x, largest<X>()));
@@ -125,12 +125,12 @@ static inline vec vexp(vec x) {
   return x < -87.0f ? splat(0.0f) : p * scale;
 }
 
-// Some neighbouring vectors of channels of one row of the batch: what one thread does on its own.
+// Consecutive vectors of channels of one row of the batch: the work of one thread.
 struct Task {
   int64_t row, first, last;  // channels [first, last)
 };
 
-// B rows of D channels, a multiple of W, cut for this process's threads.
+// B rows of D channels, a multiple of W, divided among this process's threads.
 static inline std::vector<Task> tasks(int64_t B, int64_t D) {
   int64_t vectors = D / W;
   int64_t cuts = std::min(vectors, std::max<int64_t>(1, (omp_get_max_threads() + B - 1) / std::max<int64_t>(B, 1)));

@@ -1,9 +1,9 @@
-"""C++ kernels for CPUs: compiled once on this machine by the compiler it has, kept, and loaded.
+"""C++ kernels for CPUs: compiled on first use by this machine's compiler, cached on disk, and loaded by ctypes.
 
-The sources include nothing but the standard library and are called through a C interface, so a build takes seconds,
-needs no headers of torch, and serves every version of Python and torch. They find torch's own pool of OpenMP threads in
-the process, so `torch.set_num_threads` holds for them too. Where there is no compiler, `unsupported_reason`
-says so and the portable implementation runs.
+The sources include only the standard library and have a C interface, so a build takes seconds, needs no headers of
+torch, and works with every version of Python and torch. They use the OpenMP thread pool that torch has loaded, so
+`torch.set_num_threads` applies to them too. Without a compiler, `unsupported_reason` says so and the portable
+implementation runs.
 """
 
 from __future__ import annotations
@@ -49,9 +49,15 @@ def unsupported_reason(source: Path, device: str, *dtypes: torch.dtype, define: 
 
 @cache
 def load(source: Path, define: str = "") -> ctypes.CDLL:
-    """The library made from ``source``, compiled unless that was done before; ask `unsupported_reason` first.
+    """The library compiled from ``source``, from the cache if it is there.
 
-    ``define`` is a macro ``NAME=VALUE``: what is not asked for takes no time to compile.
+    Args:
+        source: a C++ file, for which `unsupported_reason` has returned "".
+        define: a macro ``NAME=VALUE``, to compile one specialization only.
+
+    Raises:
+        RuntimeError: the compiler fails; the message has its output.
+        OSError: the library cannot be loaded.
     """
     text = b"".join(path.read_bytes() for path in (source, *sorted(Path(__file__).parent.glob("*.h"))))
     words = " ".join((*compiler(), *FLAGS, *LINK, define)).encode()
@@ -86,45 +92,45 @@ def _compile(source: Path, define: str, library: Path) -> None:
         if done.returncode:
             what = f"{source.parent.name}/{source.name} does not compile with {' '.join(compiler())}"
             raise RuntimeError(f"{what}: {done.stderr.strip()[-2000:]}")
-        os.replace(made, library)  # several ranks may do this at once; each replaces the same by the same
+        os.replace(made, library)  # ranks may do this concurrently; all write the same content
     finally:
         Path(made).unlink(missing_ok=True)
 
 
 @cache
 def _no_compiler() -> str:
-    """What is missing here to compile anything at all, said once; "" if nothing is."""
+    """Why no C++ can be compiled here, logged once; "" if it can."""
     reason = ""
     if platform.system() != "Linux":
         reason = "Linux"
     elif not compiler():
         reason = "a C++ compiler (g++ or clang++ in PATH, or named by CXX)"
-    return reason and _said(f"CPU kernels need {reason}")
+    return reason and _warn(f"CPU kernels need {reason}")
 
 
 @cache
 def _failure(source: Path, define: str) -> str:
-    """Why ``source`` cannot be compiled or loaded, said once; "" if it can."""
+    """Why ``source`` cannot be compiled or loaded, logged once; "" if it can."""
     try:
         load(source, define)
     except (RuntimeError, OSError) as error:
-        return _said(f"CPU kernels need a C++ compiler that works: {' '.join(str(error).split())[:300]}")
+        return _warn(f"CPU kernels need a C++ compiler that works: {' '.join(str(error).split())[:300]}")
     return ""
 
 
-def _said(reason: str) -> str:
+def _warn(reason: str) -> str:
     log.warning("%s; the portable implementation, which is slower, runs instead", reason)
     return reason
 
 
 def compiler() -> list[str]:
-    """The compiler and its own arguments, as CXX may have some; empty if there is none."""
+    """The command of the compiler: CXX with its arguments, g++ or clang++; empty if there is none."""
     given = (shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"])
     return next((words for words in given if words and shutil.which(words[0])), [])
 
 
 def _machine() -> bytes:
-    """What ``-march=native`` depends on: the compiler and this processor."""
+    """What the code of ``-march=native`` depends on: the compiler's version and the processor's features."""
     version = subprocess.run([*compiler(), "--version"], capture_output=True).stdout
     named = (b"flags", b"Features", b"CPU part", b"CPU implementer")
     try:
@@ -137,38 +143,46 @@ def _machine() -> bytes:
 
 @cache
 def cache_dir() -> Path:
-    """A directory of this user's that lasts; a temporary one where none can be written."""
+    """The user's cache directory, or a temporary one where that cannot be written."""
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longreach"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=directory):
             return directory
-    except (OSError, RuntimeError):  # the latter where nobody has a home
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         directory = Path(tempfile.mkdtemp(prefix="longreach-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         return directory
 
 
-def begins(segments: Tensor | None) -> Tensor | None:
-    """``uint8 [B, L]``: whether a document begins at a token that is not the piece's first; None for no documents."""
+def document_starts(segments: Tensor | None) -> Tensor | None:
+    """``uint8 [B, L]``: 1 where a document starts, 0 at the shard's first token; None for ``segments`` None."""
     if segments is None:
         return None
-    found = torch.zeros(segments.shape, dtype=torch.uint8)
-    torch.ne(segments[:, 1:], segments[:, :-1], out=found[:, 1:])
-    return found
+    starts = torch.zeros(segments.shape, dtype=torch.uint8)
+    torch.ne(segments[:, 1:], segments[:, :-1], out=starts[:, 1:])
+    return starts
 
 
-def rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, copied where the elements of their last dimension do not lie side by side."""
+def last_dim_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors with stride 1 in the last dimension, copied where they have another one."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    """Their addresses, null for None. Whoever calls keeps the tensors alive."""
-    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+class Pointers:
+    """An argument of a C function: the addresses of tensors as ``void* const*``, null for None.
+
+    It holds the tensors, so that temporary ones live until the function has returned.
+    """
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = tensors
+        addresses = (None if x is None else x.data_ptr() for x in tensors)
+        self._as_parameter_ = (ctypes.c_void_p * len(tensors))(*addresses)
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """An argument of a C function: ``const int64_t*``."""
     return (ctypes.c_int64 * len(values))(*values)
 
 

@@ -1,4 +1,6 @@
-"""Plan before you rent: real training steps as one rank of a world whose other ranks are not there."""
+"""`longreach train --dry-run`: real training steps as one rank of a world whose other ranks do not exist, which measure
+memory and computing time of a rank and predict its communication.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
 from ..framework.config import RunConfig, validate
-from ..framework.data import Batch, Batches, Bytes, Pieces
-from ..framework.deepspeed.engine import Engine, disable_stage3_order_check
+from ..framework.data import Batch, Batches, ByteVocabulary, SubwordVocabulary
+from ..framework.deepspeed.engine import Engine
+from ..framework.deepspeed.workarounds import disable_stage3_order_check
+from ..framework.runtime.process import peak_memory
 from ..framework.tasks import open_task
-from ..framework.trainer import mesh_of, num_micro_batches, peak_memory, settings_of, start_engine, train_step
+from ..framework.trainer import mesh_of, num_micro_batches, settings_of, start_engine, train_step
 from ..parallel import cost
 from ..parallel.mesh import Mesh, fake_world, leave_world
 from ..parallel.recorder import Event, Recorder
@@ -23,13 +27,13 @@ from ..parallel.traffic import Traffic
 
 @dataclass
 class Line:
-    """Exchanges of one kind for one purpose in a step.
+    """The exchanges (collectives and messages) of one kind that a step makes for one purpose.
 
     Attributes:
         purpose: the verb of `Span` that makes them, or "ZeRO".
         kind, ranks: as in `Event`; how many ranks take part.
         number: exchanges in a step.
-        num_bytes: that this rank hands over.
+        num_bytes: that this rank sends in them.
         seconds: predicted by `parallel.cost`.
     """
 
@@ -43,10 +47,12 @@ class Line:
 
 @dataclass
 class Plan:
-    """What one rank needs and does in a step.
+    """What one rank needs, and what it does in a step.
 
     Attributes:
-        rank, world, sequence: which rank, of how many, of which so many share a sequence.
+        rank: which one.
+        world: number of ranks.
+        sequence: number of ranks that share a sequence.
         num_parameters: of the whole model.
         num_tokens: that this rank processes in a step.
         memory_bytes: peak; of the device on a GPU, resident on a CPU.
@@ -67,7 +73,7 @@ class Plan:
 
     @property
     def exchange_seconds(self) -> float:
-        """Predicted, if no exchange runs beside work."""
+        """Predicted, where no exchange overlaps with computation."""
         return sum(line.seconds for line in self.exchanges)
 
 
@@ -78,16 +84,16 @@ def plan(
     rank: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Plan:
-    """Three training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the
-    second one's time is reported.
+    """Run three training steps as one rank of ``config.parallel.ranks``, on random tokens or a task's examples; the
+    second one is timed.
 
-    Nothing is written; the corpus of a language is not read. The process joins a world of its own making and leaves it.
+    Nothing is written, and no corpus of text is read. The process joins a fake world and leaves it.
 
     Args:
         config: of the run.
-        node_size: ranks of a node: what is exchanged within one takes the faster link.
+        node_size: ranks per node: what is exchanged within one takes the faster link.
         rank: which one to be; by default one in the middle of a sequence, which has neighbours on both sides.
-        say: is told what is being computed.
+        say: called with a line that says what is being computed.
 
     Raises:
         InputError: something in the config does not fit.
@@ -106,10 +112,10 @@ def plan(
     try:
         mesh = mesh_of(config)
         engine = start_engine(config, settings, mesh)
-        say(f"computing three steps of rank {rank}, {engine.num_parameters:,} parameters")
+        say(f"running three steps of rank {rank}, {engine.num_parameters:,} parameters")
         started = time.monotonic()
         _step(config, engine, mesh, batch, Traffic())  # compiles kernels, fills caches
-        say(f"the first one took {time.monotonic() - started:.1f} s; two more")
+        say(f"the first step took {time.monotonic() - started:.1f} s; running two more")
         traffic = Traffic()
         started = time.monotonic()
         _step(config, engine, mesh, batch, traffic)
@@ -124,7 +130,7 @@ def plan(
             sequence=sequence,
             num_parameters=engine.num_parameters,
             num_tokens=own * config.data.batch_size // config.parallel.num_data_ranks,
-            memory_bytes=peak_memory(mesh),
+            memory_bytes=peak_memory(mesh.device),
             flops=flops.get_total_flops(),
             compute_seconds=seconds,
             exchanges=_lines(recorder.events, mesh, min(node_size, world)),
@@ -133,7 +139,7 @@ def plan(
         if "inputBuffer is empty" not in str(error):
             raise
         allowed = (
-            "at most as many ranks to a sequence as a softmax mixer has heads: torch cannot pretend to send nothing"
+            "at most as many ranks per sequence as a softmax mixer has heads: torch's fake world cannot send nothing"
         )
         raise InputError("--world", world, allowed, "set parallel.sequence, or more heads") from None
     finally:
@@ -141,15 +147,15 @@ def plan(
 
 
 def _batch(config: RunConfig) -> Batch:
-    """A micro-batch of random tokens, or of the examples of a task that needs no corpus."""
+    """A micro-batch: of random tokens for the language task, else of the task's examples."""
     shape = config.train.micro_batch_size, config.data.seq_len
     if config.task.name != "language":
         task = open_task(config.task, config.data)
-        task.fit(config.model)
+        task.configure_model(config.model)
         return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
     data = config.data
-    pieces = Pieces.read(data.tokenizer).size if data.tokenizer and not config.model.vocab else 0
-    config.model.vocab = config.model.vocab or pieces or data.vocab or Bytes.size
+    trained = SubwordVocabulary.read(data.tokenizer).size if data.tokenizer and not config.model.vocab else 0
+    config.model.vocab = config.model.vocab or trained or data.vocab or ByteVocabulary.size
     tokens = torch.randint(0, config.model.vocab, shape)
     segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
     return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
@@ -174,15 +180,15 @@ def _lines(events: list[Event], mesh: Mesh, node_size: int) -> list[Line]:
     return sorted(lines.values(), key=lambda line: -line.num_bytes)
 
 
-def tell(plan: Plan) -> str:
-    """A plan as text."""
+def as_text(plan: Plan) -> str:
+    """A plan as a table."""
     rows = [
-        f"rank {plan.rank} of {plan.world}, {plan.sequence} to a sequence",
-        f"parameters            {plan.num_parameters:,} in all",
-        f"tokens                {plan.num_tokens:,} a step",
+        f"rank {plan.rank} of {plan.world}, {plan.sequence} ranks per sequence",
+        f"parameters            {plan.num_parameters:,} in the whole model",
+        f"tokens                {plan.num_tokens:,} per step",
         f"peak memory           {plan.memory_bytes / 2**30:.2f} GiB",
-        f"matrix products       {plan.flops / 1e12:.3f} TFLOP a step (torch's; the mixers' own kernels come on top)",
-        "exchanges of a step:",
+        f"matrix products       {plan.flops / 1e12:.3f} TFLOP per step (the mixers' own kernels are not counted)",
+        "exchanges per step:",
         f"  {'for':<12} {'kind':<15} {'ranks':>6} {'number':>7} {'bytes':>15} {'predicted':>12}",
     ]
     for line in plan.exchanges:
@@ -192,7 +198,7 @@ def tell(plan: Plan) -> str:
         )
     total = plan.compute_seconds + plan.exchange_seconds
     rows.append(
-        f"step                  {total:.3f} s = {plan.compute_seconds:.3f} s of work, as measured on this machine, "
-        f"+ {plan.exchange_seconds:.3f} s of exchange, as predicted"
+        f"step                  {total:.3f} s = {plan.compute_seconds:.3f} s of computation, measured on this machine, "
+        f"+ {plan.exchange_seconds:.3f} s of exchanges, predicted"
     )
     return "\n".join(rows)

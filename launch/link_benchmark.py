@@ -1,7 +1,7 @@
-"""What lies between ranks, measured: the setting parallel.far, of ranks on two nodes. `longreach doctor` tells
-parallel.near, that of ranks on one.
+"""Measures latency and bandwidth between two ranks on two nodes: the setting parallel.far. `longreach doctor` measures
+parallel.near, that of two ranks on one node.
 
-The same line on both nodes, of which HOST is one:
+Run the same line on both nodes; HOST is one of them:
 torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m longreach.launch.link_benchmark
 """
 
@@ -13,14 +13,15 @@ import sys
 from collections.abc import Sequence
 
 from ..parallel.cost import Link
-from .train import leave
+from .exit_codes import INPUT_ERROR
+from .process import exit_process
 
-LOCAL_RANKS = 2  # that doctor starts
+LOCAL_RANKS = 2  # that `longreach doctor` starts
 _PROGRAM = "python -m longreach.launch.link_benchmark"
 
 
 def join_and_measure() -> Link:
-    """The link between the ranks of the joined world; a collective. For each rank."""
+    """Join the world that a launcher started and measure the link between its ranks; a collective."""
     from ..parallel.link_benchmark import measure
     from ..parallel.mesh import init_mesh, join_world, leave_world, world_size
 
@@ -31,21 +32,21 @@ def join_and_measure() -> Link:
 
 
 def as_text(link: Link, key: str) -> str:
-    """A link in words, and as the setting that tells it to a run."""
+    """A link in words, and as the setting ``key`` of a config."""
     return (
-        f"a message takes {link.latency * 1e6:,.0f} us and 1 s for each {link.bandwidth / 1e9:.2f} GB: "
+        f"latency {link.latency * 1e6:,.0f} us, bandwidth {link.bandwidth / 1e9:.2f} GB/s: "
         f"{key}=[{link.latency:.2g},{link.bandwidth:.3g}]"
     )
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Entry point of every rank; the first says what all found."""
+    """Entry point of every rank; the first prints what all measured. Returns the exit code."""
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(_PROGRAM, description=__doc__, formatter_class=formatter).parse_args(words)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        why = "a link lies between two ranks: start this with torchrun on two or more"
-        print(f"longreach: {why}; see {_PROGRAM} --help", file=sys.stderr)
-        return 2
+        reason = "a link lies between two ranks: start this with torchrun on two or more"
+        print(f"longreach: {reason}; see {_PROGRAM} --help", file=sys.stderr)
+        return INPUT_ERROR
     link = join_and_measure()
     if os.environ.get("RANK") == "0":
         print(as_text(link, "parallel.far"))
@@ -53,4 +54,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

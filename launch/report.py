@@ -1,18 +1,16 @@
-"""What a user sees when a run ends: the result beside what simple compressors need, a sample, where to look."""
+"""What is printed when a run ends: its score beside baselines, a sample of text, and where its files are."""
 
 from __future__ import annotations
-
-import logging
 
 from rich.console import Console
 
 from ..framework.config import RunConfig
-from ..framework.data import BASELINES, Ids, Index, load_vocabulary, packed_dir
-from ..framework.inference.generate import decode_stream, encode, generate, load_run
+from ..framework.data import BASELINES, IdVocabulary, Index, load_vocabulary, packed_dir
+from ..framework.inference.generate import decode_stream, encode, generate
+from ..framework.inference.loading import load_run
 from ..framework.monitoring.monitor import BITS
 from ..framework.trainer import Result
 
-log = logging.getLogger("longreach.finish")
 PROMPT = "def "
 
 
@@ -22,15 +20,15 @@ def report(config: RunConfig, result: Result) -> None:
     if result.test is not None:
         console.print(f"test, {result.test.num_labels:,} answers:")
         for name, value in result.test.metrics.items():
-            console.print(f"  {name:<18} {value:6.4f}   (the simplest answer: {result.baseline_metrics[name]:.4f})")
+            console.print(f"  {name:<18} {value:6.4f}   (baseline: {result.baseline_metrics[name]:.4f})")
     elif result.held_out is not None:
         index = Index.load(packed_dir(config.data), verify=False)
         bits = index.bits_per_byte(result.held_out)
         unit, bits = ("token", result.held_out * BITS) if bits is None else ("byte", bits)
         console.print(f"held-out bits per {unit}, {index.name}:")
         known = [(name, index.baselines[key]) for key, name in BASELINES.items() if key in index.baselines]
-        for name, figure in [*known, ("this model", bits)]:
-            console.print(f"  {name:<18} {figure:6.3f}")
+        for name, bits_per_unit in [*known, ("this model", bits)]:
+            console.print(f"  {name:<18} {bits_per_unit:6.3f}")
     if config.monitor.sample_len and config.model.causal and config.task.name == "language":
         prompt, text = sample(config, result)
         console.print(f"a sample, after {prompt!r}:")
@@ -43,10 +41,10 @@ def report(config: RunConfig, result: Result) -> None:
 
 
 def sample(config: RunConfig, result: Result) -> tuple[str, str]:
-    """A short prompt, and the text that begins with it and that the run's saved model went on to write."""
+    """A short prompt, and the prompt with what the run's saved model generates after it."""
     _, model = load_run(result.run_dir)
     vocabulary = load_vocabulary(result.run_dir)
-    prompt = "0" if isinstance(vocabulary, Ids) else PROMPT
-    read = encode(prompt, vocabulary)
-    tokens = generate(model, read, config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
-    return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary, read))
+    prompt = "0" if isinstance(vocabulary, IdVocabulary) else PROMPT
+    ids = encode(prompt, vocabulary)
+    tokens = generate(model, ids, config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
+    return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary, ids))

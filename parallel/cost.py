@@ -1,4 +1,4 @@
-"""What an exchange costs, by a latency and a bandwidth; enough to choose between the ways and to plan a run.
+"""A cost model of exchanges, by latency and bandwidth, to choose a relay and to plan a run.
 
 A message of n bytes takes ``latency + n / bandwidth`` seconds. Groups exchange as rings do: P ranks gather in P - 1
 such steps, each of one rank's payload.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two ranks.
+    """The link between two ranks.
 
     Attributes:
         latency: seconds.
@@ -23,7 +23,7 @@ class Link:
     bandwidth: float
 
     def seconds(self, num_bytes: float) -> float:
-        """For one message."""
+        """Of one message."""
         return self.latency + num_bytes / self.bandwidth
 
 
@@ -36,12 +36,12 @@ LINKS = {
 
 
 def links(device: str) -> tuple[Link, Link]:
-    """Within a node and between nodes, for tensors on such a device, where nothing was measured."""
+    """Default links within a node and between nodes, for tensors on such a device."""
     return (LINKS["nvlink"], LINKS["network"]) if device == "cuda" else (LINKS["loopback"], LINKS["loopback"])
 
 
 def fit_link(small: tuple[float, float], large: tuple[float, float]) -> Link:
-    """The link on which messages of two sizes, (bytes, seconds), take so long."""
+    """The link that explains the times of two messages, (bytes, seconds) each."""
     (few, soon), (many, late) = small, large
     # A large message that is not slower than a small one says that latency is all that was seen.
     bandwidth = (many - few) / max(late - soon, 1e-9)
@@ -49,39 +49,39 @@ def fit_link(small: tuple[float, float], large: tuple[float, float]) -> Link:
 
 
 def gather_seconds(num_bytes: float, ranks: int, link: Link) -> float:
-    """Every rank gets the ``num_bytes`` of every other one."""
+    """All-gather of ``num_bytes`` per rank, as a ring."""
     return (ranks - 1) * link.seconds(num_bytes)
 
 
 def hierarchical_seconds(num_bytes: float, ranks: int, node_size: int, near: Link, far: Link) -> float:
-    """Within nodes of ``node_size`` ranks, then between them; the ranks of a node share its way out."""
+    """All-gather within nodes of ``node_size`` ranks, then between nodes, whose ranks share a link."""
     shared = Link(far.latency, far.bandwidth / node_size)
     return gather_seconds(num_bytes, node_size, near) + gather_seconds(num_bytes, ranks // node_size, shared)
 
 
 def num_slices(num_bytes: float, ranks: int, most: int, link: Link) -> int:
-    """How many slices, up to ``most``, take a state along all ranks the fastest."""
-    return min(range(1, most + 1), key=lambda slices: _walk_seconds(num_bytes, ranks, slices, link))
+    """The number of slices, up to ``most``, with which a pipeline over all ranks is the fastest."""
+    return min(range(1, most + 1), key=lambda slices: _pass_seconds(num_bytes, ranks, slices, link))
 
 
-def _walk_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> float:
+def _pass_seconds(num_bytes: float, ranks: int, slices: int, link: Link) -> float:
     return (ranks - 2 + slices) * link.seconds(num_bytes / slices)
 
 
-def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link, wanted: bool = True) -> float:
-    """From rank to rank in at most so many slices, then, if it is wanted, a broadcast of the end (as a tree)."""
-    walk = _walk_seconds(num_bytes, ranks, num_slices(num_bytes, ranks, slices, link), link)
-    return walk + wanted * math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
+def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link, need_final_state: bool = True) -> float:
+    """From rank to rank in at most so many slices, then the broadcast of the final state (as a tree), if needed."""
+    passing = _pass_seconds(num_bytes, ranks, num_slices(num_bytes, ranks, slices, link), link)
+    return passing + need_final_state * math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
 
 
-def recursive_doubling_seconds(num_bytes: float, ranks: int, link: Link, wanted: bool = True) -> float:
-    """Merging at distances 1, 2, 4, ..., a shift by one, then, if it is wanted, a broadcast of the end (as a tree)."""
-    return ((1 + wanted) * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
+def recursive_doubling_seconds(num_bytes: float, ranks: int, link: Link, need_final_state: bool = True) -> float:
+    """Steps at distances 1, 2, 4, ..., a shift by one, then the broadcast of the final state (as a tree), if needed."""
+    return ((1 + need_final_state) * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
 
 
 def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
     """Of an exchange as `parallel.recorder.Event` describes it, between so many ranks."""
-    if ranks == 1 or kind == "receive":  # who receives waits while the sender sends
+    if ranks == 1 or kind == "receive":  # the time of the matching send
         return 0.0
     steps = {
         "all_gather": (ranks - 1, num_bytes),
@@ -95,17 +95,23 @@ def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
 
 
 def fastest(
-    num_bytes: float, ranks: int, slices: int, near: Link, far: Link, node_size: int | None, wanted: bool = True
+    num_bytes: float,
+    ranks: int,
+    slices: int,
+    near: Link,
+    far: Link,
+    node_size: int | None,
+    need_final_state: bool = True,
 ) -> str:
-    """The relay for so many bytes: gather, pipeline, recursive_doubling, or hierarchical where ``node_size`` ranks share a node.
+    """The fastest relay for states of so many bytes; hierarchical only where ``node_size`` ranks share a node.
 
-    Where two are equal, the first of them: who sends to a neighbour need not wait for it, who gathers waits for all.
+    Of two that are equal, the first: a send to a neighbour does not wait for it, an all-gather waits for all ranks.
     """
     link = near if node_size is None else far
     found = {
-        "pipeline": pipeline_seconds(num_bytes, ranks, slices, link, wanted),
+        "pipeline": pipeline_seconds(num_bytes, ranks, slices, link, need_final_state),
         "gather": gather_seconds(num_bytes, ranks, link),
-        "recursive_doubling": recursive_doubling_seconds(num_bytes, ranks, link, wanted),
+        "recursive_doubling": recursive_doubling_seconds(num_bytes, ranks, link, need_final_state),
     }
     if node_size is not None:
         found["hierarchical"] = hierarchical_seconds(num_bytes, ranks, node_size, near, far)

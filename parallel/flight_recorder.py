@@ -1,4 +1,4 @@
-"""The last exchanges of this rank, from torch's flight recorder, and where those of two ranks part."""
+"""The last collectives of this rank, from torch's flight recorder, and the first mismatch between two ranks."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import json
 import os
 
 RECENT = 12  # collectives that are compared
-_UNEVEN = ("all_to_all", "gather", "scatter", "barrier", "alltoall")  # what one rank hands over says nothing of others'
+_UNEVEN = ("all_to_all", "gather", "scatter", "barrier", "alltoall")  # whose payloads may differ between ranks
 
-Trail = dict[str, str]
-"""Collectives in order, by "group.number" (as torch counts them): what each was, such as "all_reduce of 3 Float"."""
+Trace = dict[str, str]
+"""Collectives in order, by "group.number" (as torch counts them): a description such as "all_reduce of 3 Float"."""
 
 
-def record() -> None:
-    """Have torch keep the last exchanges; before the world is joined."""
+def enable() -> None:
+    """Have torch record the last collectives; before the world is joined."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "32")
 
 
-def recent() -> Trail:
-    """The last collectives that this rank began; empty where torch keeps none."""
+def recent_collectives() -> Trace:
+    """The last collectives that this rank started; empty where torch records none."""
     from torch._C import _distributed_c10d as c10d
 
     dump = getattr(c10d, "_dump_fr_trace_json", None)
     entries = json.loads(dump()).get("entries", []) if dump is not None else []
-    trail = {}
+    trace = {}
     for entry in sorted(entries, key=lambda entry: int(entry["record_id"])):
         if not entry["is_p2p"]:
             key = f"{entry['process_group'][0]}.{entry['collective_seq_id']}"
             kind = entry["profiling_name"].rpartition(":")[2].strip("_")
             sizes = "x".join(str(size) for shape in entry["input_sizes"] for size in shape) or "1"
-            trail[key] = kind if kind in _UNEVEN else f"{kind} of {sizes} {''.join(entry['input_dtypes'][:1])}"
-    return dict(list(trail.items())[-RECENT:])
+            trace[key] = kind if kind in _UNEVEN else f"{kind} of {sizes} {''.join(entry['input_dtypes'][:1])}"
+    return dict(list(trace.items())[-RECENT:])
 
 
-def first_mismatch(rank: int, own: Trail, other: int, theirs: Trail) -> str:
-    """Where two ranks made different exchanges, in words; nothing if they did not."""
+def first_mismatch(rank: int, own: Trace, other: int, theirs: Trace) -> str:
+    """The first collective that differs between two ranks, as one line for the user; "" if none does."""
     for key, what in own.items():
         if theirs.get(key, what) != what:
             group, number = key.split(".")

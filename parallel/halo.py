@@ -1,8 +1,8 @@
-"""Neighbouring tokens: what lies just beside this rank's piece, wherever it is.
+"""Halo exchange: the tokens beside this rank's shard, from the ranks that hold them; differentiable.
 
-Point to point, from the ranks that hold them: the next one, or several when pieces are shorter than the reach. They
-travel while work that needs no neighbour goes on. The gradients of borrowed tokens travel back to their owners in the
-same way, and add.
+Point to point, from the next rank, or from several where shards are shorter than the halo. Work that needs no
+neighbour overlaps with the exchange. Backward, the gradients of halo tokens travel back to the ranks that own them and
+are added there.
 """
 
 from __future__ import annotations
@@ -18,43 +18,48 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .mesh import Axis, as_bytes
-from .traffic import Note, Once, every_time, unnoted
+from .traffic import ByteCounter, CollectiveCache, uncached, uncounted
 
 
 @dataclass(frozen=True)
-class Move:
-    """Tokens ``[start, stop)`` of the sequence, owned by one rank and borrowed by another."""
+class Transfer:
+    """Tokens ``[start, stop)`` of the sequence, sent from the rank that holds them to one whose halo they are in."""
 
-    owner: int
-    borrower: int
+    source: int
+    destination: int
     start: int
     stop: int
 
 
-def plan(lengths: Sequence[int], left: int, right: int) -> list[Move]:
-    """Who lends what to whom, so that every non-empty piece sees ``left`` tokens before and ``right`` after it."""
+def halo_transfers(lengths: Sequence[int], left: int, right: int) -> list[Transfer]:
+    """The transfers by which every non-empty shard gets ``left`` tokens before and ``right`` tokens after it.
+
+    Args:
+        lengths: tokens of each rank's shard, in order.
+        left, right: halo tokens on either side; they may span several shards.
+    """
     stops = list(accumulate(lengths))
-    moves = []
-    for borrower, (length, stop) in enumerate(zip(lengths, stops, strict=True)):
+    transfers = []
+    for destination, (length, stop) in enumerate(zip(lengths, stops, strict=True)):
         if length == 0:
             continue
         for low, high in ((stop - length - left, stop - length), (stop, stop + right)):
-            for owner, (size, end) in enumerate(zip(lengths, stops, strict=True)):
+            for source, (size, end) in enumerate(zip(lengths, stops, strict=True)):
                 start, finish = max(low, end - size), min(high, end)
-                if owner != borrower and start < finish:
-                    moves.append(Move(owner, borrower, start, finish))
-    return moves
+                if source != destination and start < finish:
+                    transfers.append(Transfer(source, destination, start, finish))
+    return transfers
 
 
-class Trip:
-    """Tensors on their way between ranks of an axis, all at once.
+class P2PBatch:
+    """Sends and receives between ranks of an axis, started together.
 
     Args:
-        sends: (rank, tensor) for each to send.
-        receives: (rank, shape) for each to receive.
-        like: of the dtype and device of them all.
+        sends: (rank, tensor) for each send.
+        receives: (rank, shape) for each receive.
+        like: has the dtype and device of all of them.
         axis: the ranks.
-        note: counts the bytes sent and the time.
+        count: counts the bytes sent and the time.
     """
 
     def __init__(
@@ -63,11 +68,11 @@ class Trip:
         receives: list[tuple[int, torch.Size]],
         like: Tensor,
         axis: Axis,
-        note: Note,
+        count: ByteCounter,
     ) -> None:
-        self._note = note
-        self._sent = [as_bytes(tensor) for _, tensor in sends]  # kept until they are there
-        self._received = [like.new_zeros(shape) for _, shape in receives]  # in a plan nobody sends
+        self._count = count
+        self._sent = [as_bytes(tensor) for _, tensor in sends]  # referenced until the sends are done
+        self._received = [like.new_zeros(shape) for _, shape in receives]  # a dry run receives nothing
         operations = [
             dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
             for data, (rank, _) in zip(self._sent, sends, strict=True)
@@ -78,79 +83,82 @@ class Trip:
         ]
         self._requests: list[dist.Work] = []
         if operations:
-            with note(sum(data.numel() for data in self._sent)):
+            with count(sum(data.numel() for data in self._sent)):
                 self._requests = dist.batch_isend_irecv(operations)
 
-    def arrived(self) -> list[Tensor]:
-        """What was received, once it is there."""
+    def wait(self) -> list[Tensor]:
+        """The received tensors, once they have arrived."""
         if self._requests:
-            with self._note(0):
+            with self._count(0):
                 for request in self._requests:
                     request.wait()
         self._requests, self._sent = [], []
         return self._received
 
 
-@dataclass
-class _Loan:
-    """One piece's neighbours: who lends what, and the exchanges that are under way.
+class HaloExchange:
+    """The exchange of one shard's halo, forward and backward.
 
-    Attributes:
-        lengths: tokens that each rank of ``axis`` holds; pieces may be empty.
-        left, right: tokens wanted before and after the piece.
-        note: counts the bytes.
-        once: makes the exchange of tokens, or remembers it.
-        forth, back: the tokens, and later their gradients.
+    Args:
+        axis: the ranks that share the sequence.
+        lengths: tokens of each rank's shard; shards may be empty.
+        left, right: halo tokens before and after the shard.
+        count: counts the bytes.
+        cached: keeps the forward exchange for recomputation.
     """
 
-    axis: Axis
-    lengths: Sequence[int]
-    left: int
-    right: int
-    note: Note = unnoted
-    once: Once = every_time
-    forth: Trip | None = None
-    back: Trip | None = None
-
-    def __post_init__(self) -> None:
-        moves = plan(self.lengths, self.left, self.right) if self.axis.size > 1 else []
-        first, rank = sum(self.lengths[: self.axis.rank]), self.axis.rank
-        stop = first + self.lengths[rank]
-        # Of this piece, what each borrower gets; of its two sides, one after the other, what each owner lends.
-        self._lent = [(m.borrower, slice(m.start - first, m.stop - first)) for m in moves if m.owner == rank]
-        shift = {True: self.left - first, False: self.left - stop}
-        self._borrowed = [
-            (m.owner, slice(m.start + shift[m.start < first], m.stop + shift[m.start < first]))
-            for m in moves
-            if m.borrower == rank
+    def __init__(
+        self,
+        axis: Axis,
+        lengths: Sequence[int],
+        left: int,
+        right: int,
+        count: ByteCounter = uncounted,
+        cached: CollectiveCache = uncached,
+    ) -> None:
+        self.axis, self.width, self.count, self.cached = axis, left + right, count, cached
+        self._forward: P2PBatch | None = None
+        self._backward: P2PBatch | None = None
+        transfers = halo_transfers(lengths, left, right) if axis.size > 1 else []
+        first, rank = sum(lengths[: axis.rank]), axis.rank
+        stop = first + lengths[rank]
+        # (rank, tokens of this shard) for each send, and (rank, tokens of the halo, its sides end to end) for each
+        # receive.
+        self._sends = [(t.destination, slice(t.start - first, t.stop - first)) for t in transfers if t.source == rank]
+        shift = {True: left - first, False: left - stop}
+        self._receives = [
+            (t.source, slice(t.start + shift[t.start < first], t.stop + shift[t.start < first]))
+            for t in transfers
+            if t.destination == rank
         ]
 
-    def depart(self, x: Tensor) -> None:
-        """Send what others borrow of ``x [B, n, ...]``."""
+    def start(self, x: Tensor) -> None:
+        """Start to exchange tokens of ``x [B, n, ...]``."""
 
-        def exchange() -> Trip:
-            shapes = [(rank, _shape(x, place.stop - place.start)) for rank, place in self._borrowed]
-            return Trip([(rank, x[:, place]) for rank, place in self._lent], shapes, x, self.axis, self.note)
+        def exchange() -> P2PBatch:
+            shapes = [(rank, _shape(x, place.stop - place.start)) for rank, place in self._receives]
+            return P2PBatch([(rank, x[:, place]) for rank, place in self._sends], shapes, x, self.axis, self.count)
 
-        self.forth = self.once(exchange)
+        self._forward = self.cached(exchange)
 
-    def sides(self, like: Tensor, fill: float) -> Tensor:
-        """The borrowed tokens ``[B, left + right, ...]``, ``fill`` beyond the sequence's ends."""
-        assert self.forth is not None
-        sides = like.new_full(_shape(like, self.left + self.right), fill)
-        for (_, place), tokens in zip(self._borrowed, self.forth.arrived(), strict=True):
-            sides[:, place] = tokens
-        return sides
+    def finish(self, like: Tensor, fill: float) -> Tensor:
+        """The halo ``[B, left + right, ...]``, both sides end to end; ``fill`` beyond the sequence's ends."""
+        assert self._forward is not None
+        halo = like.new_full(_shape(like, self.width), fill)
+        for (_, place), tokens in zip(self._receives, self._forward.wait(), strict=True):
+            halo[:, place] = tokens
+        return halo
 
-    def give_back(self, grad: Tensor) -> None:
-        """Send the gradients of the borrowed tokens ``[B, left + right, ...]`` to their owners."""
-        shapes = [(rank, _shape(grad, place.stop - place.start)) for rank, place in self._lent]
-        self.back = Trip([(rank, grad[:, place]) for rank, place in self._borrowed], shapes, grad, self.axis, self.note)
+    def start_backward(self, grad: Tensor) -> None:
+        """Start to send the gradients of the halo tokens ``[B, left + right, ...]`` to the ranks that own them."""
+        shapes = [(rank, _shape(grad, place.stop - place.start)) for rank, place in self._sends]
+        sends = [(rank, grad[:, place]) for rank, place in self._receives]
+        self._backward = P2PBatch(sends, shapes, grad, self.axis, self.count)
 
-    def take_back(self, grad: Tensor) -> None:
-        """Add the gradients of the lent tokens to ``grad [B, n, ...]``."""
-        if self.back is not None:
-            for (_, place), tokens in zip(self._lent, self.back.arrived(), strict=True):
+    def finish_backward(self, grad: Tensor) -> None:
+        """Add the received gradients to those of this shard's tokens, ``grad [B, n, ...]``, in place."""
+        if self._backward is not None:
+            for (_, place), tokens in zip(self._sends, self._backward.wait(), strict=True):
                 grad[:, place] += tokens
 
 
@@ -158,40 +166,40 @@ def _shape(x: Tensor, length: int) -> torch.Size:
     return torch.Size((x.shape[0], length, *x.shape[2:]))
 
 
-class _Depart(torch.autograd.Function):
-    """Begin a loan: x again, its first and last ``ends`` tokens, and a ticket for `_Arrive`."""
+class _StartHalo(torch.autograd.Function):
+    """Start an exchange. Returns x, its first and last ``edge`` tokens, and a handle that orders `_FinishHalo`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loan: _Loan, ends: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loan.depart(x)
-        ctx.loan, ctx.ends = loan, ends
-        return x.view_as(x), x[:, :ends].clone(), x[:, x.shape[1] - ends :].clone(), x.new_zeros(())
+    def forward(ctx: Any, x: Tensor, exchange: HaloExchange, edge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        exchange.start(x)
+        ctx.exchange, ctx.edge = exchange, edge
+        return x.view_as(x), x[:, :edge].clone(), x[:, x.shape[1] - edge :].clone(), x.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, first: Tensor, last: Tensor, _: Tensor) -> tuple[Any, ...]:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        grad[:, : ctx.ends] += first
-        grad[:, grad.shape[1] - ctx.ends :] += last
-        ctx.loan.take_back(grad)
+        grad[:, : ctx.edge] += first
+        grad[:, grad.shape[1] - ctx.edge :] += last
+        ctx.exchange.finish_backward(grad)
         return grad, None, None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, x: Tensor, loan: _Loan) -> Tensor:
-        ctx.loan = loan
-        return loan.sides(x, 0.0)
+    def forward(ctx: Any, handle: Tensor, x: Tensor, exchange: HaloExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.finish(x, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.loan.give_back(grad.contiguous())
+        ctx.exchange.start_backward(grad.contiguous())
         return grad.new_zeros(()), None, None
 
 
-class _Mend(torch.autograd.Function):
-    """Overwrite the first and the last tokens of ``y [B, n, ...]``."""
+class _OverwriteEdges(torch.autograd.Function):
+    """Overwrite the first and the last tokens of ``y [B, n, ...]``, in place."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -210,9 +218,10 @@ class _Mend(torch.autograd.Function):
         return inner, *(grad[:, place] for place in ctx.where)
 
 
-Within = Callable[[Tensor, slice], Tensor]
-"""A function of tokens ``[B, m, ...]`` and of their places in the piece with its neighbours. It gives ``[B, m, ...]``,
-each of a token and of so many before and after it, with zeros beyond those it gets.
+LocalFunction = Callable[[Tensor, slice], Tensor]
+"""A function of tokens ``[B, m, ...]`` and of their places in the shard with its halo. Each of its ``[B, m, ...]``
+outputs depends on its own token and on as many tokens before and after it as the halo is wide; it sees zeros beyond
+those that it gets.
 """
 
 
@@ -222,82 +231,84 @@ def halo(
     lengths: Sequence[int],
     left: int,
     right: int = 0,
-    note: Note = unnoted,
-    once: Once = every_time,
+    count: ByteCounter = uncounted,
+    cached: CollectiveCache = uncached,
     past: Tensor | None = None,
-    within: Within | None = None,
+    fn: LocalFunction | None = None,
 ) -> Tensor:
-    """This rank's piece with the tokens beside it, or a function of them; differentiable.
+    """This rank's shard with its halo, or a function of both; differentiable.
 
     Args:
         x: ``[B, lengths[axis.rank], ...]``.
         axis: the ranks that share the sequence.
-        lengths: tokens that each of them holds; pieces may be empty.
-        left, right: tokens wanted before and after the piece.
-        note: counts the bytes.
-        once: remembers the exchange of tokens.
+        lengths: tokens of each rank's shard; shards may be empty.
+        left, right: halo tokens before and after the shard.
+        count: counts the bytes.
+        cached: keeps the exchange for recomputation.
         past: ``[B, left, ...]``, the tokens before the whole sequence; None for zeros. They are the same on every
             rank, and so is their gradient (a collective, run by all ranks).
-        within: what is wanted of piece and neighbours.
+        fn: a local function of shard and halo. It runs on the tokens that need no halo while the exchange goes on.
 
     Returns:
-        ``[B, left + n + right, ...]``, zero beyond the sequence's ends (everywhere beside an empty piece); with
-        ``within``, its ``[B, n, ...]``, which begins with the tokens that need no neighbour while those travel.
+        ``[B, left + n + right, ...]``, zero beyond the sequence's ends (everywhere beside an empty shard); with ``fn``,
+        its outputs for the shard's tokens, ``[B, n, ...]``.
     """
-    length, ends, alone = x.shape[1], left + right, axis.size == 1
-    if within is not None and (not ends or (alone and past is None)):
-        return within(x, slice(left, left + length))
+    length, width, one_rank = x.shape[1], left + right, axis.size == 1
+    if fn is not None and (not width or (one_rank and past is None)):
+        return fn(x, slice(left, left + length))
     inside = None
-    if alone:
-        sides = x.new_zeros(_shape(x, ends))
+    if one_rank:
+        sides = x.new_zeros(_shape(x, width))
     else:
-        inside_first = within is not None and length > 2 * ends
-        loan = _Loan(axis, lengths, left, right, note, once)
-        x, opening, closing, ticket = _Depart.apply(x, loan, ends if inside_first else 0)
-        if within is not None and inside_first:
-            inside = within(x, slice(left, left + length))
-        sides = _Arrive.apply(ticket, x, loan)
+        overlap = fn is not None and length > 2 * width
+        exchange = HaloExchange(axis, lengths, left, right, count, cached)
+        x, opening, closing, handle = _StartHalo.apply(x, exchange, width if overlap else 0)
+        if fn is not None and overlap:
+            inside = fn(x, slice(left, left + length))
+        sides = _FinishHalo.apply(handle, x, exchange)
     before, after = sides.split([left, right], dim=1)
     if past is not None and left:
-        before = with_past(before, past, axis, lengths, left, note)
-    if within is None:
+        before = with_past(before, past, axis, lengths, left, count)
+    if fn is None:
         return torch.cat([before, x, after], dim=1)
     if inside is None:
-        return within(torch.cat([before, x, after], dim=1), slice(0, ends + length))[:, left : left + length]
-    # At each end, the outputs that need a neighbour, from as many tokens as they see.
+        return fn(torch.cat([before, x, after], dim=1), slice(0, width + length))[:, left : left + length]
+    # The outputs at either end that depend on the halo, from just the tokens that they depend on.
     first = last = inside[:, :0]
     if left:
-        first = within(torch.cat([before, opening], dim=1), slice(0, left + ends))[:, left : 2 * left]
+        first = fn(torch.cat([before, opening], dim=1), slice(0, left + width))[:, left : 2 * left]
     if right:
-        last = within(torch.cat([closing, after], dim=1), slice(left + length - ends, length + ends))[:, left:ends]
-    return _Mend.apply(inside, first, last)
+        last = fn(torch.cat([closing, after], dim=1), slice(left + length - width, length + width))[:, left:width]
+    return _OverwriteEdges.apply(inside, first, last)
 
 
-def borrow(
-    x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, fill: float, note: Note = unnoted
+def with_halo(
+    x: Tensor, axis: Axis, lengths: Sequence[int], left: int, right: int, fill: float, count: ByteCounter = uncounted
 ) -> Tensor:
-    """``x [B, n, ...]`` with its neighbours, ``[B, left + n + right, ...]``; ``fill`` beyond the sequence's ends. No
-    autograd.
+    """``x [B, n, ...]`` with its halo, ``[B, left + n + right, ...]``, ``fill`` beyond the sequence's ends. Without
+    autograd: for document ids.
     """
-    loan = _Loan(axis, lengths, left, right, note)
-    loan.depart(x)
-    before, after = loan.sides(x, fill).split([left, right], dim=1)
+    exchange = HaloExchange(axis, lengths, left, right, count)
+    exchange.start(x)
+    before, after = exchange.finish(x, fill).split([left, right], dim=1)
     return torch.cat([before, x, after], dim=1)
 
 
-def total(x: Tensor, axis: Axis, note: Note = unnoted) -> Tensor:
-    """The sum of all ranks' ``x``, which it may overwrite."""
+def all_reduce_sum(x: Tensor, axis: Axis, count: ByteCounter = uncounted) -> Tensor:
+    """The sum of all ranks' ``x``, in place."""
     if axis.size > 1:
-        with note(x.numel() * x.element_size()):
+        with count(x.numel() * x.element_size()):
             dist.all_reduce(x, group=axis.group)
     return x
 
 
 class _WithPast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, extended: Tensor, past: Tensor, first: int, left: int, axis: Axis, note: Note) -> Tensor:
+    def forward(
+        ctx: Any, extended: Tensor, past: Tensor, first: int, left: int, axis: Axis, count: ByteCounter
+    ) -> Tensor:
         reach = max(0, left - first) if extended.shape[1] else 0
-        ctx.where, ctx.axis, ctx.note = (reach, first, left), axis, note
+        ctx.where, ctx.axis, ctx.count = (reach, first, left), axis, count
         out = extended.clone()
         out[:, :reach] = past[:, first : first + reach]
         return out
@@ -310,24 +321,25 @@ class _WithPast(torch.autograd.Function):
         to_past[:, first : first + reach] = grad[:, :reach]
         own = grad.clone()
         own[:, :reach] = 0
-        return own, total(to_past, ctx.axis, ctx.note), None, None, None, None
+        return own, all_reduce_sum(to_past, ctx.axis, ctx.count), None, None, None, None
 
 
 def with_past(
-    extended: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], left: int, note: Note = unnoted
+    extended: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], left: int, count: ByteCounter = uncounted
 ) -> Tensor:
-    """``extended`` of `halo` with tokens from before the sequence, ``past [B, left, ...]``, put where they belong.
+    """A shard's halo in which tokens from before the sequence, ``past [B, left, ...]``, replace the zeros.
 
-    ``past`` is the same on every rank, and so is its gradient (a collective, run by all ranks).
+    ``extended`` begins with the ``left`` halo tokens. ``past`` is the same on every rank, and so is its gradient (a
+    collective, run by all ranks).
     """
     first = sum(lengths[: axis.rank]) if lengths[axis.rank] else left
-    return _WithPast.apply(extended, past.to(extended.dtype), first, left, axis, note)
+    return _WithPast.apply(extended, past.to(extended.dtype), first, left, axis, count)
 
 
 class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], reach: int, note: Note
+        ctx: Any, x: Tensor, past: Tensor, axis: Axis, lengths: Sequence[int], reach: int, count: ByteCounter
     ) -> Tensor:
         length, first, own = sum(lengths), sum(lengths[: axis.rank]), lengths[axis.rank]
         start, stop = max(first, length - reach), first + own  # this rank's tokens in the tail
@@ -337,7 +349,7 @@ class _Tail(torch.autograd.Function):
             slots = slice(start - length + reach, stop - length + reach)
             tokens = slice(start - first, own)
             out[:, slots] = x[:, tokens]
-        out = total(out, axis, note)
+        out = all_reduce_sum(out, axis, count)
         kept = max(0, reach - length)
         if kept:
             out[:, :kept] = past[:, past.shape[1] - kept :]
@@ -356,13 +368,13 @@ class _Tail(torch.autograd.Function):
 
 
 def tail(
-    x: Tensor, past: Tensor | None, axis: Axis, lengths: Sequence[int], reach: int, note: Note = unnoted
+    x: Tensor, past: Tensor | None, axis: Axis, lengths: Sequence[int], reach: int, count: ByteCounter = uncounted
 ) -> Tensor:
-    """The last ``reach`` tokens of (``past``, whole sequence), ``[B, reach, ...]``, on every rank; zeros where
-    there are none.
+    """The last ``reach`` tokens of (``past``, whole sequence), ``[B, reach, ...]``, on every rank; zeros where there
+    are none.
 
-    Its gradient is the full one on every rank, so only the owner of a token adds it.
+    Its gradient is the full one on every rank; only the rank that owns a token adds it.
     """
     if past is None:
         past = x.new_zeros(x.shape[0], reach, *x.shape[2:])
-    return _Tail.apply(x, past.to(x.dtype), axis, lengths, reach, note)
+    return _Tail.apply(x, past.to(x.dtype), axis, lengths, reach, count)

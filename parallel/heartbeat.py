@@ -1,9 +1,10 @@
-"""Which rank has stopped answering: every rank tells the first one every second that it lives, and where it is.
+"""Heartbeats: which rank has stopped answering, and which ranks disagree on an exchange.
 
-A process that is frozen, or whose machine is gone, says nothing and closes no connection; its peers wait in an
-exchange. The first rank watches all others, the second one watches the first. They tell it in datagrams, for which
-nobody ever waits; these also tell where a rank is in the program, and in which exchanges it has been, so that one
-that falls silent is named with its last stack, and ranks that disagree on an exchange are named with what each was in.
+A process that is frozen, or whose machine is gone, closes no connection, and its peers wait in an exchange. So every
+rank sends a datagram each second: to the first rank, which monitors all others, or, from the first rank, to the second,
+which monitors the first. Sending never blocks. A datagram holds the rank's place in the program, its stack and its last
+collectives: a rank that falls silent is named with its last stack, and ranks in different collectives are named with
+both.
 """
 
 from __future__ import annotations
@@ -24,41 +25,41 @@ from types import TracebackType
 from . import flight_recorder
 from .mesh import Axis, ExchangeFailed, RanksDisagree, gather_values, is_lost
 
-SECONDS = 1.0  # between two beats
-FRAMES = 5  # of a rank's stack that it tells
+INTERVAL = 1.0  # seconds between two heartbeats
+FRAMES = 5  # of a rank's stack in a heartbeat
 PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
-WATCHER, DEPUTY = 0, 1
-LIVES, WAITS, FAILED = "lives", "waits", "failed"  # WAITS: an exchange of this rank failed; FAILED: something else did
+MONITOR, DEPUTY = 0, 1  # the rank that monitors all others, and the one that monitors it
+ALIVE, EXCHANGE_FAILED, FAILED = "alive", "exchange failed", "failed"
 
 
 @dataclass
-class _Heard:
-    """The last word of a rank: when, where it was, how it was, and in which exchanges it had been."""
+class _Report:
+    """The last heartbeat of a rank: when it came, its place and stack, its status, and its last collectives."""
 
     when: float
-    said: str = "it never answered"
-    mood: str = LIVES
-    trail: flight_recorder.Trail = field(default_factory=dict)
+    place: str = "it never answered"
+    status: str = ALIVE
+    trace: flight_recorder.Trace = field(default_factory=dict)
 
 
 class Heartbeat:
-    """A thread that tells and watches, as a context; collective on the way in.
+    """A thread that sends heartbeats and monitors those of others, as a context; entering it is a collective.
 
     Args:
         world: all ranks.
-        timeout: seconds of silence after which a rank is lost.
-        lost: called with one line that names it, from that thread, on the rank that watched it.
+        timeout: seconds without a heartbeat after which a rank is lost.
+        on_lost: called from that thread, on the rank that monitors it, with one line that names the lost rank.
     """
 
-    def __init__(self, world: Axis, timeout: float, lost: Callable[[str], None]) -> None:
-        self._world, self._timeout, self._lost = world, timeout, lost
-        self._place, self._mood = "starting", LIVES
-        self._thread = threading.get_ident()  # whose doings are told
-        self._heard: dict[int, _Heard] = {}
+    def __init__(self, world: Axis, timeout: float, on_lost: Callable[[str], None]) -> None:
+        self._world, self._timeout, self._on_lost = world, timeout, on_lost
+        self._place, self._status = "starting", ALIVE
+        self._thread = threading.get_ident()  # whose stack is sent
+        self._reports: dict[int, _Report] = {}
         self._left = threading.Event()
 
     def set_phase(self, place: str) -> None:
-        """Say where this rank is, for the line that names it."""
+        """Set this rank's place in the program, for the line that names it."""
         self._place = place
 
     def __enter__(self) -> Heartbeat:
@@ -69,10 +70,10 @@ class Heartbeat:
             own = [float(int.from_bytes(socket.inet_aton(host), "big")), float(port), float(secrets.randbits(48))]
             rows = gather_values(own, self._world)
             self._ends = [(socket.inet_ntoa(int(row[0]).to_bytes(4, "big")), int(row[1])) for row in rows]
-            self._token = int(rows[WATCHER][2])  # a datagram of this run, and of no other
-            others = {WATCHER: range(1, self._world.size), DEPUTY: range(1)}.get(self._world.rank, range(0))
-            self._heard = {other: _Heard(time.monotonic()) for other in others}
-            threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+            self._token = int(rows[MONITOR][2])  # a datagram of this run, and of no other
+            others = {MONITOR: range(1, self._world.size), DEPUTY: range(1)}.get(self._world.rank, range(0))
+            self._reports = {other: _Report(time.monotonic()) for other in others}
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(
@@ -80,26 +81,26 @@ class Heartbeat:
     ) -> None:
         if kind is None:
             self._left.set()
-        elif self._world.size > 1:  # somebody may be lost, and is still to be named
-            self._mood = WAITS if error is not None and is_lost(error) else FAILED
+        elif self._world.size > 1:  # a rank may be lost, which the monitor has still to name
+            self._status = EXCHANGE_FAILED if error is not None and is_lost(error) else FAILED
             with suppress(OSError):
-                self._tell()
-            if self._mood == WAITS:
+                self._send()
+            if self._status == EXCHANGE_FAILED:
                 why = self._why(str(error))
-                if "imed out" not in str(error):  # a connection was closed: nobody is silent
+                if "imed out" not in str(error):  # a connection was closed: no rank is silent
                     self._left.set()
                 raise why from error
             self._left.set()
 
     def _why(self, error: str) -> RuntimeError:
-        """What is known of an exchange that failed: which ranks disagree on it, else what torch says."""
-        rank, own = self._world.ranks[self._world.rank], flight_recorder.recent()
-        until = time.monotonic() + 2 * SECONDS
-        while self._heard and time.monotonic() < until:
-            for other, heard in self._heard.items():
+        """The cause of a failed exchange: which ranks disagree on it, else torch's message."""
+        rank, own = self._world.ranks[self._world.rank], flight_recorder.recent_collectives()
+        until = time.monotonic() + 2 * INTERVAL
+        while self._reports and time.monotonic() < until:
+            for other, report in self._reports.items():
                 line = (
-                    flight_recorder.first_mismatch(rank, own, self._world.ranks[other], heard.trail)
-                    if heard.mood == WAITS
+                    flight_recorder.first_mismatch(rank, own, self._world.ranks[other], report.trace)
+                    if report.status == EXCHANGE_FAILED
                     else ""
                 )
                 if line:
@@ -108,38 +109,38 @@ class Heartbeat:
         last = f" in {list(own.values())[-1]}" if own else ""
         return ExchangeFailed(f"an exchange failed {self._place}{last}: {error}")
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         rank = self._world.rank
-        said = f"process {os.getpid()} on {socket.gethostname()}, {self._place}{_stack(self._thread)}"
-        words = [self._token, rank, said, self._mood, flight_recorder.recent()]
-        self._socket.sendto(json.dumps(words).encode(), self._ends[DEPUTY if rank == WATCHER else WATCHER])
+        place = f"process {os.getpid()} on {socket.gethostname()}, {self._place}{_stack(self._thread)}"
+        words = [self._token, rank, place, self._status, flight_recorder.recent_collectives()]
+        self._socket.sendto(json.dumps(words).encode(), self._ends[DEPUTY if rank == MONITOR else MONITOR])
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         try:
-            token, rank, said, mood, trail = json.loads(self._socket.recv(1 << 14))
+            token, rank, place, status, trace = json.loads(self._socket.recv(1 << 14))
         except (OSError, ValueError, TypeError, RecursionError):
             return
-        if token == self._token and rank in self._heard and isinstance(trail, dict):
-            self._heard[rank] = _Heard(time.monotonic(), said, mood, trail)
+        if token == self._token and rank in self._reports and isinstance(trace, dict):
+            self._reports[rank] = _Report(time.monotonic(), place, status, trace)
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         while not self._left.is_set():
-            with suppress(OSError):  # silence is what the other side notices
-                self._tell()
-            until = time.monotonic() + SECONDS
+            with suppress(OSError):  # the monitor notices the silence
+                self._send()
+            until = time.monotonic() + INTERVAL
             while (left := until - time.monotonic()) > 0:
                 self._socket.settimeout(left)
-                self._listen()
-            for other, heard in self._heard.items():
-                if time.monotonic() - heard.when > self._timeout:
+                self._receive()
+            for other, report in self._reports.items():
+                if time.monotonic() - report.when > self._timeout:
                     rank = self._world.ranks[other]
-                    silent = f"has not answered for {self._timeout:g} s" if heard.mood != FAILED else "failed"
-                    return self._lost(f"rank {rank} {silent}: {heard.said}")
+                    silent = f"has not answered for {self._timeout:g} s" if report.status != FAILED else "failed"
+                    return self._on_lost(f"rank {rank} {silent}: {report.place}")
         return None
 
 
 def _stack(thread: int) -> str:
-    """Where a thread is, in a line: this package's functions, the innermost first."""
+    """A thread's stack in one line: this package's functions, the innermost first."""
     frame = sys._current_frames().get(thread)
     found: list[str] = []
     while frame is not None and len(found) < FRAMES:

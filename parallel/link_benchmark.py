@@ -1,4 +1,4 @@
-"""Measuring what lies between ranks, for `parallel.cost`."""
+"""Measures the latency and bandwidth between ranks, for `parallel.cost`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch.distributed as dist
 from .cost import Link, fit_link
 from .mesh import Axis, Mesh, gather_values
 
-SIZES = (1 << 10, 1 << 24)  # bytes: one message that is all latency, one that is all bandwidth
+SIZES = (1 << 10, 1 << 24)  # bytes: one message dominated by latency, one by bandwidth
 REPEATS = 20
 
 
 def measure(mesh: Mesh) -> Link:
-    """The link between neighbours of the sequence, all of which send at once, as in a ring; a collective.
+    """Measure the link between neighbouring ranks of the sequence, which all send at once (a ring); a collective.
 
     Returns:
-        That of the median of `REPEATS` messages of either size, where the slowest rank counts.
+        The link fitted to the median of `REPEATS` messages of either size, on the slowest rank.
 
     Raises:
         ValueError: there is only one rank.
@@ -32,12 +32,12 @@ def measure(mesh: Mesh) -> Link:
 
 
 def _seconds(axis: Axis, device: torch.device, num_bytes: int) -> float:
-    """Of one message of so many bytes to the next rank, while one arrives from the rank before."""
+    """Median seconds of a message to the next rank while one arrives from the previous rank."""
     sent, received = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     target, source = (axis.ranks[(axis.rank + step) % axis.size] for step in (1, -1))
     seconds = []
-    for _ in range(REPEATS + 2):  # the first ones make connections
-        gather_values([0.0], axis)  # so that all begin together
+    for _ in range(REPEATS + 2):  # the first ones set up connections
+        gather_values([0.0], axis)  # so that all start together
         started = time.perf_counter()
         operations = [
             dist.P2POp(dist.isend, sent, target, group=axis.group),

@@ -1,4 +1,4 @@
-"""The (data, sequence) process mesh: who shares a sequence with whom."""
+"""The (data, sequence) process mesh, its groups and time-outs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from torch import Tensor
 from ..errors import InputError
 from . import cost, flight_recorder
 
-BEAT_SECONDS, AT_WORK = 1.0, -1.0  # how often a rank that is at work tells the others so, and what it tells
+BEAT_SECONDS, RUNNING = 1.0, -1.0  # how often the first rank reports that it is running, and the value it sends
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks that differ from this one only along one axis of the mesh.
+    """This rank's group along one axis of the mesh.
 
     Attributes:
-        rank: this process's place on the axis.
-        size: how many ranks the axis has.
-        ranks: their global ranks, in order.
-        group: their process group; None where the axis has one rank.
-        node: those of them on this rank's node, where several nodes hold as many each; else None.
-        peers: those in the same place on every node; else None.
-        relay: how states travel along the axis: one of `parallel.relay.WAYS`.
-        near, far: what lies between ranks of a node, and between nodes.
+        rank, size: this process's rank in the group, and the number of ranks.
+        ranks: the global ranks of the group, in order.
+        group: the process group; None for one rank.
+        node: the ranks of the group on this rank's node, where the group takes several nodes, with as many ranks on
+            each; else None.
+        peers: the ranks with the same place on each of these nodes; else None.
+        relay: the algorithm of state exchanges: one of `parallel.relay.RELAYS`.
+        near, far: the links between ranks of a node, and between nodes.
+        pending_sends: (request, tensor) of sends that are waited for before the next pipeline of states.
     """
 
     rank: int = 0
@@ -46,22 +47,23 @@ class Axis:
     relay: str = "gather"
     near: cost.Link = cost.LINKS["loopback"]
     far: cost.Link = cost.LINKS["loopback"]
+    pending_sends: list[tuple[Any, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The world as data x sequence; the ranks of one sequence are neighbours.
+    """The world as data-parallel x sequence-parallel ranks; the ranks of one sequence are consecutive.
 
     Attributes:
-        data: ranks that hold the same part of different sequences.
-        sequence: ranks that hold the parts of one sequence, in order.
+        data: the ranks that hold the same shard of different sequences.
+        sequence: the ranks that hold the shards of one sequence, in order.
         world: all ranks.
         device: where this rank computes.
     """
 
-    data: Axis = Axis()
-    sequence: Axis = Axis()
-    world: Axis = Axis()
+    data: Axis = field(default_factory=Axis)
+    sequence: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -98,7 +100,7 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
     """
     if dist.is_initialized() or (world_size() == 1 and "MASTER_ADDR" not in os.environ):
         return
-    flight_recorder.record()
+    flight_recorder.enable()
     rank, ranks, port = (_from_launcher(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     host = os.environ.get("MASTER_ADDR", "")
     if not host or not 0 < port < 1 << 16 or not 0 <= rank < ranks:
@@ -148,7 +150,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reach(host: str, port: int, seconds: float) -> None:
-    """Wait until somebody listens, and raise `InputError` if nobody does for so many seconds."""
+    """Wait until a process listens there, and raise `InputError` if none does for so many seconds."""
     deadline, why = time.monotonic() + seconds, ""
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -162,7 +164,7 @@ def _reach(host: str, port: int, seconds: float) -> None:
 
 
 def fake_world(ranks: int, rank: int, node_size: int) -> None:
-    """Be one rank of a world without the others: what they would send is made up. For planning."""
+    """Join a world of which only this rank exists; collectives return without data. For dry runs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ |= {"LOCAL_WORLD_SIZE": str(node_size), "LOCAL_RANK": str(rank % node_size)}
@@ -187,9 +189,9 @@ def init_mesh(
 
     Args:
         sequence: ranks that share one sequence; rank ``d * sequence + s`` is part s of data rank d.
-        relay: how states travel along a sequence: one of `parallel.relay.WAYS`.
+        relay: the algorithm of state exchanges: one of `parallel.relay.RELAYS`.
         node_size: ranks of a node; None to take it from the launcher.
-        near, far: links within a node and between nodes; None for those that `cost.links` supposes.
+        near, far: links within a node and between nodes; None for the defaults of `cost.links`.
 
     Raises:
         InputError: ``sequence`` does not divide the number of ranks.
@@ -203,7 +205,7 @@ def init_mesh(
     rows = [tuple(range(start, start + sequence)) for start in range(0, ranks, sequence)]
     columns = [tuple(range(part, ranks, sequence)) for part in range(sequence)]
     world = Axis(dist.get_rank(), ranks, tuple(range(ranks)), dist.group.WORLD)
-    node, peers = levels(rows, node_size or local_size() or ranks)
+    node, peers = node_axes(rows, node_size or local_size() or ranks)
     if relay == "hierarchical" and node is None:
         allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
         raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or recursive_doubling")
@@ -217,7 +219,7 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "0")
 
 
-def levels(rows: list[tuple[int, ...]], node_size: int) -> tuple[Axis | None, Axis | None]:
+def node_axes(rows: list[tuple[int, ...]], node_size: int) -> tuple[Axis | None, Axis | None]:
     """`Axis.node` and `Axis.peers` for ``rows`` of ranks, if each row takes several whole nodes; a collective."""
     sequence = len(rows[0])
     if sequence <= node_size or sequence % node_size or node_size == 1:
@@ -272,21 +274,21 @@ class RanksDisagree(RuntimeError):
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is an exchange's, as gloo and NCCL tell it."""
+    """Whether an error is that of an exchange, by the messages of gloo and NCCL."""
     words = ("gloo", "NCCL", "by peer", "remote process exited", "Timed out", "Timeout")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def together(work: Callable[[], None], axis: Axis) -> None:
-    """Run ``work`` on every rank of the axis; a collective.
+def on_all_ranks(work: Callable[[], None], axis: Axis) -> None:
+    """Run ``work`` on every rank of the axis and wait for all; a collective.
 
     Raises:
-        PeerFailed: where it did not raise, if it raised on another rank.
+        PeerFailed: on the ranks where it succeeded, if it raised on another one.
     """
     failure: Exception | None = None
     try:
         work()
-    except Exception as error:  # told to the others first, raised again below
+    except Exception as error:  # the other ranks are informed first; raised again below
         failure = error
     failed = [rank for rank, (bad,) in enumerate(gather_values([float(failure is not None)], axis)) if bad]
     if failure is not None:
@@ -296,17 +298,17 @@ def together(work: Callable[[], None], axis: Axis) -> None:
 
 
 def first_rank_only(work: Callable[[], None], axis: Axis) -> None:
-    """Run ``work`` on the first rank of the axis while the others wait, however long it takes; a collective.
+    """Run ``work`` on the first rank of the axis while the others wait, without a time-out; a collective.
 
     Raises:
-        PeerFailed: on the others, if it raised.
+        PeerFailed: on the other ranks, if it raised.
     """
     over = threading.Event()
 
     def tell() -> None:
         with suppress(RuntimeError):  # another rank is gone: the next exchange fails as well
             while not over.wait(BEAT_SECONDS):
-                gather_values([AT_WORK], axis)
+                gather_values([RUNNING], axis)
             gather_values([0.0], axis)
 
     def lead() -> None:
@@ -319,7 +321,7 @@ def first_rank_only(work: Callable[[], None], axis: Axis) -> None:
             telling.join()
 
     def wait() -> None:
-        while gather_values([0.0], axis)[0][0] == AT_WORK:
+        while gather_values([0.0], axis)[0][0] == RUNNING:
             pass
 
-    together(work if axis.size == 1 else wait if axis.rank else lead, axis)
+    on_all_ranks(work if axis.size == 1 else wait if axis.rank else lead, axis)

@@ -1,4 +1,4 @@
-"""A record of every exchange between ranks, whoever makes it: this package, DeepSpeed or anybody's own code."""
+"""Records every exchange of torch.distributed: those of this package, of DeepSpeed and of other code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .traffic import Traffic
 
 @dataclass(frozen=True)
 class Event:
-    """One exchange, as this rank made it.
+    """One exchange of this rank.
 
     Attributes:
         kind: "all_gather", "all_to_all", "all_reduce", "reduce_scatter", "broadcast", "send", "receive" or "barrier";
             the operator's own name where it is another one.
         ranks: global ranks of the group; of a send or receive, the two of them.
-        num_bytes: what this rank hands over: the payload of a collective, whatever the number of ranks; of an
-            all-to-all what goes to others; 0 for who receives.
-        layer, verb: for whom, where a verb of `Span` made it; else "".
+        num_bytes: payload of this rank: of a collective, whatever the number of ranks; of an all-to-all what goes to
+            other ranks; 0 for a receive.
+        layer, verb: of `Span`, where one of its verbs made it; else "".
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Recorder(TorchDispatchMode):
         recorder.events
 
     Args:
-        traffic: of the spans whose layers and verbs are to be known.
+        traffic: of the spans whose layers and verbs are recorded.
     """
 
     def __init__(self, traffic: Traffic | None = None) -> None:
@@ -75,13 +75,13 @@ def _size(tensors: Any) -> int:
 
 
 def _bytes(named: Mapping[str, Any]) -> int:
-    """What a collective takes in, by the names that its argument may have."""
+    """Bytes of a collective's input, by the names that the argument may have."""
     names = ("input_tensors", "input_tensor", "input", "tensors")
     return next((_size(named[name]) for name in names if name in named), 0)
 
 
 def _to_others(named: Mapping[str, Any], rank: int) -> int:
-    """All of an all-to-all's input but this rank's own part."""
+    """Bytes of an all-to-all's input without this rank's own part."""
     sent: Tensor = named["input"]
     splits = named["input_split_sizes"]
     if not splits:

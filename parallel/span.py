@@ -1,12 +1,12 @@
-"""Span: the piece of a sequence that this rank holds, and the four verbs with which a mixer reaches the rest.
+"""Span: the part of a sequence that this rank computes, and the four verbs by which a mixer reaches the rest of it.
 
-    y = span.scan(op, *inputs)           a stateful mixer over the whole sequence
-    x = span.halo(x, left, right)        the piece with the tokens just beside it
-    y = span.by_channel(fn, x)           a function of the whole sequence, for a slice of the channels
-    span.carry                           what came before, read and written by the verbs above
+    y = span.scan(op, *inputs)           a stateful mixer: an exclusive scan of states over the shards
+    x = span.halo(x, left, right)        the shard with its halo of neighbouring tokens
+    y = span.by_channel(fn, x)           a function of the whole sequence, sharded by channels (all-to-all)
+    span.carry                           what came before the sequence, read and written by the verbs above
 
-The rest of the sequence may be on other ranks (sequence parallelism), in an earlier block (streaming), or already
-generated (decoding). A mixer never knows which; ``Span()`` is a whole sequence on one device.
+The rest of the sequence may be on other ranks (sequence parallelism), in an earlier block (streaming), or generated
+already (decoding). A mixer is the same code for all three; ``Span()`` is a whole sequence on one device.
 """
 
 from __future__ import annotations
@@ -20,37 +20,39 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .. import _aliases
 from ..errors import InputError
-from ..kernels.scan import NO_TOKENS, Carry, StatefulOp, scan
-from . import halo as neighbours
+from ..kernels.scan import scan
+from ..kernels.state import NO_TOKENS, Carry, StatefulOp
+from . import halo as halo_exchange
 from . import reshard
 from .mesh import Axis, Mesh
-from .relay import AxisRelay, gather
-from .traffic import Note, Once, Traffic, every_time
+from .relay import AxisStateExchange, gather
+from .traffic import ByteCounter, CollectiveCache, Traffic, uncached
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Within = Callable[[Tensor, Tensor | None], Tensor]
-"""What `Span.halo` can make of a piece and its neighbours."""
+LocalFunction = Callable[[Tensor, Tensor | None], Tensor]
+"""A function of tokens and their document ids whose outputs depend on neighbouring tokens only; see `Span.halo`."""
 
 
 def shard_lengths(length: int, size: int) -> list[int]:
-    """Tokens that each of ``size`` ranks holds of ``length``: rank r holds ``[r*C, (r+1)*C)`` with ``C =
-    ceil(length / size)``.
+    """Tokens of each of ``size`` shards of ``length`` tokens: rank r holds ``[r*C, (r+1)*C)``, ``C = ceil(length /
+    size)``.
     """
-    chunk = -(-length // size)
-    return [max(0, min(chunk, length - rank * chunk)) for rank in range(size)]
+    most = -(-length // size)
+    return [max(0, min(most, length - rank * most)) for rank in range(size)]
 
 
 @dataclass(frozen=True)
 class ChannelShard:
-    """The whole sequence of some channels, as `Span.by_channel` hands it to its function.
+    """All tokens of some channels: what `Span.by_channel` passes to its function.
 
     Attributes:
         tokens: ``[B, T + L, D_r, ...]``, the carried tokens first.
-        num_past: T, the carried tokens; the function answers for the L others.
+        num_past: T, the carried tokens; the function returns outputs for the L others.
         channels: which of the D channels these are.
-        segments: ``[B, T + L]`` document ids (-1 where nothing was), or None.
+        segments: ``[B, T + L]`` document ids (-1 where there is no token), or None.
     """
 
     tokens: Tensor
@@ -59,8 +61,8 @@ class ChannelShard:
     segments: Tensor | None
 
 
-def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, P], T]:
-    """A verb that ``torch.compile`` leaves as it is where it exchanges: a graph holds no exchange."""
+def _untraced_across_ranks(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, P], T]:
+    """``torch.compile`` traces ``run`` on one rank and skips it where it exchanges: a graph holds no exchange."""
     untraced = _disable_dynamo(run)  # torch.compiler.disable would import the compiler, which takes seconds
 
     @wraps(run)
@@ -72,48 +74,59 @@ def _verb(run: Callable[Concatenate[Span, P], T]) -> Callable[Concatenate[Span, 
 
 @dataclass
 class _SharedCache:
-    """What all layers' views of one span share: the outgoing carry, what is worth finding out once, and what exchanges
-    brought.
+    """Shared by all layers' views of one span.
+
+    Attributes:
+        carry_out: by key, what the verbs wrote for the next tokens.
+        ids: document ids that were exchanged once for all layers.
+        collectives: by key, results of exchanges, for recomputation.
     """
 
     carry_out: dict[str, Carry] = field(default_factory=dict)
-    found: dict[Any, Tensor | None] = field(default_factory=dict)
-    brought: dict[str, Any] = field(default_factory=dict)
+    ids: dict[Any, Tensor | None] = field(default_factory=dict)
+    collectives: dict[str, Any] = field(default_factory=dict)
 
 
+@_aliases.with_old_members(_aliases.SPAN_MEMBERS)
 @dataclass
 class Span:
-    """A piece of a sequence and the way to the rest of it. Make one with `Span.of`, or ``Span()`` for a whole sequence.
+    """A part of a sequence and the way to the rest. Make one with `Span.of`, or ``Span()`` for a whole sequence.
 
-    Attributes:
+    Attributes of its geometry:
         axis: the ranks that share the sequence.
-        lengths: tokens held by each of them; None for a single rank, which holds what it is given.
-        start: global position of the sequence's first token (not 0 where earlier blocks came before).
+        lengths: tokens of each rank's shard; None for a single rank, which holds what it is given.
+        start: global position of the sequence's first token; not 0 where earlier blocks came before.
         segments: ``[B, n]`` int64 non-decreasing document ids >= 0 of this rank's tokens; None for one document.
-        carry: what came before ``start``, by layer and verb; empty at the beginning. The same on every rank.
+    of its state:
+        carry: what came before ``start``, by layer and call; empty at the beginning. The same on every rank.
         keep_carry: whether the verbs write the outgoing carry (streaming, decoding).
-        cache_collectives: keep what small exchanges bring: layers will be computed again for their gradients (`at`).
-        dropout_seeds: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
-        traffic: counts the bytes exchanged.
+    of its scope:
         layer: name of the layer that uses this view.
+    of the run:
+        dropout_seeds: ``[B]`` int64 seeds of the rows for position-keyed dropout; None for no dropout.
+        cache_collectives: keep the results of small exchanges, as layers will be recomputed (`for_layer`).
+        traffic: counts the bytes exchanged.
     """
 
     axis: Axis = field(default_factory=Axis)
     lengths: Sequence[int] | None = None
     start: int = 0
     segments: Tensor | None = None
+
     carry: Mapping[str, Carry] = field(default_factory=dict)
     keep_carry: bool = False
-    cache_collectives: bool = False
-    dropout_seeds: Tensor | None = None
-    traffic: Traffic = field(default_factory=Traffic)
+
     layer: str = ""
+
+    dropout_seeds: Tensor | None = None
+    cache_collectives: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
     _cache: _SharedCache = field(default_factory=_SharedCache)
-    _calls: int = 0
+    _names: set[str] = field(default_factory=set)  # of this view's calls, each of which has a carry of its own
 
     @classmethod
     def of(cls, mesh: Mesh, length: int, **fields: Any) -> Span:
-        """This rank's share of a sequence of ``length`` tokens, split over ``mesh.sequence``.
+        """This rank's shard of a sequence of ``length`` tokens, split over ``mesh.sequence``.
 
         ``fields`` are the attributes of `Span`; ``segments`` are those of this rank's tokens (see `shard`).
         """
@@ -132,136 +145,148 @@ class Span:
 
     @property
     def carry_out(self) -> dict[str, Carry]:
-        """What the verbs wrote for the tokens that follow, if ``keep_carry``."""
+        """What the verbs wrote for the next tokens, if ``keep_carry``."""
         return self._cache.carry_out
 
     def shard(self, x: Tensor) -> Tensor:
-        """This rank's tokens of ``x [B, L, ...]``, all tokens from position 0 on."""
+        """This rank's tokens of ``x [B, L, ...]``, which holds all tokens from position 0 on."""
         return x if self.lengths is None else x[:, self.position : self.position + self.lengths[self.axis.rank]]
 
     def for_layer(self, layer: str, **fields: Any) -> Span:
-        """The view of this span for one layer: its verbs' carries and bytes go under that name.
+        """The view of this span for one layer: carries and bytes of its verbs go under that name.
 
-        A layer that is computed again takes a new view of the same name, with ``cache_collectives=True`` both times: then ranks
-        exchange states and halos once, and the carry is that of the first time.
+        A layer that is recomputed takes a new view of the same name, with ``cache_collectives=True`` both times: then
+        states and halos are exchanged once, and the carry is that of the first time.
         """
-        return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, **fields, _calls=0)
+        return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, **fields, _names=set())
 
     def with_carry(self, carry: Mapping[str, Carry], **fields: Any) -> Span:
-        """This span with what came before it, and nothing yet of what it leaves."""
-        return replace(self, carry=carry, **fields, _cache=_SharedCache(), _calls=0)
+        """This span with another incoming carry, and an empty outgoing one."""
+        return replace(self, carry=carry, **fields, _cache=_SharedCache(), _names=set())
 
     def next_block(self, length: int) -> Span:
-        """The span of the next tokens: it starts where this one (of ``length`` tokens over all ranks) ends, with
-        its carry.
-        """
+        """The span of the tokens after this one's (``length`` tokens over all ranks), with the carry that it wrote."""
         return self.with_carry(self.carry_out, start=self.start + length, segments=None)
 
-    @_verb
-    def scan(self, op: StatefulOp, *inputs: Tensor) -> Tensor:
+    def scan(self, op: StatefulOp, *inputs: Tensor, name: str = "scan") -> Tensor:
         """A stateful mixer over the whole sequence.
 
         Args:
-            op: its two passes and adjoints.
-            inputs: this piece's activations ``[B, n, ...]``, and parameters.
+            op: its passes and their adjoints.
+            inputs: this shard's activations ``[B, n, ...]``, and parameters.
+            name: of this call; a layer that scans twice names its calls.
 
         Returns:
-            This piece's output.
+            The outputs of this shard.
         """
-        key, note = self._call("scan")
-        relay = None
-        if self.axis.size > 1:
-            ends_once = partial(self._remembered, "ends")
-            note_ends = self.traffic.note("segments", "scan")
-            relay = AxisRelay(self.axis, note, self._once(key), note_ends, ends_once, self.keep_carry)
-        y, after = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=relay)
-        self._leave(key, lambda: after)
+        key = self._key(name)
+        if self.axis.size == 1:
+            y, final = scan(op, *inputs, segments=self.segments, carry=self.carry.get(key))
+        else:
+            y, final = self._scan_across_ranks(key, op, inputs)
+        self._write_carry(key, lambda: final)
         return y
 
-    @_verb
-    def halo(self, x: Tensor, left: int, right: int = 0, within: Within | None = None) -> Tensor:
-        """The piece with the tokens just beside it, or a function that looks no farther than these.
+    @_disable_dynamo
+    def _scan_across_ranks(self, key: str, op: StatefulOp, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Carry]:
+        exchange = AxisStateExchange(
+            self.axis,
+            self._counter("scan"),
+            self._collective_cache(key),
+            self.traffic.counter("segments", "scan"),
+            partial(self._cached, "boundary ids"),
+            self.keep_carry,
+        )
+        return scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=exchange)
+
+    @_untraced_across_ranks
+    def halo(
+        self, x: Tensor, left: int, right: int = 0, fn: LocalFunction | None = None, *, name: str = "halo"
+    ) -> Tensor:
+        """The shard with its halo of neighbouring tokens, or a function of both.
 
         Args:
-            x: ``[B, n, ...]``, this piece.
-            left, right: how many tokens before and after it. They may span several ranks.
-            within: a function of tokens ``[B, m, ...]`` and their document ids ``[B, m]`` (or None), whose ``[B, m,
-                ...]`` are each of a token and of so many before and after it, with zeros beyond those it gets. It
-                begins with the tokens that need no neighbour while those travel.
+            x: ``[B, n, ...]``, this shard.
+            left, right: halo tokens before and after it. They may span several ranks.
+            fn: a function of tokens ``[B, m, ...]`` and their document ids ``[B, m]`` (or None). Each of its ``[B, m,
+                ...]`` outputs depends on its own token, on ``left`` tokens before and ``right`` after it, with zeros
+                beyond those it gets. It runs on the tokens that need no halo while the exchange goes on.
+            name: of this call; a layer that calls `halo` twice names its calls.
 
         Returns:
             ``[B, left + n + right, ...]``, zero beyond the sequence's ends (`halo_segments` has the ids that go with
-            it); or what ``within`` makes of this piece, ``[B, n, ...]``.
+            it); or the outputs of ``fn`` for this shard, ``[B, n, ...]``.
         """
-        key, note = self._call("halo")
-        return self._near(key, note, self.carry.get(key), x, left, right, within)
+        return self._halo(self._key(name), self._counter("halo"), x, left, right, fn)
 
-    def _near(
-        self, key: str, note: Note, past: Carry | None, x: Tensor, left: int, right: int, within: Within | None
-    ) -> Tensor:
-        """`halo`, as part of any verb."""
+    def _halo(self, key: str, count: ByteCounter, x: Tensor, left: int, right: int, fn: LocalFunction | None) -> Tensor:
+        past = self.carry.get(key)
         lengths, state = self._lengths(x), None if past is None else past.state
-        look = None
-        if within is not None:
-            ids, run = self.halo_segments(left, right), within
+        local = None
+        if fn is not None:
+            ids, run = self.halo_segments(left, right), fn
 
-            def look(tokens: Tensor, place: slice) -> Tensor:
+            def local(tokens: Tensor, place: slice) -> Tensor:
                 return run(tokens, None if ids is None else ids[:, place])
 
-        y = neighbours.halo(x, self.axis, lengths, left, right, note, self._once(key), state, look)
+        cached = self._collective_cache(key)
+        y = halo_exchange.halo(x, self.axis, lengths, left, right, count, cached, state, local)
 
-        def leaving() -> Carry:
-            tail = neighbours.tail(x, state, self.axis, lengths, left, note)
+        def carry() -> Carry:
+            tail = halo_exchange.tail(x, state, self.axis, lengths, left, count)
             return Carry(tail, self._tail_segments(past, left))
 
-        self._leave(key, leaving)
+        self._write_carry(key, carry)
         return y
 
-    @_verb
+    @_untraced_across_ranks
     def halo_segments(self, left: int, right: int = 0) -> Tensor | None:
-        """Document ids ``[B, left + n + right]`` of a `halo` (-1 where no token is), or None for one document."""
+        """Document ids ``[B, left + n + right]`` of a `halo` (-1 where there is no token), or None for one document."""
         if self.segments is None:
             return None
         key = ("halo", left, right)
-        if key not in self._cache.found:
+        if key not in self._cache.ids:
             ids, lengths = self.segments, self._lengths(self.segments)
-            note = self.traffic.note("segments", "halo")
-            extended = neighbours.borrow(ids, self.axis, lengths, left, right, -1, note)
+            count = self.traffic.counter("segments", "halo")
+            extended = halo_exchange.with_halo(ids, self.axis, lengths, left, right, -1, count)
             past = self._carried_ids(left)
             if past is not None:
-                extended = neighbours.with_past(extended, past, self.axis, lengths, left, note)
-            self._cache.found[key] = extended
-        return self._cache.found[key]
+                extended = halo_exchange.with_past(extended, past, self.axis, lengths, left, count)
+            self._cache.ids[key] = extended
+        return self._cache.ids[key]
 
-    @_verb
-    def by_channel(self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = 0) -> Tensor:
-        """A function of the whole sequence, run by each rank on its slice of the channels.
+    @_untraced_across_ranks
+    def by_channel(
+        self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = 0, *, name: str = "by_channel"
+    ) -> Tensor:
+        """A function of the whole sequence, run by each rank on its share of the channels.
 
         Args:
-            fn: gets a `ChannelShard`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks than
-                channels).
-            x: ``[B, n, D, ...]``, this piece; dimension 2 (channels, or heads) is what is sliced.
-            reach: how many tokens of the past each of ``fn``'s outputs depends on, and none of the future, with zeros
-                where there are none; None for more. Where so many are fewer bytes than the exchange of tokens for
-                channels, ``fn`` gets this piece with them instead, all channels of it.
+            fn: gets a `ChannelShard`, returns ``[B, L, D_r, ...]`` for its L new tokens (``D_r`` may be 0: more ranks
+                than channels).
+            x: ``[B, n, D, ...]``, this shard; dimension 2 (channels, or heads) is what is split.
+            reach: how many past tokens each output of ``fn`` depends on, and on no future ones, with zeros where there
+                are none; None for all tokens. Where a halo of that width is fewer bytes than the all-to-all, ``fn``
+                gets this shard with the halo instead, all channels of it.
+            name: of this call; a layer that calls `by_channel` twice names its calls.
 
         Returns:
-            ``[B, n, D, ...]``, this piece of the result.
+            ``[B, n, D, ...]``, this shard of the result.
         """
-        key, note = self._call("by_channel")
+        key, count = self._key(name), self._counter("by_channel")
         lengths, units = self._lengths(x), x.shape[2]
         past = self.carry.get(key)
-        # The exchange sends twice (size - 1) / size of a piece; half of that is left, as borrowed tokens are work too.
+        # The all-to-alls send twice (size - 1) / size of a shard. Half of that is the limit: halo tokens are work, too.
         if reach is not None and self.axis.size > 1 and reach * self.axis.size <= max(lengths) * (self.axis.size - 1):
 
-            def alone(tokens: Tensor, ids: Tensor | None) -> Tensor:
+            def by_token(tokens: Tensor, ids: Tensor | None) -> Tensor:
                 return fn(ChannelShard(tokens, 0, slice(0, units), ids))
 
-            return self._near(key, note, past, x, reach, 0, alone)
-        segments, carried, num_past = self._whole_segments(), None, 0
+            return self._halo(key, count, x, reach, 0, by_token)
+        segments, carried, num_past = self._all_segments(), None, 0
         first = sum(reshard.channel_shard_sizes(units, self.axis.size)[: self.axis.rank])
         if past is not None:
-            carried = reshard.own_channels(past.state.to(x.dtype), self.axis, note)
+            carried = reshard.own_channels(past.state.to(x.dtype), self.axis, count)
             num_past = carried.shape[1]
             if segments is not None and past.segment is not None:
                 segments = torch.cat([past.segment, segments], dim=1)
@@ -275,38 +300,41 @@ class Span:
                 kept.append(tokens if reach is None else _last(tokens, reach, 0))
             return fn(ChannelShard(tokens, num_past, channels, segments))
 
-        y = reshard.by_channel(run, x, self.axis, lengths, note)
+        y = reshard.by_channel(run, x, self.axis, lengths, count)
 
-        def leaving() -> Carry:
-            state = reshard.all_channels(torch.cat(kept, dim=2), self.axis, units, note)
+        def carry() -> Carry:
+            state = reshard.all_channels(torch.cat(kept, dim=2), self.axis, units, count)
             ids = segments if segments is None or reach is None else _last(segments, reach, NO_TOKENS)
             return Carry(state, ids)
 
-        self._leave(key, leaving)
+        self._write_carry(key, carry)
         return y
 
-    def _call(self, verb: str) -> tuple[str, Note]:
-        """The carry's key of this verb's call in this layer, and where its bytes are counted."""
-        key = f"{self.layer}.{verb}{self._calls}"
-        self._calls += 1
-        return key, self.traffic.note(self.layer, verb)
+    def _key(self, name: str) -> str:
+        """The key of a call's carry and of its cached exchanges."""
+        if self.keep_carry or self.cache_collectives:
+            if name in self._names:
+                allowed = f"is the name of another call in layer {self.layer!r}, whose carry it would take"
+                raise InputError("Span call", name, allowed, f"name the calls, as in name='{name}_2'")
+            self._names.add(name)
+        return f"{self.layer}.{name}"
 
-    def _leave(self, key: str, carry: Callable[[], Carry]) -> None:
-        """Write what a verb leaves to the tokens that follow, if they are wanted; the first time, not when a layer is
-        computed again.
-        """
+    def _counter(self, verb: str) -> ByteCounter:
+        return self.traffic.counter(self.layer, verb)
+
+    def _write_carry(self, key: str, carry: Callable[[], Carry]) -> None:
+        """Write what the next tokens need of a call, if it is kept: only once where a layer is recomputed."""
         if self.keep_carry and key not in self.carry_out:
             self.carry_out[key] = carry()
 
-    def _once(self, key: str) -> Once:
-        """How a verb makes an exchange that is small enough to be remembered."""
-        return partial(self._remembered, key) if self.cache_collectives else every_time
+    def _collective_cache(self, key: str) -> CollectiveCache:
+        return partial(self._cached, key) if self.cache_collectives else uncached
 
-    def _remembered(self, key: str, exchange: Callable[[], Any]) -> Any:
-        brought = self._cache.brought
-        if key not in brought:
-            brought[key] = exchange()
-        return brought[key]
+    def _cached(self, key: str, collective: Callable[[], Any]) -> Any:
+        found = self._cache.collectives
+        if key not in found:
+            found[key] = collective()
+        return found[key]
 
     def _lengths(self, x: Tensor) -> Sequence[int]:
         lengths = [x.shape[1]] if self.lengths is None else self.lengths
@@ -314,7 +342,7 @@ class Span:
         return lengths
 
     def _carried_ids(self, reach: int) -> Tensor | None:
-        """Ids of the carried tokens of any halo of this reach: they are the same tokens in every layer."""
+        """Ids of the carried tokens of any halo of this width: they are the same tokens in every layer."""
         for carry in self.carry.values():
             if carry.segment is not None and carry.segment.dim() == 2 and carry.segment.shape[1] == reach:
                 return carry.segment
@@ -324,31 +352,36 @@ class Span:
         if self.segments is None:
             return None
         key = ("tail", reach)
-        if key not in self._cache.found:
+        if key not in self._cache.ids:
             ids = None if past is None or past.segment is None else past.segment + 1
             lengths = self._lengths(self.segments)
-            note = self.traffic.note("segments", "halo")
+            count = self.traffic.counter("segments", "halo")
             # Shifted by one, because a missing token is 0 in a tail and -1 among ids.
-            self._cache.found[key] = neighbours.tail(self.segments + 1, ids, self.axis, lengths, reach, note) - 1
-        return self._cache.found[key]
+            tail = halo_exchange.tail(self.segments + 1, ids, self.axis, lengths, reach, count) - 1
+            self._cache.ids[key] = tail
+        return self._cache.ids[key]
 
-    def _whole_segments(self) -> Tensor | None:
-        """All tokens' ids ``[B, L]``, gathered once."""
+    def _all_segments(self) -> Tensor | None:
+        """Document ids ``[B, L]`` of all tokens, gathered once."""
         if self.segments is None or self.axis.size == 1:
             return self.segments
-        if "whole" not in self._cache.found:
+        if "all" not in self._cache.ids:
             lengths = self._lengths(self.segments)
             padded = self.segments.new_full((self.segments.shape[0], max(lengths)), -1)
             padded[:, : self.segments.shape[1]] = self.segments
-            rows = gather([padded], self.axis, self.traffic.note("segments", "by_channel"))
+            rows = gather([padded], self.axis, self.traffic.counter("segments", "by_channel"))
             ids = [row[:, :length] for (row,), length in zip(rows, lengths, strict=True)]
-            self._cache.found["whole"] = torch.cat(ids, dim=1)
-        return self._cache.found["whole"]
+            self._cache.ids["all"] = torch.cat(ids, dim=1)
+        return self._cache.ids["all"]
 
 
 def _last(x: Tensor, length: int, fill: int) -> Tensor:
-    """The last tokens of ``x [B, T, ...]``, ``fill`` before the first."""
+    """The last ``length`` tokens of ``x [B, T, ...]``, ``fill`` before the first."""
     lacking = length - x.shape[1]
     if lacking <= 0:
         return x[:, -lacking:]
     return torch.cat([x.new_full((x.shape[0], lacking, *x.shape[2:]), fill), x], dim=1)
+
+
+def __getattr__(name: str) -> Any:
+    return _aliases.attribute(__name__, name)

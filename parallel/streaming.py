@@ -1,9 +1,11 @@
-"""Streaming: one sequence block after block, with exact gradients in memory that does not grow with its length.
+"""Streaming: a sequence block by block, with exact gradients in memory that does not grow with its length.
 
-A block needs nothing of its past but a carry. `read` walks forward and hands each block the carry of the one before.
-`train` first walks forward without gradients and keeps the carries that enter the blocks, nothing else. Then it walks
-back: each block is run again from its carry, and what pulls on it is its own loss and the gradient of the carry that it
-left. The cost is one more forward pass. On ranks each block is spread over all of them, so none waits for another's.
+A block depends on earlier ones only through a carry. `read` runs forward and passes each block the carry of the one
+before. `train` first runs forward without gradients and keeps the carries between blocks, nothing else. Then it goes
+back: each block is recomputed from its carry, and its backward starts from its own loss and from the gradient of the
+carry that it wrote, known from the block behind it. The cost is one more forward pass, as that of activation
+checkpointing. With sequence parallelism each block is sharded over all ranks, so ranks do not wait for one another's
+blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.scan import Carry
+from ..kernels.state import Carry
 from .mesh import Mesh
 from .span import Span
 
@@ -34,8 +36,7 @@ def blocks(mesh: Mesh, length: int, block_len: int = 0, *, segments: Tensor | No
         fields: further attributes of each `Span`.
 
     Returns:
-        This rank's span of each block, in the order of the sequence. The first and all others start without a carry;
-        `read` and `train` fill it in.
+        This rank's span of each block, in the order of the sequence, without carries; `read` and `train` add them.
     """
     stride = block_len * mesh.sequence.size or max(1, length)
     spans = []
@@ -48,7 +49,7 @@ def blocks(mesh: Mesh, length: int, block_len: int = 0, *, segments: Tensor | No
 
 
 def read(blocks: Sequence[Span], run: Callable[[Span], T]) -> Iterator[T]:
-    """What ``run`` gives for each block, each from the carry of those before it; without gradients."""
+    """The results of ``run`` for each block, each from the carry of the blocks before; without gradients."""
     carry: Carries = {}
     for number, block in enumerate(blocks):
         span = block.with_carry(carry, keep_carry=number + 1 < len(blocks))
@@ -60,42 +61,42 @@ def read(blocks: Sequence[Span], run: Callable[[Span], T]) -> Iterator[T]:
 
 def train(
     blocks: Sequence[Span],
-    advance: Callable[[Span], object],
+    forward: Callable[[Span], object],
     loss: Callable[[Span], Tensor],
     backward: Callable[[Tensor], None],
     *,
     park: bool = False,
 ) -> None:
-    """The exact gradient of the sum of all blocks' losses, one block's activations at a time.
+    """The exact gradient of the sum of all blocks' losses, with the activations of one block at a time.
 
     Args:
         blocks: of `blocks`; a single one is an ordinary forward and backward pass.
-        advance: runs the model over a block for the sake of its carry; called without gradients.
-        loss: this rank's summand of a block's loss, a scalar. It computes what ``advance`` computed, dropout included.
-        backward: adds the gradient of a scalar to the parameters' (``Tensor.backward``, or that of an engine).
-            It may scale it, by the same factor in all calls.
-        park: keep the carries between the blocks in host memory.
+        forward: runs the model over a block for its outgoing carry; called without gradients.
+        loss: this rank's summand of a block's loss, a scalar. It computes what ``forward`` computed, dropout included.
+        backward: adds the gradient of a scalar to those of the parameters (``Tensor.backward``, or that of an engine).
+            It may scale the gradient, by the same factor in all calls.
+        park: keep the carries between blocks in host memory.
     """
-    store = _Store(park)
-    entries = [store.put({})]
+    store = _CarryStore(park)
+    incoming = [store.put({})]
     for block in blocks[:-1]:
-        span = block.with_carry(store.get(entries[-1]), keep_carry=True)
+        span = block.with_carry(store.get(incoming[-1]), keep_carry=True)
         with torch.no_grad():
-            advance(span)
-        entries.append(store.put(span.carry_out))
+            forward(span)
+        incoming.append(store.put(span.carry_out))
     grads: dict[str, Tensor | None] = {}
     for block in reversed(blocks):
-        carry = _leaves(store.get(entries.pop()))
+        carry = _as_leaves(store.get(incoming.pop()))
         span = block.with_carry(carry, keep_carry=bool(grads))
         value = loss(span)
-        left = {key: span.carry_out[key].state for key, grad in grads.items() if grad is not None}
-        backward(_Pull.apply(value, [grads[key] for key in left], *left.values()))
+        outgoing = {key: span.carry_out[key].state for key, grad in grads.items() if grad is not None}
+        backward(_InjectStateGrads.apply(value, [grads[key] for key in outgoing], *outgoing.values()))
         grads = {key: entry.state.grad for key, entry in carry.items()}
 
 
 @dataclass(frozen=True)
-class _Store:
-    """Where carries wait: on their device, or in host memory."""
+class _CarryStore:
+    """Keeps the carries between blocks, on their device or in host memory."""
 
     park: bool
 
@@ -110,12 +111,12 @@ class _Store:
         return {key: Carry(state.to(device), segment) for key, (state, segment), device in kept}
 
 
-def _leaves(carries: Carries) -> Carries:
+def _as_leaves(carries: Carries) -> Carries:
     return {key: Carry(state.detach().requires_grad_(), segment) for key, (state, segment) in carries.items()}
 
 
-class _Pull(torch.autograd.Function):
-    """A scalar whose gradient also pulls on states, by gradients that are known (and scaled as its own will be)."""
+class _InjectStateGrads(torch.autograd.Function):
+    """A scalar loss whose backward also starts from states whose gradients are known (scaled as its own will be)."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What crosses between ranks, and how long that takes: measured where it is, read by the monitor and the tests."""
+"""Bytes exchanged between ranks and the time spent in exchanges, by layer and verb of `Span`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from typing import Any
 
 import torch
 
-Note = Callable[[int], AbstractContextManager[None]]
-"""Called with the bytes that this rank hands to one exchange, which begins within what it returns; or with none, for an
-exchange that began before and is waited for.
+ByteCounter = Callable[[int], AbstractContextManager[None]]
+"""``with count(num_bytes): ...`` around the start of an exchange to which this rank hands so many bytes; ``count(0)``
+around waiting for an exchange that was started before.
 """
 
-Once = Callable[[Callable[[], Any]], Any]
-"""Makes an exchange and returns what it brought; where a layer is computed again, what it brought the first time."""
+CollectiveCache = Callable[[Callable[[], Any]], Any]
+"""Runs a collective and returns its result; where a layer is recomputed, the result of the first time."""
 
 
-EVENTS_AT_ONCE = 1024  # stretches of a GPU's time that are kept before they are added up
+MAX_EVENTS = 1024  # pairs of CUDA events that are kept before their times are summed
 
 
 class Stopwatch:
-    """Seconds that this rank's computation stands still in what runs within it, slower ranks waited for included.
+    """Seconds that this rank's computation is blocked in what runs within it, waiting for slower ranks included.
 
         with stopwatch:
             dist.all_reduce(x)
         stopwatch.read()
 
-    On a GPU it is the stream that waits and not Python: what counts is the time between two events on it. Stretches
-    within another one count once.
+    On a GPU the stream waits and not Python: the time is that between two events on it. Nested uses count once.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -53,7 +52,7 @@ class Stopwatch:
             self._seconds += perf_counter() - self._started
         else:
             self._events.append((self._first, _event()))
-            if len(self._events) == EVENTS_AT_ONCE:
+            if len(self._events) == MAX_EVENTS:
                 self._add_up()
 
     def read(self) -> float:
@@ -76,7 +75,7 @@ def _event() -> torch.cuda.Event:
 
 
 def timed(collective: Callable[..., Any], waiting: Stopwatch) -> Callable[..., Any]:
-    """A collective, and the ``wait`` of what it returns, during which a stopwatch runs."""
+    """The collective, timed by ``waiting``, and so is the ``wait`` of the work that it returns."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with waiting:
@@ -87,7 +86,7 @@ def timed(collective: Callable[..., Any], waiting: Stopwatch) -> Callable[..., A
 
 
 class _Timed:
-    """A collective under way."""
+    """A collective's work handle whose ``wait`` is timed."""
 
     def __init__(self, work: Any, waiting: Stopwatch) -> None:
         self._work, self._waiting = work, waiting
@@ -101,18 +100,18 @@ class _Timed:
 
 
 class Traffic:
-    """Bytes that this rank handed to exchanges, by (layer, verb), and the time they took.
+    """Bytes that this rank hands to exchanges, by (layer, verb), and the time that they take.
 
-    A verb's bytes are what leaves this rank once: the payload of a gather (whatever the number of ranks), the tokens
-    sent to neighbours by a halo, the slices sent to others by an all-to-all. Forward and backward both count.
+    A payload counts once: that of an all-gather whatever the number of ranks, the tokens sent to neighbours by a halo
+    exchange, the slices sent to other ranks by an all-to-all. Forward and backward both count.
 
     Args:
         device: where this rank computes; None for a CPU.
 
     Attributes:
         bytes: the sums.
-        waiting: runs while exchanges begin and are waited for, not while they travel beside other work.
-        label: (layer, verb) of the exchange that is beginning; of empty strings where it is none of a verb's.
+        waiting: times the starts of exchanges and the waits for them, not what overlaps with computation.
+        label: (layer, verb) of the exchange that is being started; empty strings outside of a verb.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -120,8 +119,8 @@ class Traffic:
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.label = ("", "")
 
-    def note(self, layer: str, verb: str) -> Note:
-        """The function with which an exchange of ``verb`` in ``layer`` reports its bytes."""
+    def counter(self, layer: str, verb: str) -> ByteCounter:
+        """The counter for exchanges of ``verb`` in ``layer``."""
 
         @contextmanager
         def add(num_bytes: int) -> Iterator[None]:
@@ -143,15 +142,15 @@ class Traffic:
         return dict(total)
 
     def clear(self) -> None:
-        """Count from zero again."""
+        """Reset the sums."""
         self.bytes.clear()
 
 
-def unnoted(num_bytes: int) -> AbstractContextManager[None]:
-    """For exchanges that nobody counts."""
+def uncounted(num_bytes: int) -> AbstractContextManager[None]:
+    """A `ByteCounter` that counts nothing."""
     return nullcontext()
 
 
-def every_time(exchange: Callable[[], Any]) -> Any:
-    """`Once` for layers that are computed once."""
-    return exchange()
+def uncached(collective: Callable[[], Any]) -> Any:
+    """A `CollectiveCache` for layers that are not recomputed."""
+    return collective()

@@ -148,7 +148,7 @@ def whole(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """Every tensor of an engine, by name and key, put together from all ranks' pieces; a collective."""
     import torch.distributed as dist
 
-    own = [(name, key, start, values.detach().cpu().clone()) for name, key, start, values in engine.pieces()]
+    own = [(name, key, start, values.detach().cpu().clone()) for name, key, start, values in engine.partitions()]
     world = engine.mesh.world
     rows: list[Any] = [own] * world.size
     if world.group is not None:

@@ -31,7 +31,7 @@ monitor: {tensorboard: false, plot: false}
 """
 
 
-def make_place(directory: Path) -> Place:
+def make_job_directory(directory: Path) -> JobDirectory:
     """A small corpus that the program packed, and a config that trains on it for ever."""
     draw = random.Random(0)
     (directory / "source").mkdir()
@@ -41,7 +41,7 @@ def make_place(directory: Path) -> Place:
     (directory / "endless.yaml").write_text(CONFIG)
     done = longreach("pack", "source", "packed", "--valid-fraction", "0.1", cwd=directory)
     assert done.returncode == 0, done.stderr
-    return Place(directory)
+    return JobDirectory(directory)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def mounted(place: Path, options: str) -> Iterator[Path]:
 
 
 @dataclass
-class Place:
+class JobDirectory:
     """A directory with ``packed/`` and ``endless.yaml``, in which runs are started."""
 
     directory: Path
@@ -103,11 +103,13 @@ class Place:
         return sorted(path.name for path in (self.directory / run / "checkpoints").glob("step-*"))
 
 
-def world(place: Place, words: Sequence[str], ranks: int = 2, program: str = "", port: str = "", **more: str) -> World:
+def world(
+    job_dir: JobDirectory, words: Sequence[str], ranks: int = 2, program: str = "", port: str = "", **more: str
+) -> World:
     """Processes that a launcher would make: ``ranks`` of them, or those that are named in RANK.
 
     Args:
-        program: a script in the place's directory, in place of ``-m longreach.launch.train``.
+        program: a script in the job's directory, in place of ``-m longreach.launch.train``.
         port: of the first rank; a free one if none is given.
         more: of the environment.
     """
@@ -119,7 +121,7 @@ def world(place: Place, words: Sequence[str], ranks: int = 2, program: str = "",
         start_it = f"runpy.run_path({program!r}, run_name='__main__')" if program else "main()"
         code = f"import os, sys, runpy; os.environ.update({given!r}); sys.argv[1:] = {list(words)!r}; "
         code += "from longreach.launch.train import main; " + start_it
-        processes.append(start("-c", code, cwd=place.directory))
+        processes.append(start("-c", code, cwd=job_dir.directory))
     return processes
 
 
@@ -143,7 +145,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def told(done: CompletedProcess[str], *words: str) -> str:
+def error_line(done: CompletedProcess[str], *words: str) -> str:
     """The one line of the program's own that says why it ended."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("longreach: ")]
     assert lines and "Traceback" not in done.stderr, done.stderr

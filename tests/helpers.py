@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks, in worker processes that live as long as the test session."""
+"""Runs a function on N gloo ranks, in worker processes that live as long as the test session; compares tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a worker sets the number of threads before it imports torch
+    from torch import Tensor
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 120.0
@@ -29,6 +32,51 @@ def run_distributed(fn: Callable[..., Any], ranks: int, *args: Any, timeout: flo
         timeout: seconds after which a deadlock fails the test (and the workers are replaced).
     """
     return _workers().run(fn, ranks, args, timeout)
+
+
+def assert_close(
+    name: str,
+    actual: Tensor | None,
+    expected: Tensor | None,
+    *,
+    max_abs: float | Tensor | None = None,
+    rel_rms: float | None = None,
+    rms_floor: float = 0.0,
+) -> None:
+    """Raise `AssertionError`, with the tensor's name, its errors and their limits, unless two tensors are close.
+
+    Args:
+        name: of the tensor.
+        actual, expected: of one shape, compared in fp64 (complex128). None is equal to None only. ``actual`` must be
+            finite.
+        max_abs: limit of the largest absolute error; None for no limit.
+        rel_rms: limit of the RMS error as a share of the RMS of ``expected``; None for no limit.
+        rms_floor: the RMS of ``expected`` counts as this where it is smaller.
+    """
+    import torch
+
+    if actual is None or expected is None:
+        assert actual is expected, f"{name}: {actual} instead of {expected}"
+        return
+    assert actual.shape == expected.shape, f"{name}: shape {list(actual.shape)} instead of {list(expected.shape)}"
+    if not expected.numel():
+        return
+    wide = torch.complex128 if actual.is_complex() or expected.is_complex() else torch.float64
+    actual, expected = actual.detach().to(wide), expected.detach().to(wide)
+    number = int((~actual.isfinite()).sum())
+    assert not number, f"{name}: {number} of {actual.numel()} elements are not finite"
+    error = (actual - expected).abs()
+    if isinstance(max_abs, torch.Tensor):
+        max_abs = max_abs.item()
+    size = max(expected.abs().square().mean().sqrt().item(), rms_floor)
+    limits = (
+        ("largest error", error.max().item(), max_abs),
+        ("RMS error", error.square().mean().sqrt().item(), None if rel_rms is None else rel_rms * size),
+    )
+    lines = [f"{what} {value:.3e}, limit {limit:.3e}" for what, value, limit in limits if limit is not None]
+    place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
+    told = f"{name}: {'; '.join(lines)} (largest at {place}; RMS of what is expected {size:.3e})"
+    assert all(limit is None or value <= limit for _, value, limit in limits), told
 
 
 class _Workers:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_helpers import Place, make_place, ranks_of
+from fault_helpers import JobDirectory, make_job_directory, ranks_of
 from programs import finish, start
 
 from longreach.framework import checkpoint
@@ -49,7 +49,7 @@ QUIET = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1}  # how a process end
 class Soak:
     """What happened so far, and what must not have happened."""
 
-    place: Place
+    job_dir: JobDirectory
     draw: random.Random
     faults: Counter[str] = field(default_factory=Counter)
     trainings: int = 0
@@ -65,17 +65,17 @@ class Soak:
             least = fault(self, run)
             after = self.saved(run)
             assert after >= (before if least is None else least), (fault.__name__, before, after)
-        rows = self.place.rows(run)
+        rows = self.job_dir.rows(run)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), rows
         for row, expected in zip(rows, reference):
             self.worst = max(self.worst, abs(row["loss"] - expected) / expected)
         assert self.worst < TOLERANCE, self.worst
-        shutil.rmtree(self.place.directory / run)
+        shutil.rmtree(self.job_dir.directory / run)
         self.trainings += 1
 
     def saved(self, run: str) -> int:
         """The step from which a training would go on; 0 if it has saved nothing."""
-        newest = checkpoint.newest(self.place.directory / run / "checkpoints")
+        newest = checkpoint.newest(self.job_dir.directory / run / "checkpoints")
         return 0 if newest is None else int(newest.name.removesuffix(".replaced").removeprefix("step-"))
 
     def done(self, run: str) -> bool:
@@ -85,14 +85,14 @@ class Soak:
         """Start a training, or go on with it, in a layout drawn at random."""
         layout = self.draw.choice(LAYOUTS)
         common = [f"run.dir={run}", f"train.steps={STEPS}", f"checkpoint.every={EVERY}", f"parallel.timeout={TIMEOUT}"]
-        return start("-m", "longreach", "train", "endless.yaml", *common, *layout, *words, cwd=self.place.directory)
+        return start("-m", "longreach", "train", "endless.yaml", *common, *layout, *words, cwd=self.job_dir.directory)
 
     def running(self, run: str) -> subprocess.Popen[str]:
         """A training that has made a few steps, or has ended."""
-        process, rows = self.start(run), len(self.place.rows(run))
+        process, rows = self.start(run), len(self.job_dir.rows(run))
         wanted = rows + self.draw.randint(0, 10)
         deadline = time.monotonic() + 300
-        while process.poll() is None and len(self.place.rows(run)) <= wanted and time.monotonic() < deadline:
+        while process.poll() is None and len(self.job_dir.rows(run)) <= wanted and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(self.draw.random() * 0.2)
         return process
@@ -104,13 +104,13 @@ class Soak:
         assert done.returncode in {0, *QUIET} or "longreach: " in done.stderr, (done.returncode, done.stderr)
 
     def newest(self, run: str) -> Path:
-        newest = checkpoint.newest(self.place.directory / run / "checkpoints")
+        newest = checkpoint.newest(self.job_dir.directory / run / "checkpoints")
         assert newest is not None
         return newest
 
     def older(self, run: str) -> int:
         """The step of the checkpoint before the newest; -1 if there is none."""
-        return sorted([-1, *(int(name.removeprefix("step-")) for name in self.place.checkpoints(run))])[-2]
+        return sorted([-1, *(int(name.removeprefix("step-")) for name in self.job_dir.checkpoints(run))])[-2]
 
     def damage(self, run: str, change: Callable[[Path], None]) -> int:
         """Damage a file of the newest checkpoint, if there is an older one, then train on from that."""
@@ -182,13 +182,13 @@ def a_file_is_lost(soak: Soak, run: str) -> int:
 
 
 def the_pointer_is_damaged(soak: Soak, run: str) -> None:
-    pointer = soak.place.directory / run / "checkpoints" / checkpoint.LATEST
+    pointer = soak.job_dir.directory / run / "checkpoints" / checkpoint.LATEST
     pointer.write_bytes(soak.draw.choice([b"", b"\xff\xfe", b"step-99999999\n", b"../../packed\n"]))
     soak.end(soak.start(run, "train.time_limit=2"), 300)
 
 
 def a_shard_is_cut(soak: Soak, run: str) -> None:
-    shard = soak.place.directory / "packed" / "train-00000.tar"
+    shard = soak.job_dir.directory / "packed" / "train-00000.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[: soak.draw.randrange(len(content))])
     try:
@@ -219,11 +219,11 @@ def soak(directory: Path, seconds: float, seed: int) -> dict[str, Any]:
     Raises:
         AssertionError, TimeoutError: something was lost, hung, or went wrong in silence.
     """
-    place, began = make_place(directory), time.monotonic()
-    done = place.train("reference", f"train.steps={STEPS}", timeout=600)
+    job_dir, began = make_job_directory(directory), time.monotonic()
+    done = job_dir.train("reference", f"train.steps={STEPS}", timeout=600)
     assert done.returncode == 0, done.stderr
-    reference = [row["loss"] for row in place.rows("reference")]
-    soaked = Soak(place, random.Random(seed))
+    reference = [row["loss"] for row in job_dir.rows("reference")]
+    soaked = Soak(job_dir, random.Random(seed))
     while time.monotonic() - began < seconds:
         soaked.training(reference)
         said = {"seconds": round(time.monotonic() - began), "trainings": soaked.trainings}

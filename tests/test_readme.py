@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from longreach.launch import cli, train
+from longreach.launch.arguments import parse
+from longreach.launch.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -28,7 +29,7 @@ def test_make_targets_exist(target: str) -> None:
 
 @pytest.mark.parametrize("line", re.findall(r"^longreach (.+)", README, re.MULTILINE))
 def test_commands_are_understood(line: str) -> None:
-    arguments = train.parse(cli._parser(), shlex.split(line, comments=True))
+    arguments = parse(build_parser(), shlex.split(line, comments=True))
     assert callable(arguments.command)
 
 

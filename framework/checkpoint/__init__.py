@@ -2,13 +2,13 @@
 
 A checkpoint is a directory ``step-00000010`` that holds
 
-- of each rank that wrote it, ``model-00000-of-00002.safetensors`` (its pieces of the parameters, fp32, and of the
+- of each rank that wrote it, ``model-00000-of-00002.safetensors`` (its partitions of the parameters, fp32, and of the
   persistent buffers, by their names in the model) and ``optimizer-...`` (of ``<name>.exp_avg`` and so on, fp32); see
   `shards`;
-- ``state.json``: what the caller keeps (step, position in the data, ...), the optimizer's step, the shapes of all
+- ``state.json``: the caller's state (step, position in the data, ...), the optimizer's step, the shapes of all
   tensors, and the size and SHA-256 of every file.
 
-It is written beside its place and moved there when it is complete; then ``latest`` is made to name it. So there is
+It is written under another name and renamed when it is complete; then ``latest`` is made to name it. So there is
 always a complete one, whenever the program is killed. Nothing in it can execute.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...parallel.mesh import Axis, PeerFailed, gather_values, together
+from ...parallel.mesh import Axis, PeerFailed, gather_values, on_all_ranks
 from ..deepspeed.engine import Engine
 from .directory import (
     LATEST,
@@ -31,14 +31,14 @@ from .directory import (
     candidates,
     check_files,
     files_of,
-    first_good,
+    first_intact,
     is_count,
-    numbers_of,
+    path_numbers,
     path_of,
     read_state,
 )
 from .randomness import restore
-from .saver import Saver, place_of, save, shapes_by_kind
+from .saver import Saver, file_entry, save, shapes_by_kind
 from .shards import KINDS, MODEL, OPTIMIZER, Damaged, Shapes, Shards, file_name
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def newest(directory: str | Path) -> Path | None:
-    """The checkpoint to continue from, by the sizes of its files; see `directory.first_good`."""
+    """The checkpoint to resume from, by the sizes of its files; see `directory.first_intact`."""
     directory = Path(directory)
 
     def check(path: Path) -> str:
@@ -58,32 +58,32 @@ def newest(directory: str | Path) -> Path | None:
             return str(error)
         return ""
 
-    return first_good(directory, candidates(directory), check)
+    return first_intact(directory, candidates(directory), check)
 
 
 def resume(engine: Engine, directory: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Set an engine to the newest checkpoint of which nothing is damaged; a collective.
+    """Set an engine to the newest undamaged checkpoint; a collective.
 
     Returns:
         The checkpoint, and the ``state`` that was saved with it; None if there is no checkpoint at all.
 
     Raises:
-        InputError: there are checkpoints, but none is good; or the newest good one is of another format, or has other
-            tensors than the model.
+        InputError: there are checkpoints, but none is intact; or the newest intact one is of another format, or its
+            tensors are not those of the model.
     """
     directory, world = Path(directory), engine.mesh.world
 
     def check(path: Path) -> str:
         try:
-            together(lambda: verify(path, world.rank, world.size), world)
+            on_all_ranks(lambda: verify(path, world.rank, world.size), world)
         except Damaged as error:
             return str(error)
         except PeerFailed as error:
             return f"{path}: {error}"
         return ""
 
-    path = first_good(directory, _agreed(directory, world), check)
-    return None if path is None else (path, _set(engine, path))
+    path = first_intact(directory, _candidates_of_first_rank(directory, world), check)
+    return None if path is None else (path, _restore(engine, path))
 
 
 def load(engine: Engine, path: str | Path) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def load(engine: Engine, path: str | Path) -> dict[str, Any]:
         PeerFailed: another rank met one of these.
     """
     path, world = Path(path), engine.mesh.world
-    together(lambda: verify(path, world.rank, world.size), world)
-    return _set(engine, path)
+    on_all_ranks(lambda: verify(path, world.rank, world.size), world)
+    return _restore(engine, path)
 
 
 def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -117,13 +117,13 @@ def load_model(model: nn.Module, path: str | Path) -> dict[str, Any]:
     with Shards(path, names, document["shapes"][MODEL]) as shards, torch.no_grad():
         _compare(path, document, {MODEL: {name: tuple(target.shape) for name, target in targets.items()}})
         for name, target in targets.items():
-            target.copy_(shards.whole(name))
+            target.copy_(shards.full_tensor(name))
     state: dict[str, Any] = document["state"]
     return state
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """What is to be kept of a model, by name: parameters, tied ones once, and persistent buffers; not copies."""
+    """The tensors of a model that a checkpoint holds, by name: parameters, tied ones once, and persistent buffers."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return found | {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
@@ -149,7 +149,7 @@ def verify(path: str | Path, rank: int = 0, ranks: int = 1) -> None:
     check_files(path, document, sorted(document["files"])[rank::ranks])
 
 
-def _set(engine: Engine, path: Path) -> dict[str, Any]:
+def _restore(engine: Engine, path: Path) -> dict[str, Any]:
     """Set an engine to a checkpoint that was checked."""
     document, world = read_state(path), engine.mesh.world
     model, optimizer = (Shards(path, files_of(document, kind), document["shapes"][kind]) for kind in KINDS)
@@ -157,7 +157,7 @@ def _set(engine: Engine, path: Path) -> dict[str, Any]:
         _compare(path, document, shapes_by_kind(engine))
 
         def read(name: str, key: str, start: int, stop: int) -> Tensor:
-            kind, label = place_of(name, key)
+            kind, label = file_entry(name, key)
             return (model if kind == MODEL else optimizer).read(label, start, stop)
 
         engine.load(read)
@@ -176,10 +176,10 @@ def _compare(path: Path, document: dict[str, Any], expected: Mapping[str, Shapes
         raise InputError("checkpoint", str(path), f"does not fit the model: {lines}", "check model.*")
 
 
-def _agreed(directory: Path, world: Axis) -> list[Path]:
+def _candidates_of_first_rank(directory: Path, world: Axis) -> list[Path]:
     """The first rank's list of checkpoints, on all ranks; a collective. All lie in one directory."""
     paths = candidates(directory)
     count = int(gather_values([float(len(paths))], world)[0][0])
-    own = [value for path in paths[:count] for value in numbers_of(path)]
+    own = [value for path in paths[:count] for value in path_numbers(path)]
     first = gather_values(own + [0.0] * (2 * count - len(own)), world)[0]
     return [path_of(directory, *pair) for pair in zip(first[::2], first[1::2])]

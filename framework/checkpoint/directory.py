@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: which there are, which is good, which stay."""
+"""The directory of a run's checkpoints: listing, verifying, committing and removing them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .shards import KINDS, Damaged
 FORMAT = 2
 STATE, LATEST = "state.json", "latest"
 PARTIAL = ".partial"
-_ASIDE = ".replaced"
-_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_ASIDE)})?")
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(_REPLACED)})?")
 _FILE = re.compile(rf"({'|'.join(KINDS)})-\d{{5,}}-of-\d{{5,}}\.safetensors")
 
 log = logging.getLogger("longreach.checkpoint")
@@ -29,7 +29,7 @@ log = logging.getLogger("longreach.checkpoint")
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints up to the one just written stay.
+    """Which checkpoints are kept, of those up to the one just written.
 
     Attributes:
         last: the newest so many; 0 keeps all.
@@ -43,28 +43,28 @@ class Keep:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a checkpoint is written before it is moved to its place."""
+    """The directory in which a checkpoint is written before it is renamed."""
     return path.parent / f".{path.name}{PARTIAL}"
 
 
-def clear(directory: Path) -> None:
-    """Remove what a save left that did not come to its end."""
+def remove_partials(directory: Path) -> None:
+    """Remove the files of a save that was interrupted."""
     for leftover in directory.glob(f".*{PARTIAL}"):
         remove(leftover)
 
 
-def complete(path: Path, document: dict[str, Any], keep: Keep) -> None:
-    """Make a checkpoint of the files in its `partial_of`: write ``state.json``, move it to its place, name it."""
+def commit(path: Path, document: dict[str, Any], keep: Keep) -> None:
+    """Make a checkpoint of the files in its `partial_of`: write ``state.json``, rename it, name it in ``latest``."""
     partial = partial_of(path)
     document["sha256"] = digest_of(document)
     write_text(partial / STATE, json.dumps(document))
     sync(partial)
-    aside = path.with_name(path.name + _ASIDE)
-    remove(aside)
+    replaced = path.with_name(path.name + _REPLACED)
+    remove(replaced)
     if path.exists():
-        path.rename(aside)
+        path.rename(replaced)
     partial.rename(path)
-    remove(aside)
+    remove(replaced)
     pointer = path.parent / f".{LATEST}{PARTIAL}"
     write_text(pointer, path.name + "\n")
     os.replace(pointer, path.parent / LATEST)
@@ -72,27 +72,27 @@ def complete(path: Path, document: dict[str, Any], keep: Keep) -> None:
     _remove_earlier(path, keep)
 
 
-def first_good(directory: Path, paths: list[Path], check: Callable[[Path], str]) -> Path | None:
-    """The first checkpoint of which nothing is damaged; that it is not the one to expect is told.
+def first_intact(directory: Path, paths: list[Path], check: Callable[[Path], str]) -> Path | None:
+    """The first undamaged checkpoint; a warning where it is not the one that ``latest`` names.
 
     Args:
         directory: of the checkpoints.
         paths: `candidates`.
-        check: says what is wrong with one, or nothing.
+        check: returns what is wrong with one, or nothing.
 
     Returns:
         Its directory, or None if there is no checkpoint at all.
 
     Raises:
-        InputError: there are checkpoints, but none is good, or one is of a newer format.
+        InputError: there are checkpoints, but none is intact, or one is of a newer format.
     """
     problems = []
     for path in paths:
         if problem := check(path):
             problems.append(problem)
             continue
-        if path.name != _named(directory) or problems:
-            log.warning("continuing from %s: %s", path, "; ".join(problems) or f"{directory / LATEST} is not usable")
+        if path.name != _latest_name(directory) or problems:
+            log.warning("resuming from %s: %s", path, "; ".join(problems) or f"{directory / LATEST} is not usable")
         return path
     if problems:
         allowed = f"holds no complete checkpoint: {'; '.join(problems)}"
@@ -101,17 +101,17 @@ def first_good(directory: Path, paths: list[Path], check: Callable[[Path], str])
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints, good or not, as they are to be tried: the one that ``latest`` names, then from the newest."""
-    named = _named(directory)
-    return sorted(checkpoints(directory), key=lambda path: (path.name == named, step_of(path)), reverse=True)
+    """Checkpoints, intact or not, in the order in which to try them: the one that ``latest`` names, then the newest."""
+    latest = _latest_name(directory)
+    return sorted(checkpoints(directory), key=lambda path: (path.name == latest, step_of(path)), reverse=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints, good or not, in the order of their steps."""
+    """Checkpoints, intact or not, in the order of their steps."""
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (step_of(path), not path.name.endswith(_ASIDE)))
+    return sorted(found, key=lambda path: (step_of(path), not path.name.endswith(_REPLACED)))
 
 
 def step_of(path: Path) -> int:
@@ -121,14 +121,14 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def numbers_of(path: Path) -> tuple[float, float]:
-    """What `path_of` makes a checkpoint's path of again."""
-    return float(step_of(path)), float(path.name.endswith(_ASIDE))
+def path_numbers(path: Path) -> tuple[float, float]:
+    """The arguments from which `path_of` makes a checkpoint's path."""
+    return float(step_of(path)), float(path.name.endswith(_REPLACED))
 
 
-def path_of(directory: Path, step: float, aside: float = 0.0) -> Path:
-    """Where the checkpoint after a step is; ``aside``: that which a newer one of this step replaces."""
-    return directory / f"step-{int(step):08d}{_ASIDE if aside else ''}"
+def path_of(directory: Path, step: float, replaced: float = 0.0) -> Path:
+    """Where the checkpoint after a step is; ``replaced``: that which a newer one of this step replaces."""
+    return directory / f"step-{int(step):08d}{_REPLACED if replaced else ''}"
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _is_state(document: dict[str, Any]) -> bool:
-    """Whether a ``state.json`` holds what the functions here take from it; whoever can write it can lie in it."""
+    """Whether a ``state.json`` holds what the functions here take from it; a file can hold anything."""
 
     def are(values: Any, kind: type | tuple[type, ...]) -> bool:
         return isinstance(values, dict) and all(isinstance(value, kind) for value in values.values())
@@ -215,7 +215,7 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 1 << 53
 
 
-def _named(directory: Path) -> str:
+def _latest_name(directory: Path) -> str:
     try:
         return (directory / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -22,7 +22,7 @@ def restore(found: Mapping[str, str], device: torch.device, path: Path) -> None:
     """Set the generators to what `states` gave; one that is not in it stays as it is.
 
     Raises:
-        Damaged: it is no generator's state; ``path`` is where it was found.
+        Damaged: it is not a generator's state; ``path`` is where it was found.
     """
     try:
         for name, text in found.items():

@@ -1,4 +1,4 @@
-"""Writing a checkpoint while training goes on: every rank its own pieces, in a thread; the first one completes it."""
+"""Asynchronous checkpoints: a thread of every rank writes its partitions, and the first rank commits them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ...errors import InputError
 from ...parallel.mesh import PeerFailed, first_rank_only, gather_values
 from ..deepspeed.engine import Engine
 from ..runtime.files import digest, remove, sync
-from .directory import FORMAT, Keep, clear, complete, partial_of, path_of
+from .directory import FORMAT, Keep, commit, partial_of, path_of, remove_partials
 from .randomness import states
-from .shards import KINDS, MODEL, OPTIMIZER, Pieces, file_name, write
+from .shards import KINDS, MODEL, OPTIMIZER, Partitions, file_name, write
 
 _DIGEST = struct.Struct(">8I")  # a SHA-256 as numbers that an exchange of floats carries exactly
 
@@ -30,7 +30,7 @@ class Saver:
         engine: whose model and optimizer are saved.
         directory: of the checkpoints, on storage that all ranks see; made if it is missing.
         keep: which earlier ones stay.
-        timeout: seconds that a rank waits for its files to be written, when there is nothing else to do.
+        timeout: seconds that `wait` waits for this rank's files.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class Saver:
         first_rank_only(self._check_space, self._world)
 
     def start(self, state: dict[str, Any]) -> Path:
-        """Begin a checkpoint of what the engine holds now, after waiting for the one before.
+        """Start a checkpoint of the engine's present values, after waiting for the one before.
 
         Args:
-            state: what loading it shall return, as JSON can hold it; ``state["step"]`` numbers the checkpoint.
+            state: returned by `load`, as JSON can hold it; ``state["step"]`` numbers the checkpoint.
 
         Returns:
             Its directory, which appears when it is complete.
 
         Raises:
-            InputError: it, or the one before, cannot be written; raised on the ranks that found out.
+            InputError: it, or the one before, cannot be written; raised on the ranks that fail.
             PeerFailed: on the others, then.
         """
         self.wait()
@@ -76,18 +76,18 @@ class Saver:
             "loss_scaler": self._engine.loss_scaler,
             "shapes": shapes,
         }
-        pieces: dict[str, Pieces] = {kind: {} for kind in KINDS}
-        for name, key, start, values in self._engine.pieces():
-            kind, label = place_of(name, key)
-            pieces[kind][label] = start, _copy(values)
+        partitions: dict[str, Partitions] = {kind: {} for kind in KINDS}
+        for name, key, start, values in self._engine.partitions():
+            kind, label = file_entry(name, key)
+            partitions[kind][label] = start, _copy(values)
         random = states(self._engine.mesh.device)
         self._path, self._failure, self._written = path, None, []
-        self._thread = threading.Thread(target=self._write, args=(pieces, random), name="save", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(partitions, random), name="save", daemon=True)
         self._thread.start()
         return path
 
     def poll(self) -> None:
-        """Complete the checkpoint if all ranks have written their pieces; raises as `start` does."""
+        """Complete the checkpoint if all ranks have written their partitions; raises as `start` does."""
         if self._path is None:
             return
         rows = gather_values([float(self._thread.is_alive())], self._world)
@@ -101,7 +101,8 @@ class Saver:
             if self._thread.is_alive():
                 allowed = f"was not written within {self._timeout:g} s: its storage does not answer"
                 fix = "earlier checkpoints are untouched; parallel.timeout sets the seconds"
-                raise InputError("checkpoint", str(self._path), allowed, fix)  # no exchange, nothing is tidied there
+                # Without an exchange, for which the other ranks may be late as well.
+                raise InputError("checkpoint", str(self._path), allowed, fix)
             self._finish(self._path)
 
     def _check_space(self) -> None:
@@ -119,23 +120,23 @@ class Saver:
     def _prepare(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            clear(path.parent)
+            remove_partials(path.parent)
             self._check_space()
             partial_of(path).mkdir()
         except OSError as error:
-            raise _cannot(path, error) from error
+            raise _write_error(path, error) from error
 
-    def _write(self, pieces: dict[str, Pieces], random: dict[str, str]) -> None:
+    def _write(self, partitions: dict[str, Partitions], random: dict[str, str]) -> None:
         """Write this rank's files; the thread's work."""
         assert self._path is not None
         try:
             for kind in KINDS:
                 file = partial_of(self._path) / file_name(kind, self._world.rank, self._world.size)
-                write(file, pieces.pop(kind), random)
+                write(file, partitions.pop(kind), random)
                 self._written += [float(file.stat().st_size), *map(float, _DIGEST.unpack(digest(file)))]
             sync(file.parent)
         except (OSError, SafetensorError) as error:
-            self._failure = _cannot(self._path, error)
+            self._failure = _write_error(self._path, error)
         except Exception as error:  # surfaces when the checkpoint is to be completed
             self._failure = error
 
@@ -148,9 +149,9 @@ class Saver:
         if failed:
             first_rank_only(lambda: remove(partial_of(path)), self._world)
             raise self._failure or PeerFailed(f"rank {self._world.ranks[failed[0]]} failed")
-        first_rank_only(lambda: self._complete(path, rows), self._world)
+        first_rank_only(lambda: self._commit(path, rows), self._world)
 
-    def _complete(self, path: Path, rows: list[list[float]]) -> None:
+    def _commit(self, path: Path, rows: list[list[float]]) -> None:
         files = {}
         for rank, row in enumerate(rows):
             for number, kind in enumerate(KINDS):
@@ -162,10 +163,10 @@ class Saver:
                 if not found.is_file() or found.stat().st_size != written["bytes"]:
                     allowed = f"does not show the first rank {name}, which another one has written there"
                     raise InputError("run.dir", str(path), allowed, "choose storage that all nodes share")
-            complete(path, {**self._document, "files": files}, self._keep)
+            commit(path, {**self._document, "files": files}, self._keep)
         except BaseException as error:
             remove(partial_of(path))
-            raise (_cannot(path, error) if isinstance(error, OSError) else error) from None
+            raise (_write_error(path, error) if isinstance(error, OSError) else error) from None
 
 
 def save(engine: Engine, directory: str | Path, state: dict[str, Any], keep: Keep | None = None) -> Path:
@@ -176,7 +177,7 @@ def save(engine: Engine, directory: str | Path, state: dict[str, Any], keep: Kee
     return path
 
 
-def place_of(name: str, key: str) -> tuple[str, str]:
+def file_entry(name: str, key: str) -> tuple[str, str]:
     """The kind of file that holds a tensor of the engine, and its name there."""
     return (MODEL, name) if key == "param" else (OPTIMIZER, f"{name}.{key}")
 
@@ -186,16 +187,16 @@ def shapes_by_kind(engine: Engine) -> dict[str, dict[str, tuple[int, ...]]]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in KINDS}
     for name, parts in engine.shapes().items():
         for key, shape in parts.items():
-            kind, label = place_of(name, key)
+            kind, label = file_entry(name, key)
             shapes[kind][label] = shape
     return shapes
 
 
 def _copy(values: Tensor) -> Tensor:
-    """Values on the host that no later step changes."""
+    """A copy on the host, which later steps do not change."""
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-def _cannot(path: Path, error: Exception) -> InputError:
+def _write_error(path: Path, error: Exception) -> InputError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return InputError("checkpoint", str(path), f"cannot be written: {reason}", "earlier checkpoints are untouched")

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint: in each file the pieces of one rank, flat, and in its header where each begins.
+"""The files of a checkpoint: in each the partitions of one rank, flat, and in its header where each begins.
 
-A file is safetensors. Its metadata holds ``starts``, JSON of ``{name: where its piece begins}``, and ``random``, JSON
-of ``{device: that rank's random state, hexadecimal}``. Whoever reads finds any stretch of any tensor, however many
-ranks wrote it.
+A file is safetensors. Its metadata holds ``starts``, JSON of ``{name: start of its partition}``, and ``random``, JSON
+of ``{device: that rank's random state, hexadecimal}``. Any range of any tensor can be read, whatever the number
+of ranks that wrote it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from ..runtime.files import sync
 MODEL, OPTIMIZER = "model", "optimizer"  # the two kinds of files
 KINDS = (MODEL, OPTIMIZER)
 
-Pieces = dict[str, tuple[int, Tensor]]  # {name: (where it begins in the flattened tensor, values [n])}
+Partitions = dict[str, tuple[int, Tensor]]  # {name: (where it begins in the flattened tensor, values [n])}
 Shapes = Mapping[str, Sequence[int]]
 
 
 class Damaged(InputError):
-    """Something of a checkpoint is not as it was written."""
+    """A checkpoint, or a file of it, is not as it was written."""
 
 
 def file_name(kind: str, rank: int, ranks: int) -> str:
-    """The file of one rank's pieces."""
+    """The name of the file of one rank's partitions."""
     return f"{kind}-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-def write(path: Path, pieces: Pieces, random: Mapping[str, str]) -> None:
-    """Write one rank's pieces of a kind; the disk holds them then."""
-    starts = {name: start for name, (start, _) in pieces.items()}
+def write(path: Path, partitions: Partitions, random: Mapping[str, str]) -> None:
+    """Write one rank's partitions of a kind and flush them to the disk."""
+    starts = {name: start for name, (start, _) in partitions.items()}
     metadata = {"format": "pt", "starts": json.dumps(starts), "random": json.dumps(dict(random))}
-    save_file({name: values for name, (_, values) in pieces.items()}, path, metadata)
+    save_file({name: values for name, (_, values) in partitions.items()}, path, metadata)
     sync(path)
 
 
@@ -57,12 +57,12 @@ class Shards:
         shapes: of the whole tensors.
 
     Raises:
-        Damaged: a file is not what `write` writes, or not every value is there once.
+        Damaged: a file is not one of `write`, or a value is missing or there twice.
     """
 
     def __init__(self, directory: Path, names: Sequence[str], shapes: Shapes) -> None:
         self._shapes, self._opened = shapes, ExitStack()
-        self._places: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        self._ranges: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
         self.random: list[dict[str, str]] = []
         try:
             for name in names:
@@ -83,14 +83,14 @@ class Shards:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """The values [start, stop) of a flattened tensor, in the type in which they were written."""
         found = []
-        for first, last, piece in self._places[name]:
+        for first, last, partition in self._ranges[name]:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                found.append(piece[low - first : high - first])
+                found.append(partition[low - first : high - first])
         return torch.cat(found) if found else torch.empty(0)
 
-    def whole(self, name: str) -> Tensor:
-        """A tensor in its shape."""
+    def full_tensor(self, name: str) -> Tensor:
+        """A whole tensor, in its shape."""
         shape = self._shapes[name]
         return self.read(name, 0, math.prod(shape)).view(*shape)
 
@@ -101,22 +101,22 @@ class Shards:
             starts = {str(name): int(start) for name, start in json.loads(metadata["starts"]).items()}
             self.random.append({str(key): str(state) for key, state in json.loads(metadata["random"]).items()})
             for name in file.keys():  # noqa: SIM118
-                piece = file.get_slice(name)
-                (count,) = piece.get_shape()
-                self._places[name].append((starts[name], starts[name] + count, piece))
+                partition = file.get_slice(name)
+                (count,) = partition.get_shape()
+                self._ranges[name].append((starts[name], starts[name] + count, partition))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged("checkpoint", str(path), f"is damaged: {error}") from None
 
     def _check(self, directory: Path) -> None:
-        """Whether the pieces of each tensor make it up."""
+        """Check that the partitions of each tensor cover it once."""
         for name, shape in self._shapes.items():
             reached = 0
-            for first, last, _ in sorted(self._places[name], key=lambda place: place[:2]):
+            for first, last, _ in sorted(self._ranges[name], key=lambda entry: entry[:2]):
                 if first != reached:
                     break
                 reached = last
             if reached != math.prod(shape):
                 allowed = f"is damaged: {name} is not complete, or has values twice"
                 raise Damaged("checkpoint", str(directory), allowed)
-        for places in self._places.values():
-            places.sort(key=lambda place: place[:2])
+        for ranges in self._ranges.values():
+            ranges.sort(key=lambda entry: entry[:2])

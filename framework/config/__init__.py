@@ -21,6 +21,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
+from ...bounds import bounded, check_bounds
 from ...errors import InputError
 from ..data import DataConfig
 from ..mixers.registry import run_files
@@ -39,7 +40,7 @@ class RunSection:
     """Where results go (by default ``runs/<name of the config>``), and the seed of weights and data order."""
 
     dir: str = ""
-    seed: int = 0
+    seed: int = bounded(0, minimum=0)
 
 
 @dataclass
@@ -60,14 +61,14 @@ class ParallelConfig:
         timeout: seconds after which a rank that does not answer ends the run, and an exchange that does not end.
     """
 
-    ranks: int = 1
-    sequence: int = 0
-    block_len: int = 0
+    ranks: int = bounded(1, minimum=1)
+    sequence: int = bounded(0, minimum=0)
+    block_len: int = bounded(0, minimum=0)
     relay: Literal["auto", "gather", "hierarchical", "pipeline", "recursive_doubling"] = "auto"
     near: list[float] = field(default_factory=list)
     far: list[float] = field(default_factory=list)
     park_carries: bool = False
-    timeout: float = 600.0
+    timeout: float = bounded(600.0, minimum=1)
 
     @property
     def num_sequence_ranks(self) -> int:
@@ -85,14 +86,14 @@ class OptimConfig:
     ``schedule_steps`` is ``train.steps`` unless given; ``clip`` limits the gradient's norm, 0 does not.
     """
 
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 0
-    schedule_steps: int | None = None
+    lr: float = bounded(1e-3, above=0)
+    min_lr_ratio: float = bounded(0.1, minimum=0, maximum=1)
+    warmup_steps: int = bounded(0, minimum=0)
+    schedule_steps: int | None = bounded(None, minimum=1)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    eps: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(0.1, minimum=0)
+    clip: float = bounded(1.0, minimum=0)
 
 
 @dataclass
@@ -115,16 +116,16 @@ class TrainConfig:
             ``skip`` the step, up to `loss_guard.MAX_SKIPPED` in a row.
     """
 
-    steps: int = MISSING
-    micro_batch_size: int = 1
+    steps: int = bounded(MISSING, minimum=1)
+    micro_batch_size: int = bounded(1, minimum=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    log_every: int = 1
-    validate_every: int = 0
-    validate_batches: int = 0
-    threads: int = 0
+    log_every: int = bounded(1, minimum=1)
+    validate_every: int = bounded(0, minimum=0)
+    validate_batches: int = bounded(0, minimum=0)
+    threads: int = bounded(0, minimum=0)
     compile: bool = False
     recompute: bool = False
-    time_limit: float = 0.0
+    time_limit: float = bounded(0.0, minimum=0)
     nonfinite: Literal["stop", "skip"] = "stop"
 
 
@@ -140,10 +141,10 @@ class CheckpointConfig:
         keep_best: and the one with the lowest held-out loss.
     """
 
-    every: int = 100
+    every: int = bounded(100, minimum=0)
     resume: bool = True
-    keep_last: int = 3
-    keep_every: int = 0
+    keep_last: int = bounded(3, minimum=0)
+    keep_every: int = bounded(0, minimum=0)
     keep_best: bool = False
 
 
@@ -161,8 +162,8 @@ class MonitorConfig:
 
     tensorboard: bool = True
     plot: bool = True
-    sample_len: int = 0
-    record_exchanges: int = 0
+    sample_len: int = bounded(0, minimum=0)
+    record_exchanges: int = bounded(0, minimum=0)
     profile_steps: list[int] = field(default_factory=list)
 
 
@@ -216,13 +217,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for place, text in _interpolations(OmegaConf.to_container(merged, resolve=False), ()):
         config.interpolations[place] = (text, _at(given, place))
     config.run.dir = config.run.dir or f"runs/{file.stem}"
-    if config.optim.schedule_steps is None:
-        config.optim.schedule_steps = config.train.steps
     try:
         validate(config)
         run_files(config.model.code)
     except InputError as error:
         raise without_secrets(error, config) from None
+    if config.optim.schedule_steps is None:
+        config.optim.schedule_steps = config.train.steps
     return config
 
 
@@ -272,17 +273,8 @@ def validate(config: RunConfig) -> None:
     tree = dataclasses.asdict(config)
     for key in ("run.dir", "data.source", "data.cache", "data.tokenizer"):
         _check_path(key, _at(tree, tuple(key.split("."))))
-    for low, keys in _AT_LEAST.items():
-        for key in keys.split():
-            value = _at(tree, tuple(key.split(".")))
-            if value is not None and (value < low or not math.isfinite(value)):
-                raise InputError(key, value, f"must be a number and at least {low}")
+    check_bounds(config)
     optim, parallel, train = config.optim, config.parallel, config.train
-    for key, value in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
-        if value == 0:
-            raise InputError(key, value, "must be more than 0")
-    if optim.min_lr_ratio > 1:
-        raise InputError("optim.min_lr_ratio", optim.min_lr_ratio, "must be between 0 and 1")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise InputError("optim.betas", optim.betas, "must be two numbers in [0, 1)")
     schedule_steps = train.steps if optim.schedule_steps is None else optim.schedule_steps
@@ -291,8 +283,6 @@ def validate(config: RunConfig) -> None:
         fix = f"set optim.warmup_steps=0, or train.steps above {optim.warmup_steps}"
         raise InputError("optim.warmup_steps", optim.warmup_steps, allowed, fix)
     kind_of(config.task)
-    if config.data.valid_fraction >= 1:
-        raise InputError("data.valid_fraction", config.data.valid_fraction, "must be less than 1")
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
         raise InputError("deepspeed", config.deepspeed, allowed)
@@ -324,23 +314,6 @@ def validate(config: RunConfig) -> None:
         )
         nearest = max(1, round(config.data.batch_size / unit)) * unit
         raise InputError("data.batch_size", config.data.batch_size, allowed, f"set data.batch_size={nearest}")
-
-
-_AT_LEAST = {
-    0: (
-        "run.seed task.seed model.vocab model.channels model.outputs model.dropout "
-        "parallel.sequence parallel.block_len data.workers data.vocab data.valid_fraction "
-        "data.max_bad_samples optim.lr optim.min_lr_ratio optim.warmup_steps optim.eps optim.weight_decay optim.clip "
-        "train.validate_every train.validate_batches train.threads train.time_limit checkpoint.every "
-        "checkpoint.keep_last checkpoint.keep_every monitor.sample_len "
-        "monitor.record_exchanges"
-    ),
-    1: (
-        "task.examples task.test_examples task.horizon task.pairs task.size "
-        "model.width model.depth data.seq_len data.batch_size parallel.ranks "
-        "train.steps train.micro_batch_size train.log_every optim.schedule_steps parallel.timeout data.timeout"
-    ),
-}
 
 
 def _find(path: str | Path) -> Path:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 from omegaconf import MISSING
 
+from ..._aliases import current_value
 from ...errors import InputError
 
 MAX_NODES, MAX_DEPTH = 10_000, 20
@@ -175,7 +176,7 @@ class _Reader:
         return value
 
     def _scalar(self, node: yaml.ScalarNode, kind: Any, key: str) -> Any:
-        text, base = str(node.value), base_of(kind)
+        text, base = current_value(key, str(node.value)), base_of(kind)
         tag = node.tag.removeprefix(PREFIX)
         if any(unicodedata.category(one) in ("Cc", "Cs") for one in text):
             raise InputError(key or "config", text, f"must be text without control characters ({self._where(node)})")

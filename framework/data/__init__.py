@@ -1,6 +1,7 @@
-"""Corpora, packed shards and the order in which a run reads them.
+"""Corpora, packed shards, and the order in which training reads them.
 
-`prepare` turns ``data.source`` into a packed directory; `sequences_of` are its windows, and `Batches` reads them.
+`prepare` packs ``data.source`` into a directory of shards; `sequences_of` gives the windows of a split as a dataset,
+and `Batches` reads it in micro-batches.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from omegaconf import MISSING
 
+from ...bounds import bounded
 from ...errors import InputError
 from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
@@ -20,9 +21,10 @@ from .index import FILE_NAME, Index
 from .loader import (
     FILLER,
     IGNORE,
-    KILLED,
+    WORKER_DIED,
     Batch,
     Batches,
+    Packing,
     SequenceDataset,
     Sequences,
     TokenStream,
@@ -31,24 +33,32 @@ from .loader import (
 )
 from .pack import pack
 from .progress import Callback
-from .stall import TIMEOUT, within
-from .vocabulary import Bytes, Ids, Pieces, load_vocabulary, save_vocabulary
+from .stall import TIMEOUT, run_with_timeout
+from .vocabulary import (
+    ByteVocabulary,
+    IdVocabulary,
+    SubwordVocabulary,
+    Vocabulary,
+    load_vocabulary,
+    save_vocabulary,
+)
 
 __all__ = [
     "BASELINES",
     "FILLER",
     "IGNORE",
-    "KILLED",
+    "WORKER_DIED",
     "Batch",
     "Batches",
-    "Bytes",
+    "ByteVocabulary",
     "DataConfig",
-    "Ids",
+    "IdVocabulary",
     "Index",
-    "Pieces",
     "SequenceDataset",
     "Sequences",
+    "SubwordVocabulary",
     "TokenStream",
+    "Vocabulary",
     "WorkerFailed",
     "check_labels",
     "load_vocabulary",
@@ -65,51 +75,53 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass
 class DataConfig:
-    """What is read, and in what portions.
+    """The data set, its tokens, and how sequences are read from it.
 
     Args:
-        source: ``cpython`` (this Python's own library), or the path of a file, a folder, a ``.tar`` file or a folder of
-            such, a packed directory. `records` says which documents JSONL, FASTA and ``.npy`` files hold.
-        name: what the corpus is called; by default the source's own name.
+        source: ``cpython`` (the standard library of the running Python), or the path of a file, a folder, a ``.tar``
+            file or a folder of such, or a packed directory. `records` says how JSONL, FASTA and ``.npy`` files are
+            split into documents.
+        name: name of the corpus; by default that of the source.
         tokenizer: path of a ``tokenizer.json`` of the tokenizers library; empty for bytes.
-        vocab: train a tokenizer of so many tokens when the corpus is packed; of ``.npy`` arrays, what their ids are
-            below. 0 for bytes, and for an array's largest id.
-        field: of a line of JSONL that holds the text.
+        vocab: size of the tokenizer to train when the corpus is packed; for ``.npy`` arrays, the bound of their ids. 0
+            for bytes, and for the largest id plus one.
+        field: the field of a JSON line that holds the text.
         seq_len: tokens of a whole sequence, before it is split over ranks.
         batch_size: sequences per optimizer step, over all ranks.
-        packing: ``stream``: sequences run through document ends; ``documents``: none sees another.
-        workers: processes a rank that read ahead; 0 is a thread.
-        cache: the directory that takes the packed shards; by default ``data/packed/<name>``.
-        valid_fraction: part of the documents that is held out; of a single document its end.
+        packing: ``stream``: documents are concatenated, and tokens see earlier documents too; ``documents``: tokens see
+            their own document only.
+        workers: prefetching processes of each rank; 0 for a thread.
+        cache: directory for the packed shards; by default ``data/packed/<name>``.
+        valid_fraction: part of the documents that is held out for validation; the end of a single document.
         verify: compare the SHA-256 of every shard before a run.
-        accept_change: continue a run whose corpus is no longer the one that it began with.
-        max_bad_samples: so many documents that cannot be decoded are told and left out.
-        timeout: seconds after which a shard that does not answer ends the run; less than ``parallel.timeout``, or the
-            ranks that wait for it are named instead.
+        accept_change: resume a run also if its corpus has changed since it began.
+        max_bad_samples: up to this many documents that cannot be decoded are logged and skipped.
+        timeout: seconds after which a shard that does not answer a read ends the run; keep it below
+            ``parallel.timeout``, or the error names the ranks that wait and not the shard.
     """
 
     source: str = CPYTHON
     name: str = ""
     tokenizer: str = ""
-    vocab: int = 0
+    vocab: int = bounded(0, minimum=0)
     field: str = "text"
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    packing: Literal["stream", "documents"] = "stream"
-    workers: int = 0
+    seq_len: int = bounded(MISSING, minimum=1)
+    batch_size: int = bounded(MISSING, minimum=1)
+    packing: Packing = "stream"
+    workers: int = bounded(0, minimum=0)
     cache: str = ""
-    valid_fraction: float = 0.05
+    valid_fraction: float = bounded(0.05, minimum=0, below=1)
     verify: bool = True
     accept_change: bool = False
-    max_bad_samples: int = 0
-    timeout: float = TIMEOUT
+    max_bad_samples: int = bounded(0, minimum=0)
+    timeout: float = bounded(TIMEOUT, minimum=1)
 
 
 def corpus_name(data: DataConfig) -> str:
     """Return ``data.name``, or the name of the source.
 
     Raises:
-        InputError: it cannot name a directory, or the source is an address.
+        InputError: it is not valid as the name of a directory, or the source is a URL.
     """
     check_source(data.source)
     name = data.name or (CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem)
@@ -119,16 +131,16 @@ def corpus_name(data: DataConfig) -> str:
 
 
 def packed_dir(data: DataConfig) -> Path:
-    """Return where the packed corpus lies or will lie: the source itself if it is one already."""
+    """Return the directory of the packed corpus, which need not exist yet; the source itself if it is packed."""
     if _is_packed(data):
         return Path(data.source).expanduser()
     return Path(data.cache).expanduser() if data.cache else Path("data", "packed", corpus_name(data))
 
 
 def prepare(data: DataConfig, callback: Callback | None = None) -> Index:
-    """Pack the source unless that is done already, and check the shards.
+    """Pack the source unless it is packed already, and check the shards.
 
-    One rank calls this while the others wait; they then call ``Index.load(packed_dir(data), verify=False)``.
+    Called by one rank while the others wait; they then call ``Index.load(packed_dir(data), verify=False)``.
 
     Raises:
         InputError: see `pack` and `Index.load`.
@@ -150,26 +162,26 @@ def prepare(data: DataConfig, callback: Callback | None = None) -> Index:
 
 
 def check_labels(index: Index, data: DataConfig) -> None:
-    """Raise InputError where a split of the corpus holds tokens but none to predict: before the first step."""
+    """Raise InputError if a split has tokens but no labels."""
     for name, split in index.splits.items():
         if name == "train" or split.num_tokens:
             sequences_of(index, data, name)
 
 
 def _is_packed(data: DataConfig) -> bool:
-    """Whether the source is what `pack` makes, damaged or not; a web site may have an ``index.json`` as well."""
+    """Whether the source is a packed directory, possibly damaged, and not any folder with an ``index.json``."""
     file = Path(data.source).expanduser() / FILE_NAME
     if data.source == CPYTHON or not file.exists():
         return False
     if file.with_name("train-00000.tar").exists():
         return True
     try:
-        fields = json.loads(within(data.timeout, file, file.read_bytes))
+        fields = json.loads(run_with_timeout(data.timeout, file, file.read_bytes))
     except (OSError, ValueError, RecursionError):
         return True
     return isinstance(fields, dict) and "format" in fields
 
 
 def sequences_of(index: Index, data: DataConfig, split: str, seed: int | None = None) -> SequenceDataset:
-    """The windows of a split, in the order of ``seed``; see `SequenceDataset`."""
+    """The windows of a split as a dataset in the order of ``seed``; see `SequenceDataset`."""
     return SequenceDataset(TokenStream(index, split, data.timeout), data.seq_len, seed=seed, packing=data.packing)

@@ -1,4 +1,4 @@
-"""Trains a tokenizer: byte-level BPE, in which any text can be written and comes back exactly."""
+"""Trains a tokenizer: byte-level BPE, which encodes any text and decodes it exactly."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .corpus import list_files
 from .progress import Callback, progress
 from .reading import BadSamples, Reader
 from .records import kind_of
-from .stall import aside
-from .vocabulary import MAX_SIZE, Pieces
+from .stall import run_in_thread
+from .vocabulary import MAX_SIZE, SubwordVocabulary
 
-LEAST_SIZE = 256  # the bytes
+MIN_SIZE = 256  # one token for each byte
 
 
 def check_size(field: str, size: int) -> None:
-    """Raise InputError unless a BPE of so many tokens can be trained."""
-    if not LEAST_SIZE <= size <= MAX_SIZE:
-        raise InputError(field, size, f"must be from {LEAST_SIZE}, the bytes, to {MAX_SIZE}")
+    """Raise InputError unless a byte-level BPE of ``size`` tokens can be trained; ``field`` names the option."""
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise InputError(field, size, f"must be from {MIN_SIZE}, the bytes, to {MAX_SIZE}")
 
 
 def make_tokenizer(
@@ -38,17 +38,17 @@ def make_tokenizer(
     field: str = "text",
     max_bad_samples: int = 0,
     callback: Callback | None = None,
-) -> Pieces:
-    """Train a tokenizer on the documents of a source that `pack` would not hold out, and write its file.
+) -> SubwordVocabulary:
+    """Train a tokenizer on the training documents of a source, the same that `pack` puts into ``train``, and save it.
 
     Args:
         source: see `corpus.list_files`.
-        path: of the file, which must not be there yet.
+        path: of the ``tokenizer.json`` to write; must not exist.
         size: see `train_bpe`.
         valid_fraction, field, max_bad_samples, callback: as for `pack`.
 
     Raises:
-        InputError: the source cannot be read, is none of text, or the file cannot be written.
+        InputError: the source cannot be read or is not text, or the file cannot be written.
     """
     path = Path(path)
     check_size("--vocab", size)
@@ -58,27 +58,29 @@ def make_tokenizer(
     if any(kind_of(file) == "npy" for file in files):
         raise InputError("data.source", source, "must be text: .npy arrays hold token ids already")
     reader = Reader(files, valid_fraction, field, callback)
-    pieces = train_on(reader, size, BadSamples(max_bad_samples), callback)
+    vocabulary = train_from_reader(reader, size, BadSamples(max_bad_samples), callback)
     try:
-        replace_text(path, pieces.content.decode())
+        replace_text(path, vocabulary.content.decode())
     except OSError as error:
         raise InputError("FILE", str(path), f"cannot be written: {error.strerror}") from None
-    return pieces
+    return vocabulary
 
 
-def train_on(reader: Reader, size: int, bad: BadSamples, callback: Callback | None = None) -> Pieces:
-    """Train on the documents that are not held out."""
+def train_from_reader(
+    reader: Reader, size: int, bad: BadSamples, callback: Callback | None = None
+) -> SubwordVocabulary:
+    """Train on the documents of the ``train`` split; see `train_bpe`."""
     with progress("training a tokenizer", reader.num_bytes, callback) as advance:
-        documents = reader.read("train", bad, Pieces.check, advance)
+        documents = reader.read("train", bad, SubwordVocabulary.check, advance)
         return train_bpe((content for _, content in documents), size)
 
 
-def train_bpe(contents: Iterable[NDArray[Any]], size: int) -> Pieces:
-    """Train on documents; the same documents give the same tokenizer.
+def train_bpe(contents: Iterable[NDArray[Any]], size: int) -> SubwordVocabulary:
+    """Train a byte-level BPE on documents; equal documents give equal tokenizers.
 
     Args:
-        contents: UTF-8 as uint8 ``[n]``; read one after the other, and once.
-        size: of the vocabulary, the 256 bytes among it. A small corpus may give fewer.
+        contents: UTF-8 as uint8 ``[n]``; iterated over once.
+        size: of the vocabulary, the 256 bytes included. A small corpus may give fewer tokens.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,5 +90,5 @@ def train_bpe(contents: Iterable[NDArray[Any]], size: int) -> Pieces:
         vocab_size=size, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
     )
     texts = (str(content.data, "utf-8") for content in contents)
-    aside(partial(tokenizer.train_from_iterator, texts, trainer)).result()
-    return Pieces(tokenizer.to_str().encode(), "the trained tokenizer")
+    run_in_thread(partial(tokenizer.train_from_iterator, texts, trainer)).result()
+    return SubwordVocabulary(tokenizer.to_str().encode(), "the trained tokenizer")

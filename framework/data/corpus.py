@@ -1,8 +1,7 @@
-"""Which files a source has: a file, a folder, tar shards, or the sources of this Python's own library.
+"""Lists the files of a source: a file, a folder, tar shards, or the modules of Python's standard library.
 
-A file is one on the disk, or one member of a tar file: a key (its path below the source, with ``/``) and its bytes;
-`records` says which documents are in it. Files come in the byte order of their keys, so the same files give the same
-order on every machine and in every locale.
+A file is one on disk or a member of a tar file; its key is its path below the source, with ``/``. `records` splits
+files into documents. Files are sorted by the bytes of their keys: the order does not depend on machine or locale.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from ...errors import InputError
 from .tar import Member, check_suffix, members, read_member
 
-CPYTHON = "cpython"  # ./cpython is a folder of that name
+CPYTHON = "cpython"  # a folder of this name is given as ./cpython
 TAR, COMPRESSED = ".tar", (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -29,10 +28,10 @@ class File:
 
     Args:
         key: its path below the source.
-        path: the file that holds it.
-        num_bytes: its size there.
-        mtime_ns: when that file was last changed.
-        member: its place in that file, if that is a tar file.
+        path: of the file on disk: itself, or the tar file that contains it.
+        num_bytes: its size.
+        mtime_ns: time of the last change of ``path``, in nanoseconds.
+        member: its place in the tar file; None for a file on disk.
     """
 
     key: str
@@ -43,27 +42,26 @@ class File:
 
 
 def check_source(source: str) -> None:
-    """Raise InputError where ``source`` is a command or an address, as other readers of shards take them."""
+    """Raise InputError if ``source`` is a URL or a ``pipe:`` command, which WebDataset itself would fetch or run."""
     if URL.match(source):
         fix = "fetch it first, then give the path of the file or folder"
         raise InputError("data.source", source, "must be a path: no command is run and nothing is fetched", fix)
 
 
 def list_files(source: str) -> list[File]:
-    """List the files of ``source`` in the byte order of their keys; no content is read.
+    """List the files of ``source``, sorted by the bytes of their keys; no content is read.
 
-    A folder is searched recursively for regular files. Names that begin with a dot are left out (``.git``),
-    and so are links: inside the folder they would repeat a file, outside they would leave it.
-    Empty files hold no token and are left out too. A ``.tar`` file, or a folder of nothing else, is read as
-    WebDataset shards: each member is a file, by the same rules.
+    A folder is searched recursively for regular files. Skipped are names that begin with a dot (``.git``), symbolic
+    links (their targets would be read twice, or lie outside the folder) and empty files. A ``.tar`` file, or a folder
+    of ``.tar`` files only, is read as WebDataset shards: each member is a file, by the same rules.
 
     Args:
-        source: the path of a file or of a folder, or ``cpython``: every ``.py`` file of this Python's
-            standard library, its tests included, installed packages not.
+        source: the path of a file or folder, or ``cpython``: every ``.py`` file of the running Python's standard
+            library, its tests included, without installed packages.
 
     Raises:
-        InputError: ``source`` is missing, unreadable, an address, or holds nothing but empty files; a tar file is
-            damaged, empty, or holds what is not read from one, see `tar.members` and `tar.check_suffix`.
+        InputError: ``source`` is missing, unreadable, a URL, or has only empty files; a tar file is damaged, empty, or
+            has a member that is refused, see `tar.members` and `tar.check_suffix`.
     """
     check_source(source)
     root = Path(sysconfig.get_path("stdlib") if source == CPYTHON else source).expanduser()
@@ -94,8 +92,8 @@ def read_file(file: File) -> bytes:
     """Read one file.
 
     Raises:
-        BadSample: it is a member of a tar file and cannot be decoded.
-        InputError: it cannot be read, or its size is no longer the listed one.
+        BadSample: it is a member of a tar file that cannot be decompressed, or too large.
+        InputError: it cannot be read, or has changed since it was listed.
     """
     try:
         if file.member is not None:
@@ -113,30 +111,30 @@ def read_file(file: File) -> bytes:
 
 
 def unreadable(path: str, error: OSError) -> InputError:
-    """What is told of a file that the system does not let us read."""
+    """The InputError for a source whose file or folder ``path`` raised ``error``."""
     where = f" ({error.filename})" if error.filename and str(error.filename) != path else ""
     fix = "give the path of a file or folder, or cpython" if isinstance(error, FileNotFoundError) else ""
     return InputError("data.source", path, f"cannot be read: {error.strerror}{where}", fix)
 
 
 def _walk(root: Path, source: str) -> Iterator[Path]:
-    """Yield the regular files below ``root``; an unreadable folder raises OSError, or it would go missing."""
+    """Yield the regular files below ``root``; an unreadable folder raises OSError instead of being skipped."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    left_out = {"site-packages", "dist-packages", "__pycache__"} if source == CPYTHON else set()
+    skipped = {"site-packages", "dist-packages", "__pycache__"} if source == CPYTHON else set()
     for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            wanted = name.endswith(".py") if source == CPYTHON else not name.startswith(".")
-            if wanted and stat.S_ISREG(path.lstat().st_mode):
+            is_read = name.endswith(".py") if source == CPYTHON else not name.startswith(".")
+            if is_read and stat.S_ISREG(path.lstat().st_mode):
                 yield path
 
 
 def _are_shards(found: list[File], source: str) -> bool:
-    """Tell whether the files of a source are tar shards; InputError where that is in doubt."""
+    """Whether all files of a source are tar shards; InputError if some are, or if they are compressed."""
     names = [file.key for file in found if "/" not in file.key]
     if compressed := [name for name in names if name.lower().endswith(COMPRESSED)]:
         allowed = f"holds {compressed[0]!r}: compressed tar files are not read"
@@ -149,14 +147,15 @@ def _are_shards(found: list[File], source: str) -> bool:
 
 
 def _members(tar: File) -> list[File]:
-    """The files in a tar file."""
+    """The files in a tar file; InputError if none has content."""
     found = []
     for member in members(tar.path):
         if not any(part.startswith(".") for part in member.name.split("/")):
             check_suffix(tar.path, member.name)
             found.append(File(f"{tar.key}/{member.name}", tar.path, member.num_bytes, tar.mtime_ns, member))
     if not any(file.num_bytes for file in found):
-        raise InputError("shard", str(tar.path), "holds no document, or only empty ones", "remove it, or make it anew")
+        allowed = "holds no document, or only empty ones"
+        raise InputError("shard", str(tar.path), allowed, "remove it, or create it again")
     return found
 
 

@@ -1,8 +1,8 @@
-"""``index.json``: what a packed directory holds, byte for byte, and how it is checked.
+"""``index.json``: the contents of a packed directory, and how they are checked.
 
-Shards are ordinary WebDataset tar files, but no run reads them as tar: the index says at which byte each document
-begins, so a member's name, a link or a pickle inside a shard can do nothing. Only verifying looks at the headers, and
-finds there what the index says and nothing else.
+Shards are ordinary WebDataset tar files, but training does not read them as tar: the index has the byte offset of each
+document, so names, links and pickles inside a shard have no effect. Only `Index.load` with ``verify`` reads the tar
+headers, and requires that they agree with the index.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 from .progress import Callback, progress
-from .stall import TIMEOUT, within
+from .stall import TIMEOUT, run_with_timeout
 from .tar import members
-from .vocabulary import KINDS, TOKENIZER, Bytes, Pieces, open_vocabulary
+from .vocabulary import KINDS, TOKENIZER, SubwordVocabulary, Vocabulary, open_vocabulary
 
 FILE_NAME = "index.json"
 FORMAT = "longreach-pack"
@@ -40,7 +40,7 @@ HASH_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name in the directory, its size and SHA-256, and the number of its members."""
+    """One tar file: its name in the directory, size in bytes, SHA-256 and number of members."""
 
     name: str
     num_bytes: int
@@ -53,12 +53,12 @@ class Split:
     """The documents of one split, in stream order, as columns.
 
     Args:
-        shards: the tar files; documents lie in them in order.
-        keys: one per document, unique.
-        shard: int64 [documents], number of the shard.
-        offset: int64 [documents], byte in that shard at which the tokens begin.
-        length: int64 [documents], in tokens.
-        num_bytes: of the documents before they became tokens; 0 where tokens stand for no bytes.
+        shards: the tar files; each holds consecutive documents.
+        keys: of the documents, unique.
+        shard: int64 ``[documents]``, the number of each document's shard.
+        offset: int64 ``[documents]``, the byte offset of each document's tokens in its shard.
+        length: int64 ``[documents]``, tokens of each document.
+        num_bytes: size of the documents before tokenization; 0 if tokens are ids, which stand for no bytes.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -82,12 +82,12 @@ class Index:
     """A packed directory.
 
     Args:
-        directory: where ``index.json`` and the shards lie.
-        name: what the corpus is called.
-        dtype: of the tokens in the shards, little-endian.
-        vocabulary: ``kind`` (bytes, tokens or ids), ``size``, and of tokens the ``sha256`` of ``tokenizer.json``.
-        splits: ``train`` and ``valid``; ``valid`` may hold nothing.
-        source: what was packed and how, to know whether a directory can be used again.
+        directory: of ``index.json`` and the shards.
+        name: of the corpus.
+        dtype: of the tokens in the shards, little-endian; one of `DTYPES`.
+        vocabulary: the fields of `Vocabulary.describe`.
+        splits: ``train`` and ``valid``; ``valid`` may be empty.
+        source: what was packed and with which options; `pack` compares them to decide whether it can be reused.
         baselines: bits per byte of simple compressors on the held-out bytes; see `baselines.baselines`.
     """
 
@@ -101,24 +101,24 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the tokens and their order; the name and the source do not."""
+        """SHA-256 over everything that determines the tokens and their order; name and source are not included."""
         content = self._content()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bits_per_byte(self, loss: float, split: str = "valid") -> float | None:
-        """Return bits per byte of a mean loss in nats a token; None where tokens stand for no bytes.
+        """Convert a mean loss in nats per token to bits per byte; None if tokens stand for no bytes.
 
-        The bytes of a token are the mean of the split, so it is exact where all of the split was read.
+        Uses the mean bytes per token of the split, so it is exact for a loss over the whole split.
         """
         part = self.splits[split]
         return loss / math.log(2) * part.num_tokens / part.num_bytes if part.num_bytes else None
 
-    def open_vocabulary(self) -> Bytes:
-        """Return what the tokens stand for; InputError where the tokenizer is missing, damaged or another one."""
+    def open_vocabulary(self) -> Vocabulary:
+        """Return the vocabulary; InputError if the tokenizer is missing, damaged or not the one of the index."""
         return open_vocabulary(self.directory, self.vocabulary)
 
     def check_vocab(self, vocab: int) -> None:
-        """Raise InputError where the model's vocabulary is too small for a token of this corpus."""
+        """Raise InputError if a model's vocabulary of ``vocab`` tokens is smaller than the corpus's."""
         size = int(self.vocabulary["size"])
         if vocab < size:
             allowed = f"must be at least {size}, the vocabulary of {self.directory}"
@@ -146,17 +146,17 @@ class Index:
 
         Args:
             directory: of the packed corpus.
-            verify: also compare each shard's SHA-256 (about 1 GiB/s) and headers; sizes are always compared.
+            verify: also compare each shard's SHA-256 (about 1 GiB/s) and tar headers; sizes are always compared.
             timeout: seconds that a read may take.
-            callback: told of the bytes hashed; see `progress`.
+            callback: reports the bytes hashed; see `progress`.
 
         Raises:
-            InputError: names the file that is missing, damaged, changed, of a newer version, or does not answer.
+            InputError: a file is missing, damaged, changed, of a newer version, or does not answer a read; names it.
         """
         directory = Path(directory)
         path = directory / FILE_NAME
         try:
-            content = within(timeout, path, path.read_bytes)
+            content = run_with_timeout(timeout, path, path.read_bytes)
         except OSError as error:
             fix = f"pack it first: longreach pack SOURCE {directory}"
             raise InputError("index", str(path), f"cannot be read: {error.strerror}", fix) from None
@@ -172,24 +172,25 @@ class Index:
             raise InputError("index", str(path), allowed, "pack the corpus again, or update longreach")
         try:
             index = cls._parse(directory, fields)
-            whole = index.fingerprint == fields.get("fingerprint")
+            is_intact = index.fingerprint == fields.get("fingerprint")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise _damaged(path, f"does not have the expected fields ({repr(error)[:200]})") from None
-        if not whole:
+        if not is_intact:
             raise _damaged(path, "does not match its own fingerprint")
-        if index.vocabulary["kind"] == Pieces.kind:
-            within(timeout, directory / TOKENIZER, index.open_vocabulary)
+        if index.vocabulary["kind"] == SubwordVocabulary.kind:
+            run_with_timeout(timeout, directory / TOKENIZER, index.open_vocabulary)
         index._check_shards(verify, timeout, callback)
         return index
 
     def _content(self) -> dict[str, Any]:
+        """The fields of ``index.json`` that the fingerprint covers."""
         splits = {}
         for name, split in self.splits.items():
             splits[name] = {
                 "num_tokens": split.num_tokens,
-                **({"num_bytes": split.num_bytes} if self.vocabulary.get("kind") == Pieces.kind else {}),
+                **({"num_bytes": split.num_bytes} if self.vocabulary.get("kind") == SubwordVocabulary.kind else {}),
                 "shards": [
                     {"name": s.name, "bytes": s.num_bytes, "sha256": s.sha256, "num_samples": s.num_samples}
                     for s in split.shards
@@ -205,6 +206,7 @@ class Index:
 
     @classmethod
     def _parse(cls, directory: Path, fields: dict[str, Any]) -> Index:
+        """The index of the fields of ``index.json``; InputError, KeyError, TypeError, ... if they are invalid."""
         path = directory / FILE_NAME
         if fields["dtype"] not in DTYPES:
             raise InputError("index", str(path), f"dtype must be one of {', '.join(DTYPES)}")
@@ -227,11 +229,12 @@ class Index:
         return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines)
 
     def _check_shards(self, verify: bool, timeout: float, callback: Callback | None) -> None:
+        """Raise InputError unless every shard has the size and, with ``verify``, the content of the index."""
         shards = [(split, number) for split in self.splits.values() for number in range(len(split.shards))]
         for split, number in shards:
             shard = split.shards[number]
             path = self.directory / shard.name
-            status = within(timeout, path, partial(_regular, path))
+            status = run_with_timeout(timeout, path, partial(_file_status, path))
             if status is None:
                 raise InputError("shard", str(path), "is missing", "restore it, or pack the corpus again")
             if (size := status.st_size) != shard.num_bytes:
@@ -249,31 +252,31 @@ class Index:
                     raise InputError("shard", str(path), f"cannot be read: {error.strerror}") from None
 
     def _verify(self, path: Path, split: Split, number: int, timeout: float, advance: Callable[[int], None]) -> None:
-        """Raise InputError unless a shard has its SHA-256, and just the members that the index says."""
+        """Raise InputError unless a shard has the SHA-256 and exactly the members of the index."""
         digest = hashlib.sha256()
-        with within(timeout, path, partial(FileIO, path)) as file:
-            while piece := within(timeout, path, partial(file.read, HASH_BYTES)):
-                digest.update(piece)
-                advance(len(piece))
+        with run_with_timeout(timeout, path, partial(FileIO, path)) as file:
+            while content := run_with_timeout(timeout, path, partial(file.read, HASH_BYTES)):
+                digest.update(content)
+                advance(len(content))
         if digest.hexdigest() != split.shards[number].sha256:
             allowed = "does not have the SHA-256 of its index"
             raise InputError("shard", str(path), allowed, "it was changed: pack the corpus again")
         first, last = np.searchsorted(split.shard, [number, number + 1]).tolist()
         size = np.dtype(self.dtype).itemsize
         documents = zip(split.offset[first:last].tolist(), split.length[first:last].tolist(), strict=True)
-        said = [(f"{first + place:08d}.bin", offset, length * size) for place, (offset, length) in enumerate(documents)]
-        if [(member.name, member.offset, member.num_bytes) for member in members(path)] != said:
+        expected = [(f"{first + i:08d}.bin", offset, length * size) for i, (offset, length) in enumerate(documents)]
+        if [(member.name, member.offset, member.num_bytes) for member in members(path)] != expected:
             allowed = "holds other members than its index says"
             raise InputError("shard", str(path), allowed, "do not use this directory")
 
 
 def dtype_of(size: int) -> str:
-    """Return the smallest of `DTYPES` that holds the tokens of a vocabulary of so many."""
+    """Return the smallest of `DTYPES` that holds the ids of a vocabulary of ``size`` tokens."""
     return next(name for name in DTYPES if size <= np.iinfo(name).max + 1)
 
 
-def _regular(path: Path) -> os.stat_result | None:
-    """The status of a regular file; None if there is none."""
+def _file_status(path: Path) -> os.stat_result | None:
+    """The status of a regular file; None if ``path`` is not one."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -282,7 +285,7 @@ def _regular(path: Path) -> os.stat_result | None:
 
 
 def _check_split(path: Path, split: Split, item_size: int) -> None:
-    """Raise InputError unless every document lies inside its shard and every shard has its documents."""
+    """Raise InputError unless columns and shards are consistent: every document inside its shard, none twice."""
     for shard in split.shards:
         if not SHARD_NAME.fullmatch(shard.name):
             allowed = f"names the shard {shard.name!r}; a shard is a .tar file beside its index"

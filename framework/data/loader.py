@@ -1,9 +1,9 @@
 """From packed shards to micro-batches, in an order that is a function of (seed, position) alone.
 
-The documents of a split form one stream of tokens. Window ``i`` of length ``seq_len`` is the tokens
-``[i*L, (i+1)*L)`` of that stream; each epoch visits all windows once, in its own order. The position, the
-number of sequences consumed since the beginning, says everything: two runs at the same position read the
-same, whatever the number of ranks, workers and restarts.
+The documents of a split form one stream of tokens. Window ``i`` of length L is the tokens ``[i*L, (i+1)*L)`` of that
+stream; each epoch reads all windows once, in a permutation of its own. The position is the number of sequences read
+since the beginning of training: two runs at the same position read the same sequences next, independent of the number
+of ranks, workers and restarts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,25 +26,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import InputError
 from .index import Index
-from .stall import TIMEOUT, within
+from .stall import TIMEOUT, run_with_timeout
 
-IGNORE = -100  # the label that torch's cross-entropy leaves out
-KILLED = "DataLoader worker"  # so begins what torch's handler of SIGCHLD raises, wherever the program then is
-FILLER = -1  # the index of a sequence that only fills up the last validation batch
-PACKINGS = ("stream", "documents")
+IGNORE = -100  # the label that torch's cross-entropy ignores
+WORKER_DIED = "DataLoader worker"  # how the message begins that torch raises, from a signal handler, if a worker dies
+FILLER = -1  # the number of a sequence without labels, which completes the last validation batch
+Packing = Literal["stream", "documents"]
 
 
 @dataclass
 class Batch:
-    """A micro-batch of whole sequences, before any splitting over sequence ranks.
+    """A micro-batch of b whole sequences of L tokens, before it is split over sequence ranks.
 
     Args:
-        tokens: int64 [b, L]; or [b, L, channels] numbers.
-        labels: int64 [b, L], the token after each token, or another class; ``IGNORE`` where there is none. Or [b, L,
-            outputs] numbers, NaN where there is none.
-        segments: int64 [b, L], the number of each token's document in its split, never falling along L;
-            None where sequences run through document ends.
-        indices: int64 [b], the number of each window in the stream; ``FILLER`` for one that is not real.
+        tokens: int64 ``[b, L]`` ids, or float32 ``[b, L, channels]``.
+        labels: int64 ``[b, L]``: the next token or another class; ``IGNORE`` for no label. Or float32
+            ``[b, L, outputs]``, NaN for no label.
+        segments: document ids, int64 ``[b, L]``, non-decreasing along L; None if documents are not kept apart.
+        indices: int64 ``[b]``, the number of each sequence in its dataset; ``FILLER`` for one without labels.
     """
 
     tokens: Tensor
@@ -54,10 +53,10 @@ class Batch:
 
 
 class TokenStream:
-    """The documents of a split as one array of tokens that is read where it is needed.
+    """The documents of a split as one array of tokens, read from the shards on demand.
 
-    Files are read with ``pread``, not mapped into memory: a shard that is cut while a run reads it then gives
-    an error with its name, where a mapping would kill the process.
+    Files are read with ``pread``, not memory-mapped: if a shard is truncated during a run, ``pread`` gives an error
+    that names it, while access to a mapping would kill the process.
 
     Args:
         index: of the packed corpus.
@@ -79,34 +78,34 @@ class TokenStream:
         return self.split.num_documents
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Read the tokens [start, stop) of the stream, in the index's dtype.
+        """Read the tokens ``[start, stop)`` of the stream, in the index's dtype.
 
         Raises:
-            InputError: a shard is missing, has been cut, does not answer, or holds a token that is none of the
-                vocabulary; it is named.
+            InputError: a shard is missing, truncated, does not answer a read, or has a token outside the vocabulary;
+                names the shard.
         """
         assert 0 <= start <= stop <= self.num_tokens
         tokens = np.empty(stop - start, self.dtype)
         content, size = tokens.view(np.uint8).data, self.dtype.itemsize
         at, number = start, int(np.searchsorted(self.starts, start, "right")) - 1
         while at < stop:
-            # All that is wanted of one shard, document by document, with the file open once.
-            shard, pieces = int(self.split.shard[number]), []
+            # All ranges of one shard, one for each document, so that the file is opened once.
+            shard, ranges = int(self.split.shard[number]), []
             while at < stop and self.split.shard[number] == shard:
-                inside = at - int(self.starts[number])
+                skipped = at - int(self.starts[number])
                 count = min(stop, int(self.starts[number + 1])) - at
-                pieces.append((int(self.split.offset[number]) + inside * size, content[: count * size]))
+                ranges.append((int(self.split.offset[number]) + skipped * size, content[: count * size]))
                 content, at, number = content[count * size :], at + count, number + 1
             path = self.index.directory / self.split.shards[shard].name
             try:
-                within(self.timeout, path, partial(_read_pieces, path, pieces))
+                run_with_timeout(self.timeout, path, partial(_read_ranges, path, ranges))
             except OSError as error:
                 raise InputError("shard", str(path), f"cannot be read: {error.strerror}") from None
         self._check_tokens(tokens, start)
         return tokens
 
     def _check_tokens(self, tokens: NDArray[Any], start: int) -> None:
-        """Raise InputError where one is none of the vocabulary; the embedding would read elsewhere."""
+        """Raise InputError for a token outside the vocabulary: indexing the embedding with it is undefined."""
         size = int(self.index.vocabulary["size"])
         if size > np.iinfo(self.dtype).max or not tokens.size or (tokens < size).all():
             return
@@ -118,7 +117,7 @@ class TokenStream:
         raise InputError(field, int(tokens[place]), allowed, "pack the corpus again")
 
     def documents(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the document number of each of the tokens [start, stop): int64 [stop - start]."""
+        """Return the document number of each of the tokens ``[start, stop)``, int64 ``[stop - start]``."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
         last = int(np.searchsorted(self.starts, stop, "left"))
         bounds = np.clip(self.starts[first : last + 1], start, stop)
@@ -126,11 +125,11 @@ class TokenStream:
 
 
 class Sequences:
-    """A split as numbered sequences, and the order in which they are read.
+    """A split as a dataset of numbered sequences, and the order in which they are read.
 
     Args:
-        seed: of the order, at least 0: each epoch reads all of them once, in an order of its own; None reads them once,
-            as they are numbered.
+        seed: of the order, at least 0: each epoch reads all sequences once, in a permutation of its own. None reads
+            them once, in order.
     """
 
     def __init__(self, seed: int | None) -> None:
@@ -140,41 +139,41 @@ class Sequences:
         raise NotImplementedError
 
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens, labels and segments (or None) of one sequence, without the batch dimension of `Batch`; for `FILLER`,
-        a sequence without labels.
+        """Tokens, labels and segments (or None) of sequence ``window``, as in `Batch` without the batch dimension.
+
+        `FILLER` gives a sequence without labels.
         """
         raise NotImplementedError
 
     def window(self, position: int) -> int:
-        """Return which sequence is read at ``position``, counted over all epochs; ``FILLER`` past the end."""
+        """Return the number of the sequence at ``position``, counted over all epochs; ``FILLER`` past the end."""
         if self.seed is None:
             return position if position < len(self) else FILLER
-        epoch, place = divmod(position, len(self))
-        return int(_order(len(self), self.seed, epoch)[place])
+        epoch, index = divmod(position, len(self))
+        return int(_epoch_order(len(self), self.seed, epoch)[index])
 
 
 class SequenceDataset(Sequences):
-    """Windows of ``seq_len`` tokens over a stream, each with the labels of its tokens.
+    """Windows of ``seq_len`` tokens of a stream, with next-token labels.
 
-    The label of a token is the next one of the stream, also across the end of a window, so every token but
-    the first is a label once an epoch. The last window is filled up with token 0, labels ``IGNORE`` and, in
-    ``documents`` packing, a segment of its own; no token is lost, for a rest of a single token is already
-    the label that ends the window before.
+    The label of a token is the next one of the stream, also at the end of a window: every token but the first is a
+    label once per epoch. The last window is padded with token 0, labels ``IGNORE`` and, with ``documents`` packing, a
+    segment of its own. A single remaining token gets no window: it already is the last label of the window before.
 
     Args:
         stream: the tokens.
         seq_len: L, tokens.
-        seed: of the order, at least 0; None keeps the order of the stream, once, for validation.
-        packing: ``stream``: sequences run through document ends. ``documents``: no label reaches into the
-            next document, and batches tell the documents apart by their segments.
+        seed: of the order, at least 0; None reads the stream once in order, for validation.
+        packing: ``stream``: documents are concatenated and not kept apart. ``documents``: no label is from the next
+            document, and batches have the document ids as segments.
 
     Raises:
-        InputError: the stream has no token that follows another one, or ``packing`` is unknown.
+        InputError: the stream has no token with a label, or an argument is out of range.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None, packing: str = "stream") -> None:
-        if packing not in PACKINGS:
-            raise InputError("data.packing", packing, f"must be one of {', '.join(PACKINGS)}")
+    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None, packing: Packing = "stream") -> None:
+        if packing not in get_args(Packing):
+            raise InputError("data.packing", packing, f"must be one of {', '.join(get_args(Packing))}")
         if seq_len < 1:
             raise InputError("data.seq_len", seq_len, "must be at least 1 token")
         if stream.num_tokens < 2:
@@ -192,7 +191,7 @@ class SequenceDataset(Sequences):
         return -(-(self.stream.num_tokens - 1) // self.seq_len)
 
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read a window: tokens, labels, segments (or None), each int64 [L]; all masked for ``FILLER``."""
+        """Read a window: tokens, labels, segments (or None), each int64 ``[L]``."""
         stream, by_document = self.stream, self.packing == "documents"
         tokens, labels = np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE, np.int64)
         segments = np.full(self.seq_len, stream.num_documents, np.int64) if by_document else None
@@ -207,16 +206,16 @@ class SequenceDataset(Sequences):
                 numbers = stream.documents(start, after)
                 segments[: stop - start] = numbers[: stop - start]
                 labels[: after - start - 1][numbers[1:] != numbers[:-1]] = IGNORE
-        rest = None if segments is None else torch.from_numpy(segments)
-        return torch.from_numpy(tokens), torch.from_numpy(labels), rest
+        segments_l = None if segments is None else torch.from_numpy(segments)
+        return torch.from_numpy(tokens), torch.from_numpy(labels), segments_l
 
 
 class WorkerFailed(RuntimeError):
-    """A process that reads ahead has died."""
+    """A data worker, a process that prefetches batches, has died."""
 
 
 def worker_failure(error: Exception) -> WorkerFailed:
-    """Say in one line that a worker failed, and why."""
+    """The `WorkerFailed` for an error from a data worker: one line with the reason."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     fix = "was there enough memory? data.workers=0 reads in a thread instead"
     return WorkerFailed(f"a data worker failed: {reason}; {fix}")
@@ -225,15 +224,15 @@ def worker_failure(error: Exception) -> WorkerFailed:
 class Batches:
     """The micro-batches of one data rank.
 
-    A step takes the next ``batch_size`` positions. Data rank d of n takes the d-th of n contiguous parts, in
-    micro-batches; the ranks that share a sequence are one data rank and read the same.
+    A step reads the next ``batch_size`` positions. Data rank d of n reads the d-th of n contiguous parts of them, in
+    micro-batches; the ranks that share a sequence form one data rank and read the same.
 
     Args:
         dataset: sequences, and their order.
         batch_size: sequences per step over all data ranks.
         micro_batch_size: sequences per micro-batch.
         data_rank, num_data_ranks: d and n.
-        workers: processes that read ahead; 0 reads one micro-batch ahead in a thread.
+        workers: processes that prefetch; with 0, a thread prefetches one micro-batch.
 
     Raises:
         InputError: ``batch_size`` is no multiple of ``num_data_ranks * micro_batch_size``.
@@ -263,26 +262,26 @@ class Batches:
         return self.batch_size // (self.num_data_ranks * self.micro_batch_size)
 
     def windows(self, position: int) -> list[int]:
-        """Which windows the step that begins at ``position`` reads, on all data ranks."""
+        """The numbers of the sequences that the step at ``position`` reads, over all data ranks."""
         return [self.dataset.window(position + number) for number in range(self.batch_size)]
 
     def load(self, position: int) -> Batch:
-        """Read the micro-batch whose first sequence stands at ``position``."""
+        """Read the micro-batch that begins at ``position``."""
         windows = [self.dataset.window(position + i) for i in range(self.micro_batch_size)]
         tokens, labels, segments = zip(*map(self.dataset.sequence, windows), strict=True)
         segments_bl = None
-        if any(ids is not None for ids in segments):  # a sequence without padding may have none
-            none = torch.zeros(tokens[0].shape[:1], dtype=torch.int64)
-            segments_bl = torch.stack([none if ids is None else ids for ids in segments])
+        if any(ids is not None for ids in segments):  # a sequence of one document without padding may have none
+            zeros = torch.zeros(tokens[0].shape[:1], dtype=torch.int64)
+            segments_bl = torch.stack([zeros if ids is None else ids for ids in segments])
         return Batch(torch.stack(tokens), torch.stack(labels), segments_bl, torch.tensor(windows))
 
     def iterate(self, position: int = 0, num_steps: int | None = None) -> Iterator[Batch]:
         """Yield this rank's micro-batches from ``position`` on, ``num_micro_batches`` for each step.
 
         Args:
-            position: sequences consumed so far over all ranks, a multiple of nothing.
-            num_steps: None for no end. A dataset without a seed ends by itself once every window was read;
-                fillers complete its last step, so every rank gets the same number of micro-batches.
+            position: sequences read so far over all ranks; any number.
+            num_steps: None for no end. A dataset without a seed ends once every sequence was read; `FILLER` completes
+                its last step, so that every rank gets the same number of micro-batches.
         """
         if self.dataset.seed is None:
             steps_left = max(0, -(-(len(self.dataset) - position) // self.batch_size))
@@ -298,23 +297,24 @@ class Batches:
 
     def _from_thread(self, positions: Iterator[int]) -> Iterator[Batch]:
         with ThreadPoolExecutor(1, "read-ahead") as pool:
-            ahead = None
+            prefetched = None
             for position in positions:
-                now = ahead and ahead.result()  # before the next is begun: its end would be waited for, if this fails
-                ahead = pool.submit(self.load, position)
-                if now is not None:
-                    yield now
-            if ahead is not None:
-                yield ahead.result()
+                # Before the next load is submitted: if this one failed, leaving the pool would wait for that one.
+                batch = prefetched and prefetched.result()
+                prefetched = pool.submit(self.load, position)
+                if batch is not None:
+                    yield batch
+            if prefetched is not None:
+                yield prefetched.result()
 
     def _from_workers(self, positions: Iterator[int]) -> Iterator[Batch]:
-        # Its own generator: the loader would draw its workers' seed from torch's, which dropout uses.
+        # A generator of its own: the loader would take its workers' seed from torch's default one, as dropout does.
         loader: DataLoader[Any] = DataLoader(
-            _ByPosition(self),
+            _BatchDataset(self),
             batch_size=None,
             sampler=positions,
             num_workers=self.workers,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             generator=torch.Generator(),
         )
         items = iter(loader)
@@ -324,17 +324,17 @@ class Batches:
             except StopIteration:
                 return
             except Exception as error:
-                raise worker_failure(_cause(error)) from error
+                raise worker_failure(_failure_cause(error)) from error
             if not isinstance(item, Batch):
                 raise InputError(*item)
             yield item
 
 
-class _ByPosition(Dataset[Batch | tuple[Any, ...]]):
-    """`Batches` in the shape that torch's DataLoader asks for.
+class _BatchDataset(Dataset[Batch | tuple[Any, ...]]):
+    """`Batches` as a map-style dataset for torch's DataLoader, indexed by position.
 
-    A worker hands an InputError over as its parts: raised there, it would arrive as another exception whose
-    message is a whole traceback.
+    An InputError is returned as a tuple of its fields: if a worker raised it, the DataLoader would raise another
+    exception, whose message is the worker's traceback.
     """
 
     def __init__(self, batches: Batches) -> None:
@@ -347,38 +347,41 @@ class _ByPosition(Dataset[Batch | tuple[Any, ...]]):
             return error.field, error.value, error.allowed, error.fix
 
 
-def _unchanged(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
-def _cause(error: Exception) -> Exception:
-    """Why reading from a worker failed, which shows as its name, a reset connection or half a pickle."""
+def _failure_cause(error: Exception) -> Exception:
+    """The most informative exception after reading from a worker failed.
+
+    ``error`` may be a mere consequence of a worker's death: a reset connection or a truncated pickle. torch's handler
+    of SIGCHLD raises the reason; the sleep lets it do so here, and not while ``error`` is handled.
+    """
     try:
-        # torch's handler of SIGCHLD raises too, and knows most; not here, it would break into the traceback.
         time.sleep(1)
-    except RuntimeError as named:
-        return named
+    except RuntimeError as worker_died:
+        return worker_died
     return error
 
 
-def _read_pieces(path: Path, pieces: list[tuple[int, memoryview]]) -> None:
-    """Fill each piece with what the file holds from its byte on."""
+def _read_ranges(path: Path, ranges: list[tuple[int, memoryview]]) -> None:
+    """Read into each buffer the bytes of the file from its offset on; InputError if the file ends before."""
     with open(path, "rb", buffering=0) as file:
-        for offset, content in pieces:
+        for offset, content in ranges:
             while content:
                 count = os.preadv(file.fileno(), [content], offset)
                 if count == 0:
-                    allowed = f"ends at byte {os.fstat(file.fileno()).st_size}, and byte {offset} is wanted"
+                    allowed = f"ends at byte {os.fstat(file.fileno()).st_size}, and byte {offset} is needed"
                     raise InputError("shard", str(path), allowed, "it was cut: pack the corpus again")
                 content, offset = content[count:], offset + count
 
 
-@lru_cache(maxsize=2)  # a batch can lie across the border of two epochs
-def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of one epoch's windows, int64 [count].
+@lru_cache(maxsize=2)  # a batch can contain sequences of two epochs
+def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the permutation of one epoch's sequences, int64 ``[count]``.
 
-    RandomState, because NumPy promises that its streams never change: torch's and NumPy's newer generators
-    may give another order after an update, and a resumed run would then read other data.
+    By RandomState, whose streams NumPy guarantees never to change: with torch's or NumPy's newer generators, a run
+    resumed after an update could read other data.
     """
     words = [part >> shift & 0xFFFFFFFF for part in (seed, epoch) for shift in (0, 32)]
     return np.random.RandomState(words).permutation(count)

@@ -1,4 +1,4 @@
-"""Pack a corpus: documents -> WebDataset tar shards, a train/valid split and an index, all or nothing."""
+"""Packs a corpus: documents -> WebDataset tar shards in two splits and an index, written atomically."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from webdataset import TarWriter
 from ...errors import InputError
 from ..runtime.files import sync, write_text
 from .baselines import baselines
-from .bpe import check_size, train_on
+from .bpe import check_size, train_from_reader
 from .corpus import CPYTHON, File, list_files
 from .index import FILE_NAME, SPLITS, Index, Shard, Split, dtype_of
 from .progress import Callback, progress
 from .reading import BadSamples, Reader
-from .records import array_size, kind_of
-from .vocabulary import TOKENIZER, Bytes, Ids, Pieces
+from .records import array_vocab_size, kind_of
+from .vocabulary import TOKENIZER, ByteVocabulary, IdVocabulary, SubwordVocabulary, Vocabulary
 
 SHARD_BYTES = 64 << 20
 TAR_BLOCK = 512  # a tar member's content is padded to whole blocks
-ENCODED = 1 << 20  # bytes of documents that are encoded in one go
+ENCODE_BYTES = 1 << 20  # documents are encoded in batches of about this size
 
 
 def pack(
@@ -45,36 +45,37 @@ def pack(
     max_bad_samples: int = 0,
     callback: Callback | None = None,
 ) -> Index:
-    """Pack the documents of ``source`` into ``out_dir``; reuse it where it already holds just that.
+    """Pack the documents of ``source`` into ``out_dir``; if it already is the result of that, return its index.
 
-    `records` says what a document is, and `Holdout` which are held out. Each document is one tar member of raw
-    tokens (``00000012.bin``, numbered in its split); nothing of the clock or the user enters, so equal documents
-    give equal shards. The directory appears complete or not at all: it is written beside ``out_dir`` and renamed.
+    `records` defines the documents, and `Holdout` the split. Each document is one tar member of raw little-endian
+    tokens (``00000012.bin``, numbered in its split), without times and users: equal documents give equal shards. The
+    result is written to a temporary directory and renamed, so ``out_dir`` is complete or does not exist.
 
     Args:
         source: see `corpus.list_files`.
-        name: what the corpus is called.
+        out_dir: must not exist, be empty, or be the result of an earlier call.
+        name: of the corpus.
         valid_fraction: part of the documents that is held out, in [0, 1); 0 holds out none.
         tokenizer: path of a ``tokenizer.json``; documents that are not UTF-8 are then bad samples.
-        vocab: size of the vocabulary: of a text, train a tokenizer of so many tokens on what is not held out; of token
-            arrays, what their ids are below. 0 packs a text as bytes, and takes an array's largest id.
-        field: of a line of JSON that holds the text.
+        vocab: size of the vocabulary. For text: train a tokenizer of this size on the training documents; 0 packs
+            bytes. For arrays of token ids: the bound of the ids; 0 for the largest id plus one.
+        field: of a JSON line that holds the text.
         shard_bytes: a shard is closed once its documents reach this size.
-        max_bad_samples: so many documents that cannot be decoded are told and left out.
-        callback: told of the progress in bytes; see `progress`.
+        max_bad_samples: up to this many documents that cannot be decoded are logged and skipped.
+        callback: reports the progress in bytes; see `progress`.
 
     Raises:
         InputError: ``source`` is missing, empty, unreadable or cannot be split, has too many bad samples, or does not
-            fit the vocabulary; ``out_dir`` is something else or cannot be written.
+            fit the vocabulary; ``out_dir`` contains something else or cannot be written.
     """
     out_dir = Path(out_dir).absolute()
     if not 0 <= valid_fraction < 1:
         raise InputError("data.valid_fraction", valid_fraction, "must be at least 0 and less than 1")
     files = list_files(source)
     kinds = sorted({kind_of(file) for file in files} - {"file"})
-    given = _given(tokenizer, vocab, "npy" in kinds)
+    given = _given_tokenizer(tokenizer, vocab, "npy" in kinds)
     _check_outside(source, out_dir)
-    made_from = {
+    provenance = {
         "valid_fraction": valid_fraction,
         "shard_bytes": shard_bytes,
         "files": _digest(f"{file.num_bytes} {file.key}" for file in files),
@@ -83,19 +84,19 @@ def pack(
         "tokenizer": given.sha256 if given else None,
         "vocab": vocab or None,
     }
-    if (index := _existing(out_dir, made_from, files)) is not None:
+    if (index := _existing(out_dir, provenance, files)) is not None:
         return index
     partial: str | None = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         partial = tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent)
         reader = Reader(files, valid_fraction, field, callback)
-        _write(Path(partial), reader, name, made_from, given, max_bad_samples, callback)
-        os.chmod(partial, 0o755)  # mkdtemp's own mode would shut out the other users of a cluster
-        _put_in_place(partial, out_dir)
+        _write(Path(partial), reader, name, provenance, given, max_bad_samples, callback)
+        os.chmod(partial, 0o755)  # with mkdtemp's mode, other users of a cluster could not read it
+        _publish(partial, out_dir)
     except OSError as error:
-        if (index := _existing(out_dir, made_from, files)) is not None:
-            return index  # another process packed the same meanwhile
+        if (index := _existing(out_dir, provenance, files)) is not None:
+            return index  # another process has packed the same in the meantime
         fix = "free some space, or " * (error.errno == errno.ENOSPC) + "give another folder (data.cache)"
         raise InputError("out_dir", str(out_dir), f"cannot be written: {error.strerror}", fix) from None
     finally:
@@ -104,60 +105,60 @@ def pack(
     return Index.load(out_dir, verify=False)
 
 
-def _given(tokenizer: str, vocab: int, arrays: bool) -> Pieces | None:
-    """The tokenizer of a file, if one is given; InputError where that is at odds with the rest."""
+def _given_tokenizer(tokenizer: str, vocab: int, arrays: bool) -> SubwordVocabulary | None:
+    """The tokenizer of the file ``tokenizer``, None if empty; InputError for options that exclude each other."""
     if tokenizer and arrays:
         raise InputError("data.tokenizer", tokenizer, "must be empty where the source holds token ids already")
     if tokenizer and vocab:
         raise InputError("data.vocab", vocab, "must be 0 where a tokenizer is given, which has its own size")
     if vocab and not arrays:
         check_size("data.vocab", vocab)
-    return Pieces.read(tokenizer) if tokenizer else None
+    return SubwordVocabulary.read(tokenizer) if tokenizer else None
 
 
 def _vocabulary(
-    reader: Reader, made_from: dict[str, Any], given: Pieces | None, max_bad: int, callback: Callback | None
-) -> Bytes:
-    """What the tokens of a corpus stand for: what is given, what its arrays hold, or what is trained now."""
-    if size := array_size(reader.files):
-        vocab = made_from["vocab"] or size
+    reader: Reader, provenance: dict[str, Any], given: SubwordVocabulary | None, max_bad: int, callback: Callback | None
+) -> Vocabulary:
+    """The vocabulary of a corpus: ids of its arrays, the given tokenizer, one that is trained now, or bytes."""
+    if size := array_vocab_size(reader.files):
+        vocab = provenance["vocab"] or size
         if vocab < size:
             raise InputError("data.vocab", vocab, f"must be at least {size}: the arrays hold the id {size - 1}")
-        return Ids(vocab)
-    if given or not made_from["vocab"]:
-        return given or Bytes()
-    bad = BadSamples(max_bad, tell=False)  # they are told when they are packed
-    return train_on(reader, made_from["vocab"], bad, callback)
+        return IdVocabulary(vocab)
+    if given or not provenance["vocab"]:
+        return given or ByteVocabulary()
+    bad = BadSamples(max_bad, report=False)  # they are reported when they are packed
+    return train_from_reader(reader, provenance["vocab"], bad, callback)
 
 
 def _write(
     folder: Path,
     reader: Reader,
     name: str,
-    made_from: dict[str, Any],
-    given: Pieces | None,
+    provenance: dict[str, Any],
+    given: SubwordVocabulary | None,
     max_bad: int,
     callback: Callback | None,
 ) -> None:
     """Write shards, tokenizer and index into the existing ``folder``."""
-    vocabulary = _vocabulary(reader, made_from, given, max_bad, callback)
-    if isinstance(vocabulary, Pieces):
+    vocabulary = _vocabulary(reader, provenance, given, max_bad, callback)
+    if isinstance(vocabulary, SubwordVocabulary):
         write_text(folder / TOKENIZER, vocabulary.content.decode())
     digest, bad, splits = hashlib.sha256(), BadSamples(max_bad), {}
     with tempfile.TemporaryFile(dir=folder) as held_out:
         with progress(f"packing {name}", reader.num_bytes, callback) as advance:
             for split in SPLITS:
                 documents = reader.read(split, bad, vocabulary.check, advance)
-                copy = held_out if split == "valid" and not isinstance(vocabulary, Ids) else None
-                encoded = _encoded(_noted(documents, digest, copy), vocabulary)
-                splits[split] = _write_split(folder, split, encoded, made_from["shard_bytes"], vocabulary)
-        source = {**made_from, "content": digest.hexdigest(), "num_bad_samples": bad.count}
+                copy = held_out if split == "valid" and not isinstance(vocabulary, IdVocabulary) else None
+                encoded = _encoded(_hashed(documents, digest, copy), vocabulary)
+                splits[split] = _write_split(folder, split, encoded, provenance["shard_bytes"], vocabulary)
+        source = {**provenance, "content": digest.hexdigest(), "num_bad_samples": bad.count}
         dtype, measured = dtype_of(vocabulary.size), baselines(held_out, callback)
     Index(folder, name, dtype, vocabulary.describe(), splits, source, measured).write()
 
 
 class _ShardFile:
-    """A file that hashes what is written to it, and is on the disk once left."""
+    """A file for writing that computes the SHA-256 of its content; flushed to disk when the context ends."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open(path, "wb")  # noqa: SIM115, closed on exit
@@ -166,10 +167,10 @@ class _ShardFile:
     def __enter__(self) -> _ShardFile:
         return self
 
-    def write(self, piece: bytes) -> int:
-        self.digest.update(piece)
-        self.num_bytes += len(piece)
-        return self.file.write(piece)
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.num_bytes += len(content)
+        return self.file.write(content)
 
     def __exit__(self, *error: object) -> None:
         with self.file:
@@ -177,10 +178,10 @@ class _ShardFile:
             os.fsync(self.file.fileno())
 
 
-def _noted(
+def _hashed(
     documents: Iterator[tuple[str, NDArray[Any]]], digest: Any, copy: IO[bytes] | None = None
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield documents on; ``digest`` hashes them, and ``copy`` takes what they hold."""
+    """Yield the documents unchanged; update ``digest`` with them, and write their contents to ``copy``."""
     for key, content in documents:
         digest.update(f"{content.nbytes} {key}\0".encode("utf-8", "surrogateescape"))
         digest.update(content)
@@ -189,8 +190,8 @@ def _noted(
         yield key, content
 
 
-def _encoded(documents: Iterator[tuple[str, NDArray[Any]]], vocabulary: Bytes) -> Iterator[tuple[str, int, bytes]]:
-    """Yield key, bytes and tokens, as a shard holds them, of each document that has any token."""
+def _encoded(documents: Iterator[tuple[str, NDArray[Any]]], vocabulary: Vocabulary) -> Iterator[tuple[str, int, bytes]]:
+    """Yield key, size in bytes, and tokens (as written to a shard) of each document that has any token."""
     dtype = np.dtype(dtype_of(vocabulary.size)).newbyteorder("<")
     for batch in _batches(documents):
         encoded = vocabulary.encode([content for _, content in batch])
@@ -200,26 +201,26 @@ def _encoded(documents: Iterator[tuple[str, NDArray[Any]]], vocabulary: Bytes) -
 
 
 def _batches(documents: Iterator[tuple[str, NDArray[Any]]]) -> Iterator[list[tuple[str, NDArray[Any]]]]:
-    """Put documents together that are encoded in one go."""
+    """Group documents into batches of at least `ENCODE_BYTES`, the last one excepted."""
     batch, num_bytes = list[tuple[str, NDArray[Any]]](), 0
     for key, content in documents:
         batch.append((key, content))
         num_bytes += content.nbytes
-        if num_bytes >= ENCODED:
+        if num_bytes >= ENCODE_BYTES:
             yield batch
             batch, num_bytes = [], 0
     yield batch
 
 
 def _write_split(
-    folder: Path, split: str, documents: Iterator[tuple[str, int, bytes]], shard_bytes: int, vocabulary: Bytes
+    folder: Path, split: str, documents: Iterator[tuple[str, int, bytes]], shard_bytes: int, vocabulary: Vocabulary
 ) -> Split:
-    """Write one split's shards."""
+    """Write the shards of one split from the documents of `_encoded`."""
     item_size = np.dtype(dtype_of(vocabulary.size)).itemsize
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
     keys: list[str] = []
-    read = 0
+    total_bytes = 0
     item = next(documents, None)
     while item is not None:
         path, first, num_bytes = folder / f"{split}-{len(shards):05d}.tar", len(rows), 0
@@ -230,23 +231,26 @@ def _write_split(
             while item is not None and num_bytes < shard_bytes:
                 key, size, tokens = item
                 writer.write({"__key__": f"{len(rows):08d}", "bin": tokens})
-                # After a member tarfile stands behind its padding; only there is the offset known.
+                # The writer does not say where a member begins: computed back from its end, padding included.
                 padded = -(-len(tokens) // TAR_BLOCK) * TAR_BLOCK
                 rows.append((len(shards), writer.tarstream.offset - padded, len(tokens) // item_size))
                 keys.append(key)
                 num_bytes += len(tokens)
-                read += size
+                total_bytes += size
                 item = next(documents, None)
         shards.append(Shard(path.name, file.num_bytes, file.digest.hexdigest(), len(rows) - first))
     shard, offset, length = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-    known = 0 if isinstance(vocabulary, Ids) else read
-    return Split(tuple(shards), tuple(keys), shard, offset, length, known)
+    split_bytes = 0 if isinstance(vocabulary, IdVocabulary) else total_bytes
+    return Split(tuple(shards), tuple(keys), shard, offset, length, split_bytes)
 
 
-def _existing(out_dir: Path, made_from: dict[str, Any], files: list[File]) -> Index | None:
-    """Give the index of ``out_dir`` if it was made from just these files; None where nothing is there.
+def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> Index | None:
+    """The index of ``out_dir`` if it was packed from these files with these options; None if nothing is there.
 
-    Names and sizes of the source are compared always; its bytes only where a file is newer than the index.
+    Names and sizes of the files are always compared; their contents only if a file is newer than the index.
+
+    Raises:
+        InputError: ``out_dir`` contains something else.
     """
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
@@ -254,14 +258,14 @@ def _existing(out_dir: Path, made_from: dict[str, Any], files: list[File]) -> In
         fix = "give another folder (data.cache)"
         raise InputError("out_dir", str(out_dir), "exists and is not a packed corpus", fix)
     index = Index.load(out_dir, verify=False)
-    changed = [key for key, value in made_from.items() if index.source.get(key) != value]
+    changed = [key for key, value in provenance.items() if index.source.get(key) != value]
     if not changed:
         packed_at = (out_dir / FILE_NAME).stat().st_mtime_ns
         if max(file.mtime_ns for file in files) > packed_at:
-            digest, bad = hashlib.sha256(), BadSamples(math.inf, tell=False)
-            reader = Reader(files, made_from["valid_fraction"], made_from["field"] or "")
+            digest, bad = hashlib.sha256(), BadSamples(math.inf, report=False)
+            reader = Reader(files, provenance["valid_fraction"], provenance["field"] or "")
             for split in SPLITS:
-                for _ in _noted(reader.read(split, bad, index.open_vocabulary().check), digest):
+                for _ in _hashed(reader.read(split, bad, index.open_vocabulary().check), digest):
                     pass
             changed = ["content"] * (index.source.get("content") != digest.hexdigest())
     if changed:
@@ -271,10 +275,10 @@ def _existing(out_dir: Path, made_from: dict[str, Any], files: list[File]) -> In
     return index
 
 
-def _put_in_place(partial: str, out_dir: Path) -> None:
-    """Make the finished folder appear under its name, durably; OSError where something else is there."""
+def _publish(partial: str, out_dir: Path) -> None:
+    """Rename the finished folder to ``out_dir`` and flush that to disk; OSError if ``out_dir`` is not empty."""
     sync(Path(partial))
-    os.rename(partial, out_dir)  # replaces nothing but an empty folder
+    os.rename(partial, out_dir)  # replaces an empty folder only
     sync(out_dir.parent)
 
 

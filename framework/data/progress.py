@@ -1,4 +1,4 @@
-"""How far a long pass over bytes or tokens has come: to a callback, to a terminal, or as a line in a log."""
+"""Progress of a long pass over bytes or tokens: to a callback, as a bar on a terminal, or as lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Callback = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, and how much there is)."""
+"""Called with (the name of the work, amount done, total amount)."""
 
 LOG_SECONDS = 10.0
 
@@ -17,10 +17,16 @@ LOG_SECONDS = 10.0
 def progress(
     what: str, total: int, callback: Callback | None = None, unit: str = "bytes"
 ) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told of every further piece of work, in ``unit``.
+    """Yield ``advance(amount)``, to be called after each part of the work.
 
-    Without a callback a terminal shows a bar, which vanishes at the end; anything else gets a line on
-    standard error every ten seconds, so that a short pass leaves no trace in a log.
+    With a callback, every call is passed on to it. Without one, a terminal shows a progress bar, removed at the end;
+    otherwise a line goes to standard error every `LOG_SECONDS`, so that short work prints nothing.
+
+    Args:
+        what: the name of the work.
+        total: the total amount, in ``unit``.
+        callback: called instead of printing.
+        unit: of the amounts; ``bytes`` are shown in MiB.
     """
     if callback is None and sys.stderr.isatty():
         from rich.console import Console
@@ -32,17 +38,17 @@ def progress(
             task = bar.add_task(what, total=total)
             yield lambda step: bar.advance(task, step)
         return
-    done, begun = 0, time.monotonic()
-    told = begun
+    done, start = 0, time.monotonic()
+    last_line = start
 
     def advance(step: int) -> None:
-        nonlocal done, told
+        nonlocal done, last_line
         done += step
         if callback is not None:
             callback(what, done, total)
-        elif time.monotonic() - told >= LOG_SECONDS:
-            told = time.monotonic()
-            left = (told - begun) * max(0, total - done) / max(1, done)
+        elif time.monotonic() - last_line >= LOG_SECONDS:
+            last_line = time.monotonic()
+            left = (last_line - start) * max(0, total - done) / max(1, done)
             mib = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB"
             amount = mib if unit == "bytes" else f"{done:,} of {total:,} {unit}"
             print(f"{what}: {amount}, about {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Reads the documents of a split, and leaves out as many bad ones as a user allows."""
+"""Reads the documents of a split; up to a limit, documents that cannot be decoded are logged and skipped."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ log = logging.getLogger("longreach.data")
 
 
 class Reader:
-    """The documents of some files, split.
+    """The documents of some files, split into ``train`` and ``valid``.
 
     Args:
         files: see `corpus.list_files`.
         valid_fraction: see `Holdout`.
         field: see `records.documents`.
-        callback: told of the bytes that are looked through for the names of documents; see `progress`.
+        callback: reports the bytes scanned for the keys of documents; see `progress`.
     """
 
     def __init__(self, files: list[File], valid_fraction: float, field: str, callback: Callback | None = None) -> None:
         self.files, self.field = files, field
         self.num_bytes = sum(file.num_bytes for file in files)
-        if all(kind_of(file) == "file" for file in files):  # then no file is opened
+        if all(kind_of(file) == "file" for file in files):  # the names of files are the keys: none is opened
             self.holdout = Holdout((file.key for file in files), valid_fraction)
             return
         with progress("finding documents", self.num_bytes, callback) as advance:
@@ -44,15 +44,15 @@ class Reader:
         check: Callable[[NDArray[Any]], str],
         advance: Callable[[int], None] = lambda _: None,
     ) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield key and content of each document of a split that has any, as `Document.read` gives it.
+        """Yield key and content (as `Document.read` returns it) of each document of a split that is not empty.
 
         Args:
             split: ``train`` or ``valid``.
-            bad: takes those that cannot be read, or cannot be encoded.
-            check: says why a content cannot be encoded, or nothing; see `Bytes.check`.
-            advance: told of the bytes read.
+            bad: counts the documents that cannot be read or encoded.
+            check: returns why a content cannot be encoded, or an empty string; see `Vocabulary.check`.
+            advance: called with the number of bytes just read.
         """
-        for document in self.holdout.part(documents(self.files, self.field), split):
+        for document in self.holdout.select(documents(self.files, self.field), split):
             try:
                 content = document.read()
                 if why := check(content):
@@ -71,21 +71,22 @@ class Reader:
 
 
 class BadSamples:
-    """Counts documents that cannot be read, and tells them.
+    """Counts documents that cannot be read or encoded, up to a limit.
 
     Args:
-        most: one more of them raises InputError.
-        tell: say which are left out.
+        limit: one more raises InputError.
+        report: log a warning for each.
     """
 
-    def __init__(self, most: float, tell: bool = True) -> None:
-        self.most, self.tell, self.count = most, tell, 0
+    def __init__(self, limit: float, report: bool = True) -> None:
+        self.limit, self.report, self.count = limit, report, 0
 
     def add(self, error: BadSample) -> None:
+        """Count one; raise InputError, with its field, value and reason, if it exceeds the limit."""
         self.count += 1
-        if self.count > self.most:
-            count = f"{self.count} bad sample{'s' * (self.count > 1)}, {self.most} allowed"
+        if self.count > self.limit:
+            count = f"{self.count} bad sample{'s' * (self.count > 1)}, {self.limit} allowed"
             fix = error.fix or "mend it, or leave such samples out: data.max_bad_samples=N, or pack --max-bad N"
             raise InputError(error.field, error.value, f"{error.allowed} ({count})", fix) from None
-        if self.tell:
+        if self.report:
             log.warning("left out: %s", error)

@@ -1,11 +1,11 @@
-"""Which documents a file holds, by the end of its name.
+"""Splits files into documents, by the suffix of the file's name.
 
-- ``.jsonl``, ``.ndjson``: each line is one, the text in one of its fields; its key is ``file:line``.
-- ``.fa``, ``.fasta``, ``.fna``: each record is one, its sequence in capitals without the header; ``file/id``.
-- ``.npy``: a row of token ids each, or the only one of an array of one axis; ``file:row``.
-- Any other file, and each member of a tar file, is a document itself.
+- ``.jsonl``, ``.ndjson``: each line is a document, the text in one of its fields; its key is ``file:line``.
+- ``.fa``, ``.fasta``, ``.fna``: each record is a document: its sequence in capitals, without the header; ``file/id``.
+- ``.npy``: each row of token ids ``[rows, n]`` is a document, ``file:row``; an array ``[n]`` is one, ``file``.
+- Any other file, and each member of a tar file, is one document; its key is that of the file.
 
-The first two are read line by line, also as ``.gz``.
+JSON lines and FASTA are read line by line, also compressed as ``.gz``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".fa": "fasta", ".fasta": "fasta
 ARRAY = ".npy"
 MAX_RECORD = 1 << 30  # bytes of a FASTA record
 SEQUENCE = re.compile(rb"[A-Za-z*.-]+")
-CHUNK = 1 << 22  # ids looked at in one go
+SCAN_IDS = 1 << 22  # ids of an array that are read at a time to find the largest
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Document:
     """One document of a corpus.
 
     Args:
-        key: its name, unique in the corpus.
-        num_bytes: what it takes up in its file.
-        read: gives its content: uint8 [n], or the ids of an array in that array's dtype, [n]. Raises `BadSample` where
-            it alone cannot be read.
+        key: unique in the corpus.
+        num_bytes: its size in its file, compressed if the file is.
+        read: returns its content ``[n]``: bytes as uint8, or token ids in their array's dtype. Raises `BadSample` if
+            this document cannot be decoded; other documents of the file may still be.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Document:
 
 
 def kind_of(file: File) -> str:
-    """``jsonl``, ``fasta``, ``npy``, or ``file`` where the whole file is a document."""
+    """How a file is split: ``jsonl``, ``fasta``, ``npy``, or ``file`` if the whole file is one document."""
     if file.member is not None:
         return "file"
     name = file.key.lower()
@@ -62,14 +62,14 @@ def kind_of(file: File) -> str:
 
 
 def documents(files: Iterable[File], field: str = "text") -> Iterator[Document]:
-    """Yield the documents of some files, in order.
+    """Yield the documents of files, in order.
 
     Args:
         files: see `corpus.list_files`.
-        field: of a line of JSON that holds the text.
+        field: of a JSON line that holds the text.
 
     Raises:
-        InputError: a file cannot be read, or is not what its name says; it is named, and the line.
+        InputError: a file cannot be read, or its content does not match its suffix; names the file and the line.
     """
     for file in files:
         kind = kind_of(file)
@@ -83,17 +83,17 @@ def documents(files: Iterable[File], field: str = "text") -> Iterator[Document]:
             yield Document(file.key, file.num_bytes, partial(_content, file))
 
 
-def array_size(files: list[File]) -> int:
-    """The largest id in files of token arrays, and one; 0 where there is no such file.
+def array_vocab_size(files: list[File]) -> int:
+    """The largest token id in ``.npy`` files plus one; 0 if there is no such file.
 
     Raises:
-        InputError: an array is none of ids, or lies beside files of another kind.
+        InputError: an array does not hold token ids, or there are other files beside the arrays.
     """
     arrays = [file for file in files if kind_of(file) == "npy"]
     if arrays and len(arrays) < len(files):
         allowed = f"holds {len(arrays)} .npy files beside {len(files) - len(arrays)} others"
         raise InputError("data.source", str(arrays[0].path), allowed, "give a folder of nothing but arrays, or of none")
-    return max((_largest(file) for file in arrays), default=-1) + 1
+    return max((_max_id(file) for file in arrays), default=-1) + 1
 
 
 def _content(file: File) -> NDArray[np.uint8]:
@@ -101,7 +101,7 @@ def _content(file: File) -> NDArray[np.uint8]:
 
 
 def _lines(file: File) -> Iterator[tuple[int, bytes, int]]:
-    """Yield each line's number, its content, and the bytes that were read of the file for it."""
+    """Yield each line's number (from 1), its content, and the number of bytes of the file read for it."""
     try:
         with open(file.path, "rb") as raw:
             if os.fstat(raw.fileno()).st_mtime_ns != file.mtime_ns:
@@ -131,7 +131,7 @@ def _lines_of_json(file: File, field: str) -> Iterator[Document]:
 
 
 def _text(line: bytes, field: str, place: str) -> NDArray[np.uint8]:
-    """The text in a field of a line of JSON."""
+    """The UTF-8 ``[n]`` of the text in a field of a JSON line; `BadSample` if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -151,19 +151,19 @@ def _text(line: bytes, field: str, place: str) -> NDArray[np.uint8]:
 
 
 def _sequences(file: File) -> Iterator[Document]:
-    """The records of a FASTA file; those without a sequence are left out."""
+    """The records of a FASTA file; records without a sequence are skipped."""
     seen, key, parts, length, num_bytes = set[str](), "", list[bytes](), 0, 0
     for number, line, taken in _lines(file):
         line, place = line.strip(), f"{file.path}:{number}"
         if line.startswith(b">"):
             if parts:
-                yield Document(key, num_bytes, partial(_joined, parts))
+                yield Document(key, num_bytes, partial(_sequence, parts))
             name = (line[1:].split() or [b"%d" % (len(seen) + 1)])[0].decode("utf-8", "surrogateescape")
             if name in seen:
                 raise InputError("record", place, f"is the second with the id {name!r}", "give it another id")
             seen.add(name)
             key, parts, length, num_bytes = f"{file.key}/{name}", [], 0, 0
-        elif line and not line.startswith(b";"):  # an old sign of a comment
+        elif line and not line.startswith(b";"):  # a comment in old FASTA files
             if not seen or not SEQUENCE.fullmatch(line):
                 allowed = "is no line of FASTA: a header with > comes first, then letters, '*', '-' and '.'"
                 raise InputError("line", place, allowed)
@@ -173,10 +173,10 @@ def _sequences(file: File) -> Iterator[Document]:
                 raise InputError("record", place, f"is longer than {MAX_RECORD >> 20} MiB", "cut it into several")
         num_bytes += taken
     if parts:
-        yield Document(key, num_bytes, partial(_joined, parts))
+        yield Document(key, num_bytes, partial(_sequence, parts))
 
 
-def _joined(parts: list[bytes]) -> NDArray[np.uint8]:
+def _sequence(parts: list[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(parts).upper(), np.uint8)
 
 
@@ -189,28 +189,28 @@ def _rows(file: File) -> Iterator[Document]:
         yield Document(f"{file.key}:{number}", array[number].nbytes, partial(np.array, array[number]))
 
 
-def _largest(file: File) -> int:
-    """The largest id of an array, which is read in pieces."""
+def _max_id(file: File) -> int:
+    """The largest id of an array, read in parts of `SCAN_IDS`; -1 if it is empty."""
     array = _array(file)
-    step, largest = max(1, CHUNK // max(1, array[:1].size)), -1
+    step, max_id = max(1, SCAN_IDS // max(1, array[:1].size)), -1
     for first in range(0, len(array), step):
         part = array[first : first + step]
         if part.size:
-            largest = max(largest, int(part.max()))
+            max_id = max(max_id, int(part.max()))
             if int(part.min()) < 0:
                 raise InputError("data.source", str(file.path), f"holds {part.min()}: token ids are at least 0")
-    return largest
+    return max_id
 
 
 def _array(file: File) -> NDArray[Any]:
-    """Open an array of ids, ``[n]`` or ``[rows, n]``; what is or holds a pickle is refused unread."""
+    """Memory-map an array of ids, ``[n]`` or ``[rows, n]``; arrays of objects and pickles are never loaded."""
     try:
         array = np.lib.format.open_memmap(file.path, mode="r")
     except OSError as error:
         raise unreadable(str(file.path), error) from None
     except (ValueError, EOFError, SyntaxError, OverflowError, TypeError, MemoryError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError("data.source", str(file.path), f"is no whole .npy array: {why}") from None
+        raise InputError("data.source", str(file.path), f"is not a complete .npy array: {why}") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         found = f"{array.dtype} of {array.ndim} axes"
         allowed = f"must be an array of integers, of one axis or two (each row a document), not {found}"

@@ -1,24 +1,24 @@
-"""A time-out for storage that does not answer: a file system of a network can leave a read waiting for ever."""
+"""A time-out for reads: a network file system that is gone can block a read forever."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet  # the built-in one only from Python 3.11 on
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in TimeoutError only from Python 3.11 on
 from pathlib import Path
 from typing import TypeVar
 
 from ...errors import InputError
 
-TIMEOUT = 300.0  # seconds; less than parallel.timeout, so that the file is named and not the ranks that wait for it
+TIMEOUT = 300.0  # seconds; below parallel.timeout, so that the error names the file and not the ranks that wait for it
 T = TypeVar("T")
 
 
-def aside(work: Callable[[], T]) -> Future[T]:
-    """Start ``work`` in a thread of its own, which nobody waits for when the program ends; returns what it will give.
+def run_in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` in a daemon thread, which does not delay the end of the program; return the future of its result.
 
-    Who waits for that still answers Ctrl-C, whatever library the work is in.
+    A main thread that waits for the future still answers Ctrl-C, also while ``work`` is inside a C library.
     """
     future: Future[T] = Future()
 
@@ -28,23 +28,24 @@ def aside(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # raised by result()
             future.set_exception(error)
 
-    threading.Thread(target=run, name="aside", daemon=True).start()
+    threading.Thread(target=run, name="read", daemon=True).start()
     return future
 
 
-def within(seconds: float, path: Path, read: Callable[[], T]) -> T:
+def run_with_timeout(seconds: float, path: Path, read: Callable[[], T]) -> T:
     """Return what ``read`` returns, or raise what it raises.
 
-    It runs `aside`, and is left behind where it does not end: nothing can end it.
+    ``read`` runs in a thread (`run_in_thread`). After the time-out the thread is abandoned: a blocked read cannot be
+    interrupted.
 
     Raises:
-        InputError: it has not returned after so many seconds; the file is named.
+        InputError: ``read`` did not return within ``seconds``; names ``path``.
     """
-    future = aside(read)
+    future = run_in_thread(read)
     try:
         return future.result(seconds)
-    except NotYet:
-        if future.done():  # just now, or with a time-out of the system's own
+    except FutureTimeoutError:
+        if future.done():  # it finished just now, or ``read`` itself raised a TimeoutError
             return future.result()
         allowed = f"has not answered a read for {seconds:g} s"
         fix = "is its file system still there? data.timeout sets the seconds"

@@ -1,4 +1,4 @@
-"""Where each stage of ZeRO keeps a parameter's fp32 value, and what the optimizer keeps of it."""
+"""Where each stage of ZeRO keeps the fp32 master weights and the optimizer state of a parameter."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from ...parallel.mesh import Axis
 
-Read = Callable[[int, int], Tensor]  # values [start, stop) of a flattened tensor
+ReadValues = Callable[[int, int], Tensor]  # values [start, stop) of a flattened tensor
 
 
-def share(count: int, axis: Axis) -> tuple[int, int]:
-    """Where this rank's share of so many values begins and stops, if all ranks have them and share them out."""
+def partition_bounds(count: int, axis: Axis) -> tuple[int, int]:
+    """The bounds [start, stop) of this rank's partition of ``count`` values that all ranks have."""
     return count * axis.rank // axis.size, count * (axis.rank + 1) // axis.size
 
 
-class WholeStore:
-    """Stage 0: every rank has everything, in the parameter itself or in an fp32 copy of it.
+class ReplicatedStore:
+    """Stage 0: nothing is partitioned. The master weight is the parameter itself or an fp32 copy of it.
 
     Args:
         wrapper: DeepSpeed's optimizer.
@@ -33,14 +33,14 @@ class WholeStore:
         groups = zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()))
         self._copies = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
 
-    def masters(self) -> list[tuple[int, Tensor]]:
-        """The fp32 tensors that the torch optimizer works on, each with the number of its group."""
+    def master_tensors(self) -> list[tuple[int, Tensor]]:
+        """The fp32 tensors that the torch optimizer updates, each with the number of its parameter group."""
         groups = enumerate(self.optimizer.param_groups)
         return [(i, p) for i, group in groups for p in group["params"] if p.requires_grad and p.numel()]
 
-    def make_state(self) -> None:
-        """Have the optimizer make its state, which it does at its first step: take one that changes nothing."""
-        masters = self.masters()
+    def create_optimizer_state(self) -> None:
+        """Make the optimizer allocate its state, which it does in its first step: take one with zero gradients."""
+        masters = self.master_tensors()
         groups = self.optimizer.param_groups
         held = [group["params"] for group in groups]
         gradients = [tensor.grad for _, tensor in masters]
@@ -58,34 +58,34 @@ class WholeStore:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
     def states(self) -> list[dict[str, Any]]:
-        """What the torch optimizer keeps, for each of its tensors."""
-        return [self.optimizer.state[tensor] for _, tensor in self.masters()]
+        """The state that the torch optimizer keeps for each of its tensors."""
+        return [self.optimizer.state[tensor] for _, tensor in self.master_tensors()]
 
-    def keys(self, param: nn.Parameter) -> tuple[str, ...]:
-        """The names of the tensors that the optimizer keeps of a parameter."""
+    def state_keys(self, param: nn.Parameter) -> tuple[str, ...]:
+        """The names of the state tensors of a parameter, without the step count."""
         if id(param) not in self.trained:
             return ()
-        _, master = self.masters()[0]
+        _, master = self.master_tensors()[0]
         state = self.optimizer.state[master]
         return tuple(key for key, value in state.items() if key != "step" and torch.is_tensor(value))
 
-    def part(self, param: nn.Parameter) -> tuple[int, int]:
-        """Where this rank's part of a flattened parameter begins and stops; all ranks' parts make it up."""
-        return share(param.numel(), self.world)
+    def partition(self, param: nn.Parameter) -> tuple[int, int]:
+        """The bounds [start, stop) of this rank's partition of the flattened parameter."""
+        return partition_bounds(param.numel(), self.world)
 
     def read(self, param: nn.Parameter, key: str) -> Tensor:
-        """This rank's part, fp32 and flat, of the parameter ("param") or of one of `keys`."""
-        start, stop = self.part(param)
-        return self._whole(param, key).detach().flatten()[start:stop].float()
+        """This rank's partition, fp32 and flat, of the parameter ("param") or of one of `state_keys`."""
+        start, stop = self.partition(param)
+        return self._full_tensor(param, key).detach().flatten()[start:stop].float()
 
-    def write(self, param: nn.Parameter, key: str, read: Read) -> None:
-        """Set this rank's part of what `read` reads, and the parameter that the model computes with."""
+    def write(self, param: nn.Parameter, key: str, read: ReadValues) -> None:
+        """Set this rank's partition to values of ``read``, and the parameter that the model computes with."""
         value = read(0, param.numel()).view_as(param)
-        self._whole(param, key).data.copy_(value)
+        self._full_tensor(param, key).data.copy_(value)
         if key == "param":
             param.data.copy_(value)
 
-    def _whole(self, param: nn.Parameter, key: str) -> Tensor:
+    def _full_tensor(self, param: nn.Parameter, key: str) -> Tensor:
         master = self._copies.get(id(param), param)
         value: Tensor = master if key == "param" else self.optimizer.state[master][key]
         return value
@@ -100,16 +100,16 @@ class WholeStore:
         """Called after each step."""
 
 
-class FlatStore(WholeStore):
-    """Stages 1 and 2: every rank has all parameters, and a part of the fp32 copy of all of them laid end to end."""
+class FlatPartitionStore(ReplicatedStore):
+    """Stages 1 and 2: parameters are replicated; their fp32 copies, concatenated, are partitioned."""
 
-    def make_state(self) -> None:
-        super().make_state()
+    def create_optimizer_state(self) -> None:
+        super().create_optimizer_state()
         self.wrapper._lazy_init_hp_params_optimizer_state()
 
-    def part(self, param: nn.Parameter) -> tuple[int, int]:
+    def partition(self, param: nn.Parameter) -> tuple[int, int]:
         if id(param) not in self.trained:
-            return super().part(param)
+            return super().partition(param)
         fragment = self._fragment(param)
         if fragment is None:
             return 0, 0
@@ -123,26 +123,26 @@ class FlatStore(WholeStore):
         value: Tensor = fragment.get_hp_fragment(None if key == "param" else key)
         return value.detach().flatten().float()
 
-    def write(self, param: nn.Parameter, key: str, read: Read) -> None:
+    def write(self, param: nn.Parameter, key: str, read: ReadValues) -> None:
         if key == "param":
             param.data.copy_(read(0, param.numel()).view_as(param))
         fragment = self._fragment(param)
         if fragment is not None:
-            fragment.get_hp_fragment(None if key == "param" else key).data.copy_(read(*self.part(param)))
+            fragment.get_hp_fragment(None if key == "param" else key).data.copy_(read(*self.partition(param)))
 
     def _fragment(self, param: nn.Parameter) -> Any:
-        """What DeepSpeed has noted of this rank's part of a parameter; None if it has no part, or nobody trains it."""
+        """DeepSpeed's record of this rank's partition; None if it is empty, or the parameter is not trained."""
         return getattr(param, "_hp_mapping", None)
 
 
-class PartitionedStore(WholeStore):
-    """Stage 3: every rank has a part of each parameter, and of its fp32 copy; the last ones are padded with zeros."""
+class ParameterPartitionStore(ReplicatedStore):
+    """Stage 3: each parameter and its fp32 copy are partitioned; the last partitions are padded with zeros."""
 
-    def masters(self) -> list[tuple[int, Tensor]]:
+    def master_tensors(self) -> list[tuple[int, Tensor]]:
         flat = self.wrapper.fp32_partitioned_groups_flat
         return [(self.wrapper.sub_group_to_group_id[i], tensor) for i, tensor in enumerate(flat)]
 
-    def part(self, param: Any) -> tuple[int, int]:
+    def partition(self, param: Any) -> tuple[int, int]:
         from deepspeed import comm
 
         size = param.ds_tensor.numel()
@@ -152,7 +152,7 @@ class PartitionedStore(WholeStore):
     def read(self, param: Any, key: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        start, stop = self.part(param)
+        start, stop = self.partition(param)
         if id(param) not in self.trained:
             value = param.ds_tensor
         elif key == "param":
@@ -162,10 +162,10 @@ class PartitionedStore(WholeStore):
         part: Tensor = value.detach().flatten()[: stop - start].float()
         return part
 
-    def write(self, param: Any, key: str, read: Read) -> None:
+    def write(self, param: Any, key: str, read: ReadValues) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        part = read(*self.part(param))
+        part = read(*self.partition(param))
         part = torch.cat([part, part.new_zeros(param.ds_tensor.numel() - part.numel())])
         if key != "param":
             safe_set_local_optimizer_state(param, part, key)
@@ -175,7 +175,7 @@ class PartitionedStore(WholeStore):
             safe_set_local_fp32_param(param, part)
 
     def before_write(self) -> None:
-        self.wrapper.checkpoint_event_prologue()  # also those that stay whole are parted
+        self.wrapper.checkpoint_event_prologue()  # also partitions the parameters that it keeps gathered
 
     def after_write(self) -> None:
         self.wrapper.checkpoint_event_epilogue()

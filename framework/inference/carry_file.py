@@ -1,13 +1,13 @@
-"""A carry as a file: what a model keeps of a text that it has read, to go on from it later. Nothing in it can execute.
+"""Carry files: the states of all mixers after some tokens, from which decoding continues later.
 
-The file is safetensors: of each carry of the span ``<key>.state`` (and ``<key>.segment`` where documents are told
-apart), complex numbers as pairs of real ones; ``logits`` of the token that follows; and ``random``, the state of the
-generator of draws. Its metadata has one entry, ``longreach``, JSON of
+The file is safetensors, which cannot hold code. Its tensors are, for each carry of the span, ``<key>.state`` (and
+``<key>.segment`` if documents are kept apart), complex ones as pairs of real numbers; ``logits`` of the next token; and
+``random``, the state of the random generator. Its metadata has one entry, ``longreach``, JSON of
 
-    format      1
-    model       the SHA-256 of the model's shape and weights, `fingerprint`
-    position    how many tokens were read
-    complex     which tensors are complex numbers
+    format      2; of format 1, whose keys numbered the calls of a layer, files are read
+    model       the SHA-256 of the model's configuration and weights, `fingerprint`
+    position    the number of tokens read
+    complex     the names of the complex tensors
     sha256      of the tensors
 """
 
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import _aliases
 from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
@@ -33,55 +34,55 @@ from ..checkpoint import differences, tensors_of
 from ..model import Model
 from ..runtime.files import remove, sync
 
-FORMAT = 1
+FORMAT = 2
 STATE, SEGMENT, LOGITS, RANDOM = ".state", ".segment", "logits", "random"
 
 
-class Bookmark(NamedTuple):
-    """Where a text was left.
+class SavedCarry(NamedTuple):
+    """What decoding needs to continue after some tokens.
 
     Attributes:
-        span: where it continues.
-        logits: ``[B, vocab]`` of the token that follows.
-        random: uint8, the state of the generator of draws.
+        span: of the next token, with the carry.
+        logits: ``[B, vocab]`` of the next token.
+        rng_state: uint8 ``[n]``, the state of the random generator for sampling.
     """
 
     span: Span
     logits: Tensor
-    random: Tensor
+    rng_state: Tensor
 
 
 def fingerprint(model: Model) -> str:
-    """The SHA-256 of a model's configuration and tensors, wherever they lie: a run and its export have the same."""
-    shape = json.dumps(dataclasses.asdict(model.config), sort_keys=True)
-    return _digest(tensors_of(model), hashlib.sha256(shape.encode()))
+    """The SHA-256 of a model's configuration and tensors; equal for a run's model and its export."""
+    config = json.dumps(dataclasses.asdict(model.config), sort_keys=True)
+    return _digest(tensors_of(model), hashlib.sha256(config.encode()))
 
 
 def pack(carries: Mapping[str, Carry]) -> dict[str, Tensor]:
-    """Carries as named tensors."""
+    """Convert the carries of a span to named tensors; see `unpack`."""
     found = {key + STATE: carry.state for key, carry in carries.items()}
     return found | {key + SEGMENT: carry.segment for key, carry in carries.items() if carry.segment is not None}
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Carry]:
-    """Carries of named tensors; others are passed over."""
+    """Convert named tensors back to the carries of a span; tensors with other names are ignored."""
     keys = [name.removesuffix(STATE) for name in tensors if name.endswith(STATE)]
     return {key: Carry(tensors[key + STATE], tensors.get(key + SEGMENT)) for key in keys}
 
 
-def save(path: str | Path, model: Model, mark: Bookmark) -> None:
-    """Write where a text was left; what was at ``path`` stays until all is written.
+def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
+    """Write a carry file atomically: an earlier file at ``path`` is replaced once all is written.
 
     Raises:
         InputError: it cannot be written.
     """
     path = Path(path)
-    tensors = pack(mark.span.carry) | {LOGITS: mark.logits, RANDOM: mark.random}
+    tensors = pack(saved.span.carry) | {LOGITS: saved.logits, RANDOM: saved.rng_state}
     kept = {name: _real(tensor).clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "model": fingerprint(model),
-        "position": mark.span.start,
+        "position": saved.span.start,
         "complex": sorted(name for name, tensor in tensors.items() if tensor.is_complex()),
         "sha256": _digest(kept, hashlib.sha256()),
     }
@@ -97,8 +98,8 @@ def save(path: str | Path, model: Model, mark: Bookmark) -> None:
         ) from None
 
 
-def load(path: str | Path, model: Model) -> Bookmark:
-    """Read what `save` wrote, on the model's device.
+def load(path: str | Path, model: Model) -> SavedCarry:
+    """Read a carry file; its tensors are on the model's device, the state of the random generator on the CPU.
 
     Raises:
         InputError: the file is missing, damaged, of another format, or the carry of another model.
@@ -118,26 +119,31 @@ def load(path: str | Path, model: Model) -> Bookmark:
         raise InputError("carry", str(path), "is damaged: its SHA-256 is not the one that was written")
     try:
         tensors = {n: torch.view_as_complex(x) if n in header["complex"] else x for n, x in found.items()}
-        if wrong := _wrong(model, tensors, header["position"]):
-            raise InputError("carry", str(path), f"does not fit the model: {wrong}")
+        if header["format"] == 1:
+            carries = unpack(tensors)
+            others = {name: x for name, x in tensors.items() if not name.endswith((STATE, SEGMENT))}
+            tensors = others | pack({_aliases.carry_key(key, list(carries)): carries[key] for key in carries})
+        if mismatch := _mismatch(model, tensors, header["position"]):
+            raise InputError("carry", str(path), f"does not fit the model: {mismatch}")
         torch.Generator(device=device).set_state(tensors[RANDOM])
     except (RuntimeError, TypeError) as error:
         raise InputError("carry", str(path), f"is damaged: {error}") from None
-    random = tensors.pop(RANDOM)
+    rng_state = tensors.pop(RANDOM)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     span = Span(start=header["position"], carry=unpack(tensors), keep_carry=True)
-    return Bookmark(span, tensors[LOGITS], random)
+    return SavedCarry(span, tensors[LOGITS], rng_state)
 
 
 def _header(path: str | Path, text: str) -> dict[str, Any]:
+    """Parse and check the metadata of a carry file."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or "format" not in header:
         raise InputError("carry", str(path), "is no file that --carry-out wrote")
-    if header["format"] != FORMAT:
-        raise InputError("carry", str(path), f"is of format {header['format']!r}; this version reads {FORMAT}")
+    if header["format"] not in (1, FORMAT):
+        raise InputError("carry", str(path), f"is of format {header['format']!r}; this version reads 1 and {FORMAT}")
     position, names = header.get("position"), header.get("complex")
     if not isinstance(position, int) or not 1 <= position < 1 << 53 or not isinstance(names, list):
         raise InputError("carry", str(path), "is damaged: it does not hold what it must")
@@ -145,10 +151,11 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _wrong(model: Model, tensors: Mapping[str, Tensor], position: int) -> str:
-    """How tensors differ from those that the model leaves behind so many tokens, nothing if they do not.
+def _mismatch(model: Model, tensors: Mapping[str, Tensor], position: int) -> str:
+    """How the names, shapes or types of tensors differ from the model's carry after ``position`` tokens; empty if not.
 
-    One token shows their names, types and sizes. Where tokens themselves are kept, there are as many as were read.
+    The expected ones are taken from a forward pass over one token. The states of ``by_channel`` may hold one row for
+    each token read.
     """
     parameter = next(model.parameters())
     rows = tensors[LOGITS].shape[0] if LOGITS in tensors and tensors[LOGITS].dim() else 0
@@ -162,20 +169,24 @@ def _wrong(model: Model, tensors: Mapping[str, Tensor], position: int) -> str:
         grows = ".by_channel" in name and name in tensors and shape[1] == 1
         shape[1] = position if grows and tensors[name].shape[1:2] == (position,) else shape[1]
     found = {name: [*tensor.shape] for name, tensor in tensors.items() if name != RANDOM}
-    odd = [name for name in expected if name in tensors and tensors[name].dtype != expected[name].dtype]
-    odd += [] if RANDOM in tensors else [RANDOM]
-    return differences(found, shapes) or ", ".join(f"{name} is missing or of another type" for name in odd)
+    wrong = [name for name in expected if name in tensors and tensors[name].dtype != expected[name].dtype]
+    wrong += [] if RANDOM in tensors else [RANDOM]
+    return differences(found, shapes) or ", ".join(f"{name} is missing or of another type" for name in wrong)
 
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _digest(tensors: Mapping[str, Tensor], found: Any) -> str:
-    """Add names, types, shapes and bytes of tensors to a hash; returns its digest, hexadecimal."""
+def _digest(tensors: Mapping[str, Tensor], hash_: Any) -> str:
+    """Update ``hash_`` with names, dtypes, shapes and bytes of tensors; return its hexadecimal digest."""
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    digest: str = found.hexdigest()
+        hash_.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
+        hash_.update(tensor.flatten().view(torch.uint8).numpy().data)
+    digest: str = hash_.hexdigest()
     return digest
+
+
+def __getattr__(name: str) -> Any:
+    return _aliases.attribute(__name__, name)

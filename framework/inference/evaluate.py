@@ -1,4 +1,4 @@
-"""How well a trained model predicts: bits per byte by document, by position, and by how far back it may look."""
+"""Evaluates a trained model: bits per byte by document, by position, and by context length; or the test of its task."""
 
 from __future__ import annotations
 
@@ -7,38 +7,50 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ... import _aliases
 from ...errors import InputError
 from ...parallel import streaming
 from ...parallel.mesh import Mesh
 from ...parallel.span import Span
 from .. import tasks
 from ..config import RunConfig, load
-from ..data import Batches, Bytes, Ids, Index, TokenStream, load_vocabulary, packed_dir, records, sequences_of
+from ..data import (
+    Batches,
+    IdVocabulary,
+    Index,
+    TokenStream,
+    Vocabulary,
+    load_vocabulary,
+    packed_dir,
+    records,
+    sequences_of,
+)
 from ..data.corpus import File, list_files
 from ..data.progress import progress
 from ..model import IGNORED, Model
 from ..monitoring.monitor import BITS
 from ..runtime.validation import score as score_task
 from ..tasks import Task, kind_of, open_task
-from .generate import PROMPT_BLOCK, load_run
+from .generate import PREFILL_BLOCK_LEN
+from .loading import load_run
 
-FINEST = 64  # tokens of the first stretch of positions; each later one begins at twice the position
+FIRST_BIN_LEN = 64  # bins of positions begin at 0, 64, 128, 256, ...: each but the first is as long as all before it
 
 
-class Text(NamedTuple):
-    """Rows of tokens to be scored, each from an empty past.
+class ScoredRows(NamedTuple):
+    """B independent sequences of L tokens with labels, to be scored from an empty carry.
 
     Attributes:
         tokens, labels: ``[B, L]`` of any integer type; labels `IGNORED` do not count.
         segments: ``[B, L]`` document ids, or None.
-        name: of the document, if it is one.
-        num_bytes: that the labels stand for; None to count each as one.
+        name: of the document, if the rows are one.
+        num_bytes: size in bytes of the labels' text; None to count each label as one byte.
     """
 
     tokens: Tensor
@@ -49,13 +61,13 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A mean loss.
+class MeanLoss:
+    """A mean loss, and what it is a mean over.
 
     Attributes:
-        loss: nats a token.
-        num_tokens: tokens predicted.
-        num_bytes: that they stand for.
+        loss: nats per token.
+        num_tokens: number of predicted tokens.
+        num_bytes: size in bytes of their text.
     """
 
     loss: float
@@ -68,6 +80,7 @@ class Figure:
 
     @property
     def perplexity(self) -> float:
+        """Of a token; at most ``exp(700)``, which a float can hold."""
         return math.exp(min(self.loss, 700.0))
 
     def as_json(self) -> dict[str, object]:
@@ -75,14 +88,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The mean loss of a stretch of positions.
+class PositionBin:
+    """The mean loss of a bin of consecutive positions.
 
     Attributes:
-        first: its first position.
-        loss: nats a token.
-        error: the standard error of ``loss`` over sequences; NaN for fewer than two.
-        num_tokens: tokens predicted.
+        first: first position of the bin.
+        loss: nats per token.
+        error: standard error of ``loss`` over sequences; NaN for fewer than two.
+        num_tokens: number of predicted tokens.
     """
 
     first: int
@@ -93,60 +106,68 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Score:
-    """What `score` found: the whole, every text that has a name, and every stretch of positions."""
+    """The result of `score`: the mean over all tokens, over each named document, and over each bin of positions."""
 
-    whole: Figure
-    documents: list[tuple[str, Figure]] = field(default_factory=list)
-    by_position: list[Stretch] = field(default_factory=list)
+    whole: MeanLoss
+    documents: list[tuple[str, MeanLoss]] = field(default_factory=list)
+    by_position: list[PositionBin] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score, and that of the same tokens where the past is forgotten every so many tokens: (tokens, figure)."""
+    """The result of `evaluate`.
+
+    Attributes:
+        score: of all tokens with their whole context.
+        by_context: (context, mean loss) of the same tokens with the carry reset every ``context`` tokens.
+        unit: of `bits` and `MeanLoss.bits_per_byte`; ``token`` if tokens are ids, which stand for no bytes.
+    """
 
     score: Score
-    by_context: list[tuple[int, Figure]]
-    unit: str = "byte"  # or "token", where tokens stand for no bytes
+    by_context: list[tuple[int, MeanLoss]]
+    unit: Literal["byte", "token"] = "byte"
 
     def bits(self, nats: float) -> float:
-        """Nats a token as bits a byte, by as many bytes a token as in the whole."""
+        """Convert nats per token to bits per byte, with the mean bytes per token of all tokens."""
         return nats * BITS * self.score.whole.num_tokens / self.score.whole.num_bytes
 
     def as_json(self) -> dict[str, object]:
         score = self.score
-        stretches = [
-            {**asdict(s), "error": None if math.isnan(s.error) else s.error, "bits_per_byte": self.bits(s.loss)}
-            for s in score.by_position
+        bins = [
+            {**asdict(one), "error": None if math.isnan(one.error) else one.error, "bits_per_byte": self.bits(one.loss)}
+            for one in score.by_position
         ]
         return {
             "whole": score.whole.as_json(),
-            "documents": [{"name": name, **figure.as_json()} for name, figure in score.documents],
-            "by_position": stretches,
-            "by_context": [{"context": context, **figure.as_json()} for context, figure in self.by_context],
+            "documents": [{"name": name, **mean.as_json()} for name, mean in score.documents],
+            "by_position": bins,
+            "by_context": [{"context": context, **mean.as_json()} for context, mean in self.by_context],
         }
 
 
 def has_test(place: str | Path) -> bool:
-    """Whether a run is of a task that has a test; `evaluate_task` scores it."""
+    """Whether ``place`` is the directory of a run whose task has a test split; see `evaluate_task`."""
     file = Path(place) / "config.yaml"
     return file.is_file() and "test" in kind_of(load(file).task).splits
 
 
 def evaluate_task(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Task, tasks.Score | None]:
-    """How a run's newest model does in the test of its task; None where no example has an answer.
+    """Score a run's newest model on the test split of its task.
 
     Args:
-        run_dir: of the run, for which `has_test`.
-        overrides: of its config: ``data.seq_len`` for longer examples, ``parallel.block_len`` to read them block by
-            block.
+        run_dir: directory of the run; `has_test` is true for it.
+        overrides: of its config: ``data.seq_len`` for longer examples, ``parallel.block_len`` to stream them in blocks.
+
+    Returns:
+        The task, and the score; None if no example has a label.
 
     Raises:
-        InputError: model, task or overrides do not fit.
+        InputError: model, task or overrides do not fit together.
     """
     config, model = load_run(run_dir, overrides)
     assert config is not None
     task = open_task(config.task, config.data)
-    task.fit(config.model)
+    task.configure_model(config.model)
     num_tokens = len(task.sequences("test", None)) * config.data.seq_len
     with progress(f"reading {task.title}", num_tokens, unit="tokens") as advance:
         return task, score_task(config, model, model.head, Mesh(), task, "test", progress=advance)
@@ -161,39 +182,40 @@ def evaluate(
     max_batches: int = 0,
     contexts: Sequence[int] = (),
 ) -> Evaluation:
-    """Score a run's newest model, or an exported one.
+    """Score a run's newest model, or an export, on next-token prediction.
 
     Args:
-        place: directory of the run, or of an export.
-        sources: files and folders, each document of which is one sequence, however long; none for the run's held-out
+        place: directory of the run or of the export.
+        sources: files and folders, each document of which is one sequence of any length; empty for the run's held-out
             documents.
         overrides: of the run's config.
-        by_document: held-out documents are one sequence each too, and not the windows that training validates with.
-        max_batches: stop after so many held-out batches; 0 reads all.
-        contexts: score again with the past forgotten every so many tokens.
+        by_document: score each held-out document as one sequence, instead of the windows of validation.
+        max_batches: stop after this many held-out batches; 0 reads all.
+        contexts: score again with the carry reset every so many tokens, for each number.
 
     Raises:
-        InputError: model, corpus or files do not fit or cannot be read.
+        InputError: model, corpus or files do not fit together or cannot be read.
     """
     config, model = load_run(place, overrides)
     if model.config.head != "token":
         raise InputError("model.head", model.config.head, "token: it is the next token that is scored")
     vocabulary = load_vocabulary(place)
     if sources:
-        name, num_tokens, texts = _given(sources, vocabulary, "text" if config is None else config.data.field)
+        name, num_tokens, rows = _from_sources(sources, vocabulary, "text" if config is None else config.data.field)
     else:
-        name, num_tokens, texts = _held_out(config, place, vocabulary, by_document, max_batches)
+        name, num_tokens, rows = _held_out(config, place, vocabulary, by_document, max_batches)
     with progress(f"reading {name}", num_tokens * (1 + len(contexts)), unit="tokens") as advance:
-        whole = score(model, texts(), advance)
-        others = [(context, score(model, restarted(texts(), context), advance).whole) for context in contexts]
-    return Evaluation(whole, others, "token" if isinstance(vocabulary, Ids) else "byte")
+        whole = score(model, rows(), advance)
+        others = [(context, score(model, with_resets(rows(), context), advance).whole) for context in contexts]
+    return Evaluation(whole, others, "token" if isinstance(vocabulary, IdVocabulary) else "byte")
 
 
-Texts = tuple[str, int, Callable[[], Iterator[Text]]]  # what they are called, how many tokens, and they themselves
+RowSource = tuple[str, int, Callable[[], Iterator[ScoredRows]]]
+"""A name, the number of tokens, and a function that iterates over the rows."""
 
 
-def _given(sources: Sequence[str], vocabulary: Bytes, field: str) -> Texts:
-    """The documents that packing would find in some sources."""
+def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, field: str) -> RowSource:
+    """The documents of files and folders, as packing would find them; one row each."""
     files: list[tuple[str, File]] = []
     for source in sources:
         some = [one for one in list_files(source) if one.num_bytes > 1]
@@ -201,24 +223,25 @@ def _given(sources: Sequence[str], vocabulary: Bytes, field: str) -> Texts:
             raise InputError("source", source, "at least two bytes")
         files += [(f"{source}: " if len(sources) > 1 else "", one) for one in some]
 
-    def texts() -> Iterator[Text]:
+    def rows() -> Iterator[ScoredRows]:
         for prefix, file in files:
             for document in records.documents([file], field):
                 name, content = f"{prefix}{document.key}", document.read()
                 tokens = _tokens(name, content, vocabulary, records.kind_of(file) == "npy")
                 if len(tokens) > 1:
-                    yield _text(name, tokens, None if isinstance(vocabulary, Ids) else len(content) / len(tokens))
+                    bytes_per_token = None if isinstance(vocabulary, IdVocabulary) else len(content) / len(tokens)
+                    yield _document_row(name, tokens, bytes_per_token)
 
-    return ", ".join(sources), sum(one.num_bytes - 1 for _, one in files), texts
+    return ", ".join(sources), sum(one.num_bytes - 1 for _, one in files), rows
 
 
-def _tokens(name: str, content: NDArray[Any], vocabulary: Bytes, is_array: bool) -> Tensor:
-    """The tokens ``[n]`` of a document, or of an array of ids."""
+def _tokens(name: str, content: NDArray[Any], vocabulary: Vocabulary, is_array: bool) -> Tensor:
+    """The tokens ``[n]`` of a document's content; if ``is_array``, it holds token ids already."""
     if not is_array:
         if why := vocabulary.check(content):
             raise InputError("source", name, why, "leave it out")
-        return torch.from_numpy(vocabulary.prompt(content.tobytes()).copy())
-    if not isinstance(vocabulary, Ids):
+        return torch.from_numpy(vocabulary.encode_text(content.tobytes()).copy())
+    if not isinstance(vocabulary, IdVocabulary):
         raise InputError("source", name, f"holds token ids, and the model reads {vocabulary.kind}", "leave it out")
     if content.size and not 0 <= int(content.min()) <= int(content.max()) < vocabulary.size:
         raise InputError("source", name, f"must hold token ids from 0 to {vocabulary.size - 1}")
@@ -226,8 +249,9 @@ def _tokens(name: str, content: NDArray[Any], vocabulary: Bytes, is_array: bool)
 
 
 def _held_out(
-    config: RunConfig | None, place: str | Path, vocabulary: Bytes, by_document: bool, max_batches: int
-) -> Texts:
+    config: RunConfig | None, place: str | Path, vocabulary: Vocabulary, by_document: bool, max_batches: int
+) -> RowSource:
+    """The held-out documents of a run: one row each, or the windows of validation."""
     if config is None:
         fix = "give --source FILE, or the directory of the run"
         raise InputError("RUN_DIR", str(place), "an export has no held-out documents", fix)
@@ -239,143 +263,151 @@ def _held_out(
         allowed = f"must be packed with the vocabulary of {place}: {ours['kind']}"
         raise InputError("data.source", data.source, f"{allowed}, and not with {theirs['kind']} of others")
     split = index.splits["valid"]
-    bytes_a_token = split.num_bytes / split.num_tokens if split.num_bytes else None  # the mean stands for all
+    bytes_per_token = split.num_bytes / split.num_tokens if split.num_bytes else None  # the split's mean, for all rows
     if by_document:
         stream = TokenStream(index, "valid", data.timeout)
 
-        def documents() -> Iterator[Text]:
+        def documents() -> Iterator[ScoredRows]:
             for name, start, stop in zip(stream.split.keys, stream.starts, stream.starts[1:], strict=False):
                 if stop - start > 1:
                     tokens = torch.from_numpy(stream.read(int(start), int(stop)).astype("int64"))
-                    yield _text(name, tokens, bytes_a_token)
+                    yield _document_row(name, tokens, bytes_per_token)
 
         return index.name, stream.num_tokens - stream.num_documents, documents
     batches = Batches(sequences_of(index, data, "valid"), data.batch_size)
 
-    def windows() -> Iterator[Text]:
+    def windows() -> Iterator[ScoredRows]:
         for batch in batches.iterate(num_steps=max_batches or None):
             num_labels = int(torch.count_nonzero(batch.labels != IGNORED))
-            num_bytes = None if bytes_a_token is None else num_labels * bytes_a_token
-            yield Text(batch.tokens, batch.labels, batch.segments, num_bytes=num_bytes)
+            num_bytes = None if bytes_per_token is None else num_labels * bytes_per_token
+            yield ScoredRows(batch.tokens, batch.labels, batch.segments, num_bytes=num_bytes)
 
     num_sequences = min(len(batches.dataset), max_batches * data.batch_size or len(batches.dataset))
     return index.name, num_sequences * data.seq_len, windows
 
 
-def _text(name: str, tokens: Tensor, bytes_a_token: float | None) -> Text:
-    """A document of tokens ``[L]``, L >= 2, each but the first of which is predicted."""
-    num_bytes = None if bytes_a_token is None else (len(tokens) - 1) * bytes_a_token
-    return Text(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), name=name, num_bytes=num_bytes)
+def _document_row(name: str, tokens: Tensor, bytes_per_token: float | None) -> ScoredRows:
+    """A document of tokens ``[L]``, L >= 2, as one row; each token but the first is a label."""
+    num_bytes = None if bytes_per_token is None else (len(tokens) - 1) * bytes_per_token
+    return ScoredRows(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), name=name, num_bytes=num_bytes)
 
 
-def restarted(texts: Iterable[Text], context: int) -> Iterator[Text]:
-    """The same labels, but the past is forgotten every ``context`` tokens: these become rows of their own."""
-    step = max(1, PROMPT_BLOCK // context) * context
-    for text in texts:
-        length = text.tokens.shape[1]
+def with_resets(batches: Iterable[ScoredRows], context: int) -> Iterator[ScoredRows]:
+    """Yield the same tokens and labels with the carry reset every ``context`` tokens, each such part as its own row."""
+    step = max(1, PREFILL_BLOCK_LEN // context) * context
+    for rows in batches:
+        length = rows.tokens.shape[1]
         for start in range(0, length, step):
             stop = min(length, start + step)
             whole = stop - (stop - start) % context
             for first, last in ((start, whole), (whole, stop)):
                 if first < last:
-                    yield _folded(text, first, last, min(context, last - first))
+                    yield _folded(rows, first, last, min(context, last - first))
 
 
-def _folded(text: Text, first: int, last: int, length: int) -> Text:
-    """A stretch of a text as rows of ``length`` tokens."""
+def _folded(rows: ScoredRows, first: int, last: int, length: int) -> ScoredRows:
+    """The tokens ``[first, last)`` of each row, reshaped to rows of ``length`` tokens."""
 
     def fold(x: Tensor) -> Tensor:
         return x[:, first:last].reshape(-1, length)
 
-    labels, num_bytes = fold(text.labels), None
-    if text.num_bytes is not None:
-        share = torch.count_nonzero(labels != IGNORED) / torch.count_nonzero(text.labels != IGNORED).clamp(min=1)
-        num_bytes = text.num_bytes * float(share)
-    return Text(fold(text.tokens), labels, None if text.segments is None else fold(text.segments), num_bytes=num_bytes)
+    labels, num_bytes = fold(rows.labels), None
+    if rows.num_bytes is not None:
+        fraction = torch.count_nonzero(labels != IGNORED) / torch.count_nonzero(rows.labels != IGNORED).clamp(min=1)
+        num_bytes = rows.num_bytes * float(fraction)
+    segments = None if rows.segments is None else fold(rows.segments)
+    return ScoredRows(fold(rows.tokens), labels, segments, num_bytes=num_bytes)
 
 
 @torch.no_grad()
-def score(model: Model, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> Score:
-    """Mean loss over texts, read block by block where the model is causal: memory does not grow with their length.
+def score(model: Model, batches: Iterable[ScoredRows], progress: Callable[[int], None] | None = None) -> Score:
+    """Mean loss over rows of tokens.
+
+    A causal model reads them in blocks of `PREFILL_BLOCK_LEN` tokens: memory does not grow with their length.
 
     Args:
-        model: on the CPU or a device; texts are moved there block by block.
-        texts: what is scored.
+        model: on any device; blocks of tokens are moved there.
+        batches: the rows to score.
         progress: called with the number of tokens just read.
 
     Raises:
-        InputError: there is no token to predict.
+        InputError: there is no label.
     """
-    total, documents, stretches = torch.zeros(3, dtype=torch.float64), [], _Stretches()
-    for text in texts:
-        rows = _by_stretch(model, text, progress)
-        nats, count = rows.sum((0, 1)).tolist()
-        num_bytes = count if text.num_bytes is None else text.num_bytes
+    total, documents, bins = torch.zeros(3, dtype=torch.float64), [], _BinSums()
+    for rows in batches:
+        sums = _sums_by_bin(model, rows, progress)
+        nats, count = sums.sum((0, 1)).tolist()
+        num_bytes = count if rows.num_bytes is None else rows.num_bytes
         total += torch.tensor([nats, count, num_bytes], dtype=torch.float64)
-        if text.name and count:
-            documents.append((text.name, Figure(nats / count, int(count), num_bytes)))
-        stretches.add(rows)
+        if rows.name and count:
+            documents.append((rows.name, MeanLoss(nats / count, int(count), num_bytes)))
+        bins.add(sums)
     nats, count, num_bytes = total.tolist()
     if not count:
         raise InputError("source", "no tokens", "at least one token with a next one")
-    return Score(Figure(nats / count, int(count), num_bytes), documents, stretches.means())
+    return Score(MeanLoss(nats / count, int(count), num_bytes), documents, bins.means())
 
 
-def _by_stretch(model: Model, text: Text, progress: Callable[[int], None] | None) -> Tensor:
-    """Nats and labelled tokens of each row's stretches, ``[B, stretches, 2]`` fp64."""
+def _sums_by_bin(model: Model, rows: ScoredRows, progress: Callable[[int], None] | None) -> Tensor:
+    """Sum of the losses in nats, and number of labels, of each row's bins of positions: ``[B, bins, 2]`` fp64."""
     mesh = Mesh(device=next(model.parameters()).device)
-    num_rows, length = text.tokens.shape
-    sums = torch.zeros(num_rows, (length // FINEST).bit_length() + 1, 2, dtype=torch.float64)
+    num_rows, length = rows.tokens.shape
+    sums = torch.zeros(num_rows, (length // FIRST_BIN_LEN).bit_length() + 1, 2, dtype=torch.float64)
 
     def losses(span: Span) -> Tensor:
-        """Nats and whether there is a label, ``[B, n, 2]``, of a block."""
-        ids, wanted = (span.shard(x).to(device=mesh.device, dtype=torch.int64) for x in (text.tokens, text.labels))
-        nll = model(ids, span, wanted)[0].double()
-        return torch.stack([nll, (wanted != IGNORED).double()], dim=-1).cpu()
+        """The loss of each token of a block, and 1 if it has a label: ``[B, n, 2]`` fp64."""
+        ids, labels = (span.shard(x).to(device=mesh.device, dtype=torch.int64) for x in (rows.tokens, rows.labels))
+        nll = model(ids, span, labels)[0].double()
+        return torch.stack([nll, (labels != IGNORED).double()], dim=-1).cpu()
 
-    spans = streaming.blocks(mesh, length, PROMPT_BLOCK if model.config.causal else 0, segments=text.segments)
+    spans = streaming.blocks(mesh, length, PREFILL_BLOCK_LEN if model.config.causal else 0, segments=rows.segments)
     for span, found in zip(spans, streaming.read(spans, losses), strict=True):
         position = torch.arange(span.position, span.position + found.shape[1])
-        stretch = torch.log2((position // FINEST).double().clamp(min=0.5)).floor().long() + 1
-        sums.index_add_(1, stretch, found)
+        bins = torch.log2((position // FIRST_BIN_LEN).double().clamp(min=0.5)).floor().long() + 1
+        sums.index_add_(1, bins, found)
         if progress is not None:
             progress(found.shape[0] * found.shape[1])
     return sums
 
 
-class _Stretches:
-    """Sums over sequences, by stretch: of 1, s, c, s^2, s c and c^2, where s is nats and c tokens of one sequence."""
+class _BinSums:
+    """Sums over sequences for each bin of positions, of which means and standard errors are computed.
+
+    Attributes:
+        sums: ``[bins, 6]`` fp64, of 1, s, c, s^2, s c and c^2 over the sequences with labels in the bin, where s is the
+            sum of losses in nats and c the number of labels of one sequence.
+    """
 
     def __init__(self) -> None:
         self.sums = torch.zeros(0, 6, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Count the sequences of `_by_stretch`."""
+        """Add the sequences of `_sums_by_bin`."""
         s, c = rows.unbind(-1)
         new = torch.stack([(c > 0).double(), s, c, s * s, s * c, c * c], dim=-1).sum(0)
         short, long = sorted((self.sums, new), key=len)
         self.sums = long.clone()
         self.sums[: len(short)] += short
 
-    def means(self) -> list[Stretch]:
-        """Means a token, with the standard error of a ratio of sums."""
+    def means(self) -> list[PositionBin]:
+        """The mean loss per token of each bin with labels, and the standard error of this ratio of sums."""
         found = []
         for number, (n, s, c, ss, sc, cc) in enumerate(self.sums.tolist()):
             if c:
                 mean = s / c
                 spread = max(0.0, ss - 2 * mean * sc + mean * mean * cc)
                 error = math.sqrt(spread * n / (n - 1)) / c if n > 1 else math.nan
-                found.append(Stretch(FINEST << number >> 1 if number else 0, mean, error, int(c)))
+                found.append(PositionBin(FIRST_BIN_LEN << number >> 1 if number else 0, mean, error, int(c)))
         return found
 
 
 def write_json(found: Evaluation, path: Path) -> None:
-    """Write an evaluation as JSON."""
+    """Write an evaluation as JSON; OSError if that is not possible."""
     path.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def plot(found: Evaluation, path: Path, title: str) -> None:
-    """Bits per byte against the position, and against the context where that was asked for."""
+    """Plot bits per byte over the position and, if there are several contexts, over the context; writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -384,16 +416,17 @@ def plot(found: Evaluation, path: Path, title: str) -> None:
     figure, panels = pyplot.subplots(
         1, 1 + bool(found.by_context), figsize=(12, 5), layout="constrained", squeeze=False
     )
-    some = found.score.by_position
-    bits = [found.bits(one.loss) for one in some]
-    errors = [0.0 if math.isnan(one.error) else found.bits(one.error) for one in some]
-    panels[0, 0].errorbar([max(one.first, FINEST // 2) for one in some], bits, yerr=errors, marker="o", capsize=3)
+    bins = found.score.by_position
+    bits = [found.bits(one.loss) for one in bins]
+    errors = [0.0 if math.isnan(one.error) else found.bits(one.error) for one in bins]
+    positions = [max(one.first, FIRST_BIN_LEN // 2) for one in bins]
+    panels[0, 0].errorbar(positions, bits, yerr=errors, marker="o", capsize=3)
     panels[0, 0].set(
-        xlabel=f"from position (the first: 0 to {FINEST - 1})", ylabel="bits per byte, with standard error"
+        xlabel=f"from position (the first: 0 to {FIRST_BIN_LEN - 1})", ylabel="bits per byte, with standard error"
     )
     if found.by_context:
-        contexts, figures = zip(*sorted(found.by_context), strict=True)
-        panels[0, 1].plot(contexts, [one.bits_per_byte for one in figures], marker="o", label="forgotten every")
+        contexts, means = zip(*sorted(found.by_context), strict=True)
+        panels[0, 1].plot(contexts, [one.bits_per_byte for one in means], marker="o", label="forgotten every")
         panels[0, 1].axhline(found.score.whole.bits_per_byte, color="grey", linestyle=":", label="nothing forgotten")
         panels[0, 1].set(xlabel="tokens after which the past is forgotten", ylabel="bits per byte")
         panels[0, 1].legend()
@@ -403,3 +436,7 @@ def plot(found: Evaluation, path: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def __getattr__(name: str) -> Any:
+    return _aliases.attribute(__name__, name)

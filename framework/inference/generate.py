@@ -1,4 +1,8 @@
-"""Recurrent decoding: the carry of what was read and written is all that a new token needs."""
+"""Generation: prefill reads the prompt block by block, decoding writes one token at a time from the carry.
+
+The carry holds all that the model needs of earlier tokens, so a token costs the same at every position (unless a
+mixer's state grows, as that of ``softmax``).
+"""
 
 from __future__ import annotations
 
@@ -11,75 +15,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import _aliases
 from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
-from .. import checkpoint
-from ..config import RunConfig, load
-from ..data import Bytes
-from ..data.vocabulary import MAX_HELD
-from ..model import Model, build_model
-from . import carry_file as carry
+from ..data import ByteVocabulary, Vocabulary
+from ..data.vocabulary import MAX_PENDING
+from ..model import Model
+from . import carry_file
+from .carry_file import SavedCarry
 
-PROMPT_BLOCK = 8192  # prompt tokens read at a time, so that memory does not grow with the prompt
-
-
-def load_run(place: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, Model]:
-    """The newest trained model of a run, or an exported one, on the CPU, ready for inference.
-
-    Args:
-        place: directory of a run, or one that `export` wrote.
-        overrides: of the run's config, as of `config.load`.
-
-    Returns:
-        The run's config (an export has none), and the model.
-
-    Raises:
-        InputError: there is neither, the run has saved nothing yet, or the export is damaged.
-    """
-    from .export import CONFIG, load_exported  # which imports this module
-
-    if (Path(place) / CONFIG).is_file():
-        if overrides:
-            raise InputError("key=value", " ".join(overrides), "for a run: an export has no configuration of one")
-        return None, load_exported(place)
-    return load_step(place, overrides)[:2]
-
-
-def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Model, int]:
-    """What `load_run` gives of a run, and the step after which the model was saved."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        allowed = "is no run and no export: it holds neither config.yaml nor config.json"
-        fix = "train first (longreach train quickstart makes runs/quickstart), or go to where runs/ is"
-        raise InputError("RUN_DIR", str(run_dir), allowed, fix)
-    config = load(run_dir / "config.yaml", overrides)
-    saved = checkpoint.newest(run_dir / "checkpoints")
-    if saved is None:
-        fix = f"longreach train {run_dir}/config.yaml run.dir={run_dir}"
-        raise InputError("RUN_DIR", str(run_dir), "no checkpoint was saved there yet", fix)
-    model = build_model(config.model)
-    state = checkpoint.load_model(model, saved)
-    return config, model.eval(), state["step"]
+PREFILL_BLOCK_LEN = 8192  # prompt tokens processed at a time: memory does not grow with the prompt
 
 
 @torch.inference_mode()
-def read_prompt(
+def prefill(
     model: Model, prompt: Tensor, span: Span | None = None, progress: Callable[[int], None] | None = None
 ) -> tuple[Tensor, Span]:
-    """Read a prompt, block by block: memory does not grow with its length.
+    """Read a prompt in blocks of `PREFILL_BLOCK_LEN` tokens: memory does not grow with its length.
 
     Args:
-        model: causal.
+        model: causal, with a ``token`` head.
         prompt: ``[B, L]`` int64 tokens, L >= 1.
-        span: where the prompt continues; None at the beginning.
+        span: of the first prompt token, with the carry of the tokens before it; None if there are none.
         progress: called with the number of tokens just read.
 
     Returns:
-        Logits ``[B, vocab]`` of the token that follows, and the span at which it stands.
+        Logits ``[B, vocab]`` of the next token, and the span of that token, with the carry.
 
     Raises:
-        InputError: the model is not causal, or the prompt empty.
+        InputError: the model is not causal or has another head, or the prompt is empty.
     """
     if model.config.head != "token":
         raise InputError("model.head", model.config.head, "token: only such a model can continue a text")
@@ -88,7 +53,7 @@ def read_prompt(
     if not prompt.shape[1]:
         raise InputError("prompt", "", "at least one token")
     span = span if span is not None else Span(keep_carry=True)
-    for block in prompt.split(PROMPT_BLOCK, dim=1):
+    for block in prompt.split(PREFILL_BLOCK_LEN, dim=1):
         features = model.features(block, span)[0]
         span = span.next_block(block.shape[1])
         if progress is not None:
@@ -96,151 +61,155 @@ def read_prompt(
     return model.head(features[:, -1]), span
 
 
+@_aliases.with_old_members(_aliases.DECODER_MEMBERS)
 class Decoder:
-    """A model and where it stands in a text: it reads, it writes, and what it stands at can be saved in between.
+    """A model with the carry of the tokens that it has read and generated; can be saved and loaded at any position.
 
     Args:
-        model: causal.
-        seed: of the draws.
-        mark: where to go on, as of `save`; None at the beginning.
+        model: causal, with a ``token`` head.
+        seed: of the random generator for sampling.
+        saved: the carry to continue from; None to begin without one.
 
     Attributes:
-        span: where the text continues; None while nothing was read.
+        span: of the next token to be read, with the carry; None while nothing was read.
     """
 
-    def __init__(self, model: Model, seed: int = 0, mark: carry.Bookmark | None = None) -> None:
-        self.model, self.span = model, None if mark is None else mark.span
-        self._logits = None if mark is None else mark.logits
-        self._unread: Tensor | None = None  # the last token that was written; read when it matters
+    def __init__(self, model: Model, seed: int = 0, saved: SavedCarry | None = None) -> None:
+        self.model, self.span = model, None if saved is None else saved.span
+        self._logits = None if saved is None else saved.logits
+        self._pending: Tensor | None = None  # [B], the last generated token; read once its next logits are needed
         self._generators = [torch.Generator(device=next(model.parameters()).device).manual_seed(seed)]
-        if mark is not None:
-            self._generators[0].set_state(mark.random)
+        if saved is not None:
+            self._generators[0].set_state(saved.rng_state)
 
     @classmethod
     def load(cls, model: Model, path: str | Path, seed: int | None = None) -> Decoder:
-        """Go on where `save` was called, exactly as if nothing had been in between.
+        """Restore a decoder that `save` wrote; it generates exactly the tokens that the saved one would have.
 
         Args:
             model: the one that wrote the file, or an export of it.
             path: of the file.
-            seed: begins other draws; None goes on with those of the file.
+            seed: of a new random generator; None continues with the saved state of the generator.
 
         Raises:
             InputError: the file is missing, damaged, of another format, or the carry of another model.
         """
-        decoder = cls(model, mark=carry.load(path, model))
+        decoder = cls(model, saved=carry_file.load(path, model))
         if seed is not None:
             decoder._generators[0].manual_seed(seed)
         return decoder
 
     @classmethod
     def stack(cls, decoders: Sequence[Decoder]) -> Decoder | None:
-        """One decoder that goes on with several texts side by side, each by its own draws, or None where that cannot
-        be: the texts are not of one length, and a mixer keeps the tokens themselves (``softmax``), or positions count
-        (``model.positions``).
+        """Batch several decoders into one, which samples each row with its own random generator.
 
         Args:
             decoders: of one model; each has read something. They are not changed.
+
+        Returns:
+            The decoder; None if the texts have different lengths, and a mixer's state grows with the length
+            (``softmax``) or the model has positions (``model.positions``).
         """
-        marks = [(decoder._next(), decoder.span) for decoder in decoders]
-        spans = [span for _, span in marks if span is not None]
+        ends = [(decoder._next_logits(), decoder.span) for decoder in decoders]
+        spans = [span for _, span in ends if span is not None]
         first = spans[0]
-        placed = decoders[0].model.config.positions != "none"
+        has_positions = decoders[0].model.config.positions != "none"
         for span in spans[1:]:
-            grows = any(span.carry[key].state.shape[1:] != left.state.shape[1:] for key, left in first.carry.items())
-            if grows or (placed and span.position != first.position):
+            grows = any(span.carry[key].state.shape[1:] != other.state.shape[1:] for key, other in first.carry.items())
+            if grows or (has_positions and span.position != first.position):
                 return None
         carry = {key: Carry(torch.cat([span.carry[key].state for span in spans])) for key in first.carry}
-        together = cls(decoders[0].model)
-        # Whoever asks for positions has refused texts at several.
-        together.span = first.with_carry(carry)
-        together._logits = torch.cat([logits for logits, _ in marks])
-        together._generators = [own.clone_state() for decoder in decoders for own in decoder._generators]
-        return together
+        stacked = cls(decoders[0].model)
+        # The span has one position for all rows: if the model has positions, they are equal, as checked above.
+        stacked.span = first.with_carry(carry)
+        stacked._logits = torch.cat([logits for logits, _ in ends])
+        stacked._generators = [own.clone_state() for decoder in decoders for own in decoder._generators]
+        return stacked
 
     def save(self, path: str | Path) -> None:
-        """Write what is needed to go on from here: carry, position, draws.
+        """Write carry, position, logits and the state of the random generator to a file; see `load`.
 
         Raises:
-            InputError: nothing was read yet, the file cannot be written, or these are several texts (`stack`).
+            InputError: nothing was read yet, the file cannot be written, or the decoder is the result of `stack`.
         """
-        logits = self._next()
+        logits = self._next_logits()
         assert self.span is not None
         if len(self._generators) > 1:
             raise InputError("carry", str(path), "one text, not several side by side")
-        carry.save(path, self.model, carry.Bookmark(self.span, logits, self._generators[0].get_state()))
+        carry_file.save(path, self.model, SavedCarry(self.span, logits, self._generators[0].get_state()))
 
     def fork(self) -> Decoder:
-        """Another decoder that stands here; what one of them does, the other does not see."""
+        """An independent copy with the same carry and random state; the weights are shared."""
         twin = copy.copy(self)
         twin._generators = [own.clone_state() for own in self._generators]
         return twin
 
-    def read(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Read ``tokens [B, L]`` int64, L >= 1, after what was read and written so far; see `read_prompt`.
+    def prefill(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
+        """Read ``tokens [B, L]`` int64, L >= 1, after those read and generated so far; see `prefill`.
 
         Raises:
-            InputError: the model is not causal, or there are no tokens, or not as many rows as before.
+            InputError: the model is not causal, there are no tokens, or the number of rows differs from before.
         """
         rows = self.rows
         if rows and rows != tokens.shape[0]:
             raise InputError("tokens", [*tokens.shape], f"{rows} rows, as before")
         if rows:
-            self._next()
+            self._next_logits()
         self._advance(tokens, progress)
 
     @property
     def rows(self) -> int:
-        """B, how many texts it reads and writes side by side; 0 while nothing was read."""
+        """B, the number of texts in the batch; 0 while nothing was read."""
         return 0 if self._logits is None else self._logits.shape[0]
 
     @property
     def carry_bytes(self) -> int:
-        """Bytes of all that it keeps of what was read and written but the last token's logits."""
-        return sum(part.nbytes for part in carry.pack({} if self.span is None else self.span.carry).values())
+        """Bytes of the carry, without the logits."""
+        carry = {} if self.span is None else self.span.carry
+        return sum(part.nbytes for part in carry_file.pack(carry).values())
 
     @torch.inference_mode()
-    def write(
+    def generate(
         self, num_tokens: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     ) -> Iterator[Tensor]:
-        """Draw tokens one after another.
+        """Sample tokens one after another.
 
         Args:
             num_tokens: how many.
             temperature: divides the logits; 0 takes the most likely token.
-            top_k: draw among so many of the most likely tokens; 0 among all.
-            top_p: draw among the fewest tokens that make up this probability, more than 0; 1 among all.
+            top_k: sample among this many most likely tokens; 0 for all.
+            top_p: sample among the fewest most likely tokens whose probabilities sum to this, in (0, 1]; 1 for all.
 
         Yields:
             ``[B]`` int64, the next token of each row.
 
         Raises:
-            InputError: nothing was read yet, or what follows is not finite.
+            InputError: nothing was read yet, or the logits are not finite.
         """
         for _ in range(num_tokens):
-            logits = self._next().float()
+            logits = self._next_logits().float()
             if not logits.isfinite().all():
                 assert self.span is not None
                 field = f"logits after {self.span.position:,} tokens"
                 worst = float(logits.abs().max())
                 raise InputError(field, worst, "must be finite", "the weights or the carry are damaged")
-            token = _draw(logits, temperature, top_k, top_p, self._generators)
-            self._unread = token
+            token = _sample(logits, temperature, top_k, top_p, self._generators)
+            self._pending = token
             yield token
 
-    def _next(self) -> Tensor:
-        """The logits ``[B, vocab]`` of the token that follows."""
-        if self._unread is not None:
-            self._advance(self._unread.unsqueeze(1))
-            self._unread = None
+    def _next_logits(self) -> Tensor:
+        """The logits ``[B, vocab]`` of the next token; reads the pending one first."""
+        if self._pending is not None:
+            self._advance(self._pending.unsqueeze(1))
+            self._pending = None
         if self._logits is None:
             raise InputError("prompt", "", "at least one token")
         return self._logits
 
     def _advance(self, tokens: Tensor, progress: Callable[[int], None] | None = None) -> None:
-        # A view of its own: a fork, or a reading that was interrupted, leaves nothing in this span.
+        # A copy of the span: neither a fork nor an interrupted prefill may change this one's carry.
         span = None if self.span is None else self.span.with_carry(self.span.carry)
-        self._logits, self.span = read_prompt(self.model, tokens, span, progress)
+        self._logits, self.span = prefill(self.model, tokens, span, progress)
 
 
 def generate(
@@ -254,54 +223,54 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Continue a prompt, one token at a time: `Decoder` without stops.
+    """Continue a prompt by sampling one token at a time, with a new `Decoder`.
 
     Args:
-        model: causal.
+        model: causal, with a ``token`` head.
         prompt: ``[B, L]`` int64 tokens, L >= 1.
-        num_tokens: how many tokens to draw.
-        temperature, top_k, top_p: as of `Decoder.write`.
-        seed: of the draws.
-        progress: called with the number of tokens of the prompt just read.
+        num_tokens: how many tokens to generate.
+        temperature, top_k, top_p: as of `Decoder.generate`.
+        seed: of the random generator.
+        progress: called with the number of prompt tokens just read.
 
     Yields:
-        ``[B]`` int64, the next token of each row. The cost of a token does not depend on its position, unless a
-        mixer's state grows (``softmax``).
+        ``[B]`` int64, the next token of each row.
     """
     decoder = Decoder(model, seed)
-    decoder.read(prompt, progress)
-    yield from decoder.write(num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    decoder.prefill(prompt, progress)
+    yield from decoder.generate(num_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def continuations(decoders: Sequence[Decoder], num_tokens: int, **how: Any) -> Iterator[Iterator[int]]:
-    """Continue several texts, each as if it were alone: side by side where `Decoder.stack` can, else in turn.
+def continuations(decoders: Sequence[Decoder], num_tokens: int, **options: Any) -> Iterator[Iterator[int]]:
+    """Continue several texts independently: as one batch if `Decoder.stack` allows it, else one after another.
 
     Args:
-        decoders: one text each. A single one stands behind its text afterwards.
-        num_tokens, how: as of `Decoder.write`.
+        decoders: one text each. A single one is advanced; several may not be.
+        num_tokens, options: as of `Decoder.generate`.
 
     Yields:
-        The new tokens of each text, in order, to be taken before the next text is asked for: the first ones as they
-        are written.
+        The new tokens of each text, in order; consume them before the next text is requested. Those of the first text
+        come as they are generated.
     """
-    together = Decoder.stack(decoders) if len(decoders) > 1 else None
-    for decoder in decoders if together is None else [together]:
+    stacked = Decoder.stack(decoders) if len(decoders) > 1 else None
+    for decoder in decoders if stacked is None else [stacked]:
         rows: list[list[int]] = [[] for _ in range(decoder.rows)]
-        yield _first_row(decoder.write(num_tokens, **how), rows)
+        yield _first_row(decoder.generate(num_tokens, **options), rows)
         yield from map(iter, rows[1:])
 
 
 def _first_row(tokens: Iterable[Tensor], rows: list[list[int]]) -> Iterator[int]:
-    """The first row's tokens as they come; all rows' are added to ``rows``."""
+    """Yield the first row's tokens as they come; append the tokens of all rows to ``rows``."""
     for token in tokens:
         for row, one in zip(rows, token.tolist(), strict=True):
             row.append(one)
         yield rows[0][-1]
 
 
-def _draw(
+def _sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
+    """Sample a token ``[B]`` from logits ``[B, vocab]``; each generator samples an equal number of the rows."""
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
@@ -310,29 +279,37 @@ def _draw(
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = probabilities.sort(descending=True, stable=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p  # never the first
-        probabilities = probabilities.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+        excluded = ranked.cumsum(-1) - ranked >= top_p  # never the first
+        probabilities = probabilities.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0.0)
     rows = zip(probabilities.chunk(len(generators)), generators, strict=True)
     return torch.cat([torch.multinomial(some, 1, generator=own) for some, own in rows]).squeeze(1)
 
 
-def encode(text: str | bytes, vocabulary: Bytes | None = None) -> Tensor:
-    """A text as tokens ``[1, L]`` int64, bytes unless a vocabulary is given; see `Bytes.prompt`."""
+def encode(text: str | bytes, vocabulary: Vocabulary | None = None) -> Tensor:
+    """A text as tokens ``[1, L]`` int64; see `Vocabulary.encode_text`. Without a vocabulary, tokens are bytes."""
     data = text.encode() if isinstance(text, str) else text
-    return torch.from_numpy((vocabulary or Bytes()).prompt(data).astype(np.int64)).unsqueeze(0)
+    return torch.from_numpy((vocabulary or ByteVocabulary()).encode_text(data).astype(np.int64)).unsqueeze(0)
 
 
 def decode_stream(
-    tokens: Iterable[int], vocabulary: Bytes | None = None, prompt: Tensor | None = None, *, goes_on: bool = False
+    tokens: Iterable[int],
+    vocabulary: Vocabulary | None = None,
+    prompt: Tensor | None = None,
+    *,
+    is_continuation: bool = False,
 ) -> Iterator[str]:
-    """Tokens as text, as soon as a character is whole; see `Bytes.decode`.
+    """Tokens as a stream of text, each character once it is complete; see `Vocabulary.decode`.
 
     Args:
-        tokens: what was drawn.
+        tokens: generated tokens.
         vocabulary: of the model; bytes unless one is given.
-        prompt: ``[1, L]``, what lies just before them.
-        goes_on: they continue a text, known or not.
+        prompt: ``[1, L]``, the tokens just before them, if known.
+        is_continuation: there are tokens before them, even if ``prompt`` is None.
     """
-    unknown = None if goes_on else ()
-    after = unknown if prompt is None else prompt[0, -MAX_HELD:].tolist()
-    return (vocabulary or Bytes()).decode(tokens, after)
+    unknown = None if is_continuation else ()
+    prefix = unknown if prompt is None else prompt[0, -MAX_PENDING:].tolist()
+    return (vocabulary or ByteVocabulary()).decode(tokens, prefix)
+
+
+def __getattr__(name: str) -> Any:
+    return _aliases.attribute(__name__, name)

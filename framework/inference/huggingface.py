@@ -1,11 +1,13 @@
-"""The model in Hugging Face's transformers: `from_pretrained`, `generate`, `Trainer`. Nothing else imports this file.
+"""The model as a class of Hugging Face's transformers, with `from_pretrained`, `generate` and `Trainer`.
 
-Importing it makes the Auto classes know the model, and the directories that ``longreach export`` writes::
+Importing this module registers the model with the Auto classes, which then load the directories that ``longreach
+export`` writes::
 
     import longreach.framework.inference.huggingface
     model = AutoModelForCausalLM.from_pretrained("exported")
 
-What transformers calls a cache is a `Span` here: the carry of what was read, of the same size however much that was.
+The cache of transformers is a `Span` with a carry here; its size does not grow with the number of tokens read. No other
+module imports this one, because transformers is an optional dependency.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..model import IGNORED, ModelConfig, build_model
-from .export import MODEL_TYPE, read_as
+from .loading import MODEL_TYPE, read_json_as
 
 try:
     from transformers import (
@@ -43,18 +45,18 @@ except ModuleNotFoundError as error:
     needs = "longreach.framework.inference.huggingface needs transformers: pip install 'longreach[hf]'"
     raise ModuleNotFoundError(needs, name="transformers") from None
 
-EXPORTED = ("format", "step", "sha256")  # what an export says of its tensors, which may change now
+EXPORT_KEYS = ("format", "step", "sha256")  # of an export's config.json; dropped, since the tensors may change now
 
 
 class LongreachConfig(PreTrainedConfig):
-    """The shape of a model, as transformers wants it.
+    """The configuration of a model as a transformers configuration.
 
     Attributes:
         model: the keys of `ModelConfig`, plain values in nested dicts.
 
     Args:
-        model: a `ModelConfig`, or some of its keys; the others have their defaults.
-        kwargs: what every configuration in transformers has.
+        model: a `ModelConfig`, or some of its keys; missing ones have their defaults.
+        kwargs: keys of every transformers configuration.
 
     Raises:
         InputError: an unknown key, or a value of another type.
@@ -67,11 +69,11 @@ class LongreachConfig(PreTrainedConfig):
     def __init__(self, model: ModelConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.model = dataclasses.asdict(model) if isinstance(model, ModelConfig) else model or {}
         self.model = dataclasses.asdict(self.shape())
-        super().__init__(**{key: value for key, value in kwargs.items() if key not in EXPORTED})
+        super().__init__(**{key: value for key, value in kwargs.items() if key not in EXPORT_KEYS})
 
     def shape(self) -> ModelConfig:
-        """`model` as the dataclass, every type checked."""
-        return read_as(json.dumps(self.model), ModelConfig, "model")
+        """`model` as the dataclass, with all types checked."""
+        return read_json_as(json.dumps(self.model), ModelConfig, "model")
 
     @property
     def vocab_size(self) -> int:
@@ -97,12 +99,12 @@ class LongreachConfig(PreTrainedConfig):
 
 
 class LongreachCache(Cache):
-    """What a model keeps of the tokens that it has read; each forward pass that is given one moves it on.
+    """The carry of the tokens that a model has read; a forward pass that is given the cache updates it.
 
-    `copy.deepcopy` keeps a place to go on from twice. Tokens cannot be taken back.
+    To continue several times from the same tokens, use `copy.deepcopy`. The cache cannot be cropped.
 
     Attributes:
-        span: where the text continues.
+        span: of the next token, with the carry.
     """
 
     def __init__(self) -> None:
@@ -110,16 +112,16 @@ class LongreachCache(Cache):
         self.span = Span(keep_carry=True)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens were read, padding among them."""
+        """The number of tokens read, padding included."""
         return self.span.start
 
     @property
     def batch_size(self) -> int:
-        """B; -1 while nothing was read."""
+        """B, rows; -1 while nothing was read."""
         return next((carry.state.shape[0] for carry in self.span.carry.values()), -1)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Make row i that of ``indices[i]``."""
+        """Replace row i by row ``indices[i]``, for all i."""
 
         def chosen(x: Tensor) -> Tensor:
             return x.index_select(0, indices.to(x.device))
@@ -131,32 +133,32 @@ class LongreachCache(Cache):
         self.span = self.span.with_carry(carry)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """`batch_select_indices`, as beam search calls it."""
+        """The same as `batch_select_indices`; called by beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Make every row ``repeats`` rows, one after another."""
+        """Repeat every row ``repeats`` times, copies next to each other."""
         if self.span.carry:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget all that was read."""
+        """Discard the carry: the next token is the first of a text."""
         self.span = Span(keep_carry=True)
 
     @property
     def is_croppable(self) -> bool:
-        """Never: a state does not know the one before it."""
+        """False: earlier states cannot be computed from a later one."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise `InputError`."""
+        """Raise InputError: see `is_croppable`."""
         raise InputError(
             "tokens_to_remove", tokens_to_remove, "a carry cannot take tokens back", "copy.deepcopy it before"
         )
 
 
 class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
-    """`Model` as transformers wants it: on one device, a whole sequence or, with a cache, what continues one.
+    """`Model` as a causal language model of transformers: on one device, for whole sequences or with a cache.
 
     Attributes:
         model: the `Model`.
@@ -166,7 +168,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # no decoding that takes tokens back
+    _is_stateful = True  # refuses decoding methods that crop the cache
     _keep_in_fp32_modules_strict = ("log_decay", "angle")  # powers of a modal kernel's rates amplify their rounding
     _no_split_modules = ("Block",)
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
@@ -184,7 +186,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`, of what its counterpart or ``longreach export`` wrote.
+        """`PreTrainedModel.from_pretrained`, for the directories of transformers and of ``longreach export``.
 
         Raises:
             InputError: a tensor of the model is missing.
@@ -196,20 +198,20 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, found) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `Model` has drawn its weights."""
+        """Do nothing: `build_model` has initialized the weights."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate leaves it to `forward` to make a cache
+        return False  # `forward` creates the cache, not `generate`
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, whose weight is the head's too."""
+        """The embedding; its weight is tied to the head's."""
         embedding = self.model.embedding
-        assert isinstance(embedding, nn.Embedding)  # the head is of tokens
+        assert isinstance(embedding, nn.Embedding)  # checked in the constructor: the head is ``token``
         return embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace it, and the head's weight."""
+        """Replace the embedding and the tied weight of the head."""
         self.model.embedding, self.model.head.weight = value, value.weight
         self.model.config.vocab = value.num_embeddings
 
@@ -225,25 +227,27 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Predict every next token.
+        """Predict the next token of each token.
 
         Args:
             input_ids: ``[B, L]`` int64.
-            attention_mask: ``[B, T]``, 0 for padding: of these tokens, or of those in the cache and these. A row is
+            attention_mask: ``[B, T]``, 0 for padding; T = L, or T counts the tokens in the cache too. A row may be
                 padded on the left, on the right or on both sides.
-            past_key_values: what came before; it is moved on.
-            labels: ``[B, L]`` int64, the same tokens: each is wanted of the one before it. -100 where there is none.
-            use_cache: make a cache where none is given; None for doing so but in training.
-            logits_to_keep: logits of so many of the last tokens, or of these; 0 for all.
-            num_items_in_batch: labels in all batches of an optimizer step, over which the loss is a mean; None for
-                those of this batch.
+            past_key_values: the cache of earlier tokens; it is updated.
+            labels: ``[B, L]`` int64, usually ``input_ids``: shifted here, so that each is the label of the token before
+                it. -100 for no label.
+            use_cache: create a cache if none is given; None creates one except in training.
+            logits_to_keep: the number of last tokens, or the indices of the tokens, whose logits are returned; 0 for
+                all.
+            num_items_in_batch: the number of labels in all batches of an optimizer step, by which the sum of losses is
+                divided; None for the labels of this batch.
 
         Returns:
-            ``loss`` in nats, a scalar, the penalty on the weights in it; ``logits [B, L, vocab]``, in training with
-            labels None (they are never held all at once); ``past_key_values``.
+            ``loss`` in nats, a scalar, including the weights' penalty; ``logits [B, L, vocab]``, None in training with
+            labels (the loss is computed in parts, without all logits in memory); ``past_key_values``.
 
         Raises:
-            InputError: a mask or a cache that is no such thing, or an argument that this model does not know.
+            InputError: an invalid mask or cache, or an argument that this model does not have.
         """
         for name, value in others.items():
             if value is not None and value is not False:
@@ -262,39 +266,40 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
             cache.span = span.next_block(input_ids.shape[1])
         loss = logits = None
         if labels is not None:
-            wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            num_wanted = (wanted != IGNORED).sum().clamp(min=1)
-            num_items = num_wanted if num_items_in_batch is None else num_items_in_batch
-            loss = (self.model.head(x, wanted).sum() + penalty * num_wanted) / num_items
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            num_labels = (shifted != IGNORED).sum().clamp(min=1)
+            num_items = num_labels if num_items_in_batch is None else num_items_in_batch
+            loss = (self.model.head(x, shifted).sum() + penalty * num_labels) / num_items
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(x[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
 
-def _cache(given: Any, wanted: bool) -> LongreachCache | None:
+def _cache(given: Any, use_cache: bool) -> LongreachCache | None:
+    """The given cache, else a new one if ``use_cache``."""
     if given is None:
-        return LongreachCache() if wanted else None
+        return LongreachCache() if use_cache else None
     if not isinstance(given, LongreachCache):
         raise InputError("past_key_values", type(given).__name__, "a LongreachCache, or None to begin")
     return given
 
 
 def _segments(mask: Tensor | None, input_ids: Tensor, cache: LongreachCache | None) -> Tensor | None:
-    """Document ids ``[B, L]``: 0 for the padding before a row's first token, 1 from there on; None if there is none.
+    """Document ids ``[B, L]``: 0 for a row's left padding, 1 from its first token on; None without left padding.
 
-    Padding behind a row's tokens has no influence on them.
+    Right padding needs no document of its own: the model is causal.
     """
     carries = [] if cache is None else list(cache.span.carry.values())
-    padded = any(carry.segment is not None for carry in carries)
+    padded = any(carry.segment is not None for carry in carries)  # earlier calls had left padding
     if mask is None:
         return torch.ones_like(input_ids) if padded else None
     if mask.dim() != 2 or mask.shape[0] != input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
         raise InputError("attention_mask", [*mask.shape], f"[batch, tokens], at least {[*input_ids.shape]}")
-    here = mask != 0
-    begun = here.cumsum(1) > 0
-    if (here[:, 1:] & ~here[:, :-1] & begun[:, :-1]).any():
-        raise InputError("attention_mask", "0 between 1s", "padding stands before or behind a row's tokens")
+    is_token = mask != 0
+    begun = is_token.cumsum(1) > 0
+    if (is_token[:, 1:] & ~is_token[:, :-1] & begun[:, :-1]).any():
+        raise InputError("attention_mask", "0 between 1s", "padding must be before or after a row's tokens")
     if not padded and begun[:, 0].all():
         return None
     if carries and not padded:
@@ -303,13 +308,14 @@ def _segments(mask: Tensor | None, input_ids: Tensor, cache: LongreachCache | No
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for models of bytes: a token is a byte of the text's UTF-8, its id that byte's value.
+    """A transformers tokenizer whose tokens are the bytes of the text's UTF-8; the id is the byte's value.
 
-    It pads on the left, with 0, which ``skip_special_tokens=True`` leaves out of a text.
+    It pads on the left with id 0, which is a special token: ``skip_special_tokens=True`` removes it from decoded text.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    # The characters by which the byte-level pre-tokenizer names bytes; but 0 is found in the text, as padding.
+    # The byte-level pre-tokenizer maps each byte to one of these characters. Byte 0 is not among them: it is matched in
+    # the text as the padding token.
     names = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others) if byte}
     tokenizer = Tokenizer(models.BPE(vocab={"\0": 0} | names, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,15 +1,15 @@
 """CHELA: short-long convolutions with linear attention (after arXiv 2406.08128) as a mixer.
 
-The block's details beyond the abstract are this project's (docs: kernels/long_conv/README.md for the convolutions):
-``C = silu(long(silu(short(x))))``, q and k are affine images of one shared ``silu(C W_z)``, values are ``silu(x
-W_v)``, and the
-attention's outcome, normalized per head, is gated by ``silu(C W_g)``.
+The block's details beyond the abstract are this project's (the convolutions: kernels/long_conv/README.md and
+kernels/modal_conv/README.md): ``C = silu(long(silu(short(x))))``; q and k are affine functions of one shared
+``silu(C W_z)``; values are ``silu(x W_v)``; the attention's output, normalized per head, is gated by ``silu(C W_g)``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...kernels.linear_attention import LinearAttention
-from ...kernels.long_conv import ModalConv, long_conv
-from ...kernels.modal_conv.centred import CentredModalConv
+from ...kernels.long_conv import long_conv
+from ...kernels.modal_conv import CentredModalConv, ModalConv
 from ...parallel.span import ChannelShard, Span
 from ..layers import RMSNorm, ShortConv
 
@@ -32,29 +32,29 @@ class ChelaConfig:
         shared_width: z, width of q and k over all heads; 0 for half the model's width.
         value_width: e, width of values over all heads; 0 for twice the model's width.
         short_len: W, taps of the short convolution.
-        long_kernel: "modal" (damped oscillations: a state crosses ranks, decoding costs O(modes)), "free" (learned
-            taps) or "decaying" (taps interpolated at several scales, shrinking with distance, as in SGConv, arXiv
-            2210.09298).
+        long_kernel: "modal" (damped complex exponentials, a diagonal recurrence: ranks exchange states, decoding costs
+            O(modes) a token), "free" (learned taps) or "decaying" (taps interpolated at several scales, shrinking with
+            distance, as in SGConv, arXiv 2210.09298).
         long_len: K, taps of a free or decaying kernel.
-        modes: N, oscillations per channel of a modal kernel.
+        modes: N, complex exponentials per channel of a modal kernel.
         arrangement: "sequential": ``long(silu(short(x)))``; "parallel": ``long(x) + short(x)``, mergeable by
             `Chela.merge_`.
-        decay: linear attention forgets, with a fixed rate per head (1 - 2^-5 .. 1 - 2^-12); off as in the paper.
+        decay: linear attention with a fixed decay per head (1 - 2^-5 .. 1 - 2^-12); off as in the paper.
     """
 
     heads: int = 4
     shared_width: int = 0
     value_width: int = 0
     short_len: int = 4
-    long_kernel: str = "modal"
+    long_kernel: Literal["modal", "free", "decaying"] = "modal"
     long_len: int = 1024
     modes: int = 8
-    arrangement: str = "sequential"
+    arrangement: Literal["sequential", "parallel"] = "sequential"
     decay: bool = False
 
 
 class ModalKernel(nn.Module):
-    """Long convolution by damped oscillations, ``h[m] = Re(sum_n c_n lambda_n^m)``, plus ``skip * x``."""
+    """Long convolution by damped complex exponentials, ``h[m] = Re(sum_n c_n lambda_n^m)``, plus ``skip * x``."""
 
     def __init__(self, width: int, modes: int, causal: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ModalKernel(nn.Module):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """``[B, L, D]`` -> ``[B, L, D]``."""
         real, imag = (p[0] if len(p) == 1 else p for p in (self.real, self.imag))
-        return span.scan(self.conv, x, self.log_decay, self.angle, real, imag) + self.skip * x
+        return span.scan(self.conv, x, self.log_decay, self.angle, real, imag, name="long_conv") + self.skip * x
 
 
 class TapKernel(nn.Module):
@@ -96,12 +96,12 @@ class TapKernel(nn.Module):
         """The taps ``[D, K]``, the current token's first (causal) or in the middle (centred)."""
         if self.points.dim() == 2:
             return self.points
-        # The first two pieces have `base` taps, then each has twice as many and half the weight of the one before.
-        pieces = [
+        # The first two scales have `base` taps, each later one twice as many and half the weight of the one before.
+        scales = [
             F.interpolate(p.unsqueeze(0), size=self.base * 2 ** max(0, scale - 1), mode="linear")[0] / 2**scale
             for scale, p in enumerate(self.points)
         ]
-        taps = torch.cat(pieces, dim=-1)
+        taps = torch.cat(scales, dim=-1)
         if self.causal:
             return taps[:, : self.taps]
         # Centred: near taps in the middle, alternating sides outward.
@@ -113,15 +113,15 @@ class TapKernel(nn.Module):
         """``[B, L, D]`` -> ``[B, L, D]``."""
         kernel, skip = self.kernel(), self.skip
 
-        def convolve(whole: ChannelShard) -> Tensor:
+        def convolve(shard: ChannelShard) -> Tensor:
             y, _ = long_conv(
-                whole.tokens,
-                kernel[whole.channels],
-                skip[whole.channels],
+                shard.tokens,
+                kernel[shard.channels],
+                skip[shard.channels],
                 causal=self.causal,
-                segments=whole.segments,
+                segments=shard.segments,
             )
-            return y[:, whole.num_past :]
+            return y[:, shard.num_past :]
 
         y = span.by_channel(convolve, x, reach=self.taps - 1 if self.causal else None)
         return y if self.bias is None else y + self.bias

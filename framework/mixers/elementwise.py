@@ -17,7 +17,7 @@ class ElementwiseConfig:
 
     Attributes:
         order: highest order of the series, even.
-        conv_len: taps of the short convolution on q, k and v, which tells the order of tokens apart; 0 for none.
+        conv_len: taps of the short convolution on q, k and v, which makes the order of tokens visible; 0 for none.
         norm_group: channels per group in which q and k are RMS-normalized; 0 for none, as in the paper.
         norm_scale: initial root mean square of q and k; 0.5 keeps ``2 q k`` where the series is accurate.
     """

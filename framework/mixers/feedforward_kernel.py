@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,11 @@ class FeedforwardKernelConfig:
         layers: feature maps stacked, 1 to 3; f is the identity in inner layers and softplus in the last.
         dropout: rate at the input of each feature layer.
         penalty: weight of ``mse(W_o W_o^T, I)``, summed over feature layers and added to the loss; 0 for none.
-        conv_len: taps of the short convolution on q, k and v, which tells the order of tokens apart; 0 for none.
+        conv_len: taps of the short convolution on q, k and v, which makes the order of tokens visible; 0 for none.
     """
 
     heads: int = 4
-    kernel: str = "glu"
+    kernel: Literal["ffn", "glu", "amglu"] = "glu"
     layers: int = 1
     dropout: float = 0.1
     penalty: float = 0.01
@@ -43,7 +44,7 @@ class KernelLayer(nn.Module):
         heads: H.
         head_width: K; features are as wide as heads.
         kind: "ffn", "glu" or "amglu".
-        last: whether the outcome must be positive (softplus), or is passed on to a further layer.
+        last: whether this is the last layer, whose features are positive (softplus).
     """
 
     def __init__(self, heads: int, head_width: int, kind: str, last: bool) -> None:

@@ -1,4 +1,4 @@
-"""Softmax attention with rotary positions: the baseline, with a state that grows with the sequence."""
+"""Softmax attention with rotary positions: the baseline, whose state (the KV cache) grows with the sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SoftmaxConfig:
 
 
 class Softmax(nn.Module):
-    """Multi-head attention over the whole sequence; each rank attends for some of the heads."""
+    """Multi-head attention over the whole sequence, sharded by heads between all-to-alls (as DeepSpeed Ulysses)."""
 
     def __init__(self, width: int, config: SoftmaxConfig, *, causal: bool = True) -> None:
         super().__init__()
@@ -44,23 +44,23 @@ class Softmax(nn.Module):
         y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), reach=None)
         return self.out(y.flatten(-2))
 
-    def _attend(self, whole: ChannelShard) -> Tensor:
+    def _attend(self, shard: ChannelShard) -> Tensor:
         """All tokens of some heads ``[B, T + L, H_r, 3K]`` -> ``[B, L, H_r, K]``."""
-        q, k, v = (part.transpose(1, 2) for part in whole.tokens.chunk(3, dim=-1))
-        q = q[:, :, whole.num_past :]
+        q, k, v = (part.transpose(1, 2) for part in shard.tokens.chunk(3, dim=-1))
+        q = q[:, :, shard.num_past :]
         mask = None
-        # A single token sees all that is there: no mask.
-        if whole.segments is not None or (self.causal and whole.num_past and q.shape[2] > 1):
+        # A single token sees all tokens: no mask.
+        if shard.segments is not None or (self.causal and shard.num_past and q.shape[2] > 1):
             place = torch.arange(k.shape[2], device=k.device)
-            mask = torch.ones(len(place) - whole.num_past, len(place), dtype=torch.bool, device=k.device)
+            mask = torch.ones(len(place) - shard.num_past, len(place), dtype=torch.bool, device=k.device)
             if self.causal:
-                mask = place[whole.num_past :].unsqueeze(-1) >= place
-            if whole.segments is not None:
-                ids = whole.segments
-                mask = mask & (ids[:, whole.num_past :].unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
+                mask = place[shard.num_past :].unsqueeze(-1) >= place
+            if shard.segments is not None:
+                ids = shard.segments
+                mask = mask & (ids[:, shard.num_past :].unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
         if not q.numel():  # more ranks than heads
             return q.transpose(1, 2)
-        causal = self.causal and mask is None and not whole.num_past
+        causal = self.causal and mask is None and not shard.num_past
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return y.transpose(1, 2)
 

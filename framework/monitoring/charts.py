@@ -1,4 +1,4 @@
-"""How TensorBoard arranges a run: five questions, each with the charts that answer it, and the table of runs."""
+"""The layout of a run in TensorBoard: five questions, each with the charts that answer it, and the table of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = ("compute", "exchange", "zero", "optimizer", "data_wait", "save")
 
 
 def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
-    """What `SummaryWriter.add_custom_scalars` takes: questions, their charts, and the tags of these."""
+    """The layout for `SummaryWriter.add_custom_scalars`: {question: {chart: tags}}."""
     health = {
         "gradient norm": ["train/grad_norm"],
         "learning rate": ["train/lr"],
@@ -65,7 +65,7 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str]:
-    """What tells runs apart, by short names; see `as_written`."""
+    """The hyperparameters in which runs differ, by short names; see `as_written`."""
     tree = as_written(config)
     model, data, optim, train = (tree[name] for name in ("model", "data", "optim", "train"))
     return {

@@ -12,21 +12,21 @@ from .charts import PARTS
 from .probe import QUANTILES, Products, safe_range
 
 MAX_ROWS = 6  # blocks of a model that a figure shows, evenly spaced
-MAX_POINTS = 200  # along the steps: of more, so many means are shown
+MAX_POINTS = 200  # along the steps: more steps are averaged to so many points
 
 
-def by_position(stretches: Sequence[tuple[int, float]], title: str) -> Figure:
-    """Loss over the position in the sequence: (position, bits a token) of each stretch."""
+def by_position(bins: Sequence[tuple[int, float]], title: str) -> Figure:
+    """Loss over the position in the sequence: (position, bits a token) of each bin."""
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*stretches))
+    axes.plot(*zip(*bins))
     axes.set(xlabel="position in the sequence", ylabel="bits per token", title=title)
     axes.grid(alpha=0.3)
     return figure
 
 
 def time_parts(steps: Sequence[Mapping[str, Any]]) -> Figure:
-    """What steps spent their seconds on, one part upon the other: rows of ``metrics.jsonl``."""
+    """The seconds of a step by part, stacked; from rows of ``metrics.jsonl``."""
     width = -(-len(steps) // MAX_POINTS)
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
     last = []
@@ -44,7 +44,7 @@ def time_parts(steps: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def long_kernels(kernels: Mapping[str, Tensor], title: str) -> Figure:
-    """What long convolutions weigh tokens of the past with: by block, ``[channels, taps]``."""
+    """The kernels of long convolutions by block, ``[channels, taps]``."""
     figure, rows = _rows(kernels, title)
     for axes, (block, taps) in rows:
         for kernel in taps:

@@ -1,6 +1,7 @@
-"""What a run shows while it goes: metrics.jsonl, TensorBoard, the console, and the loss curve at the end.
+"""The records of a run: metrics.jsonl, TensorBoard, the console, and the loss curve at the end.
 
-`charts` arranges what TensorBoard shows, `figures` draws, `probe` looks into the model, `profile` traces steps.
+`charts` lays out TensorBoard, `figures` draws, `probe` inspects the model, `profile` traces steps, `exchanges` lists
+the exchanges between ranks.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from .probe import Probe
 matplotlib.use("Agg")
 log = logging.getLogger("longreach.monitor")
 BITS = math.log2(math.e)  # bits in a nat
-RECENT = 20  # steps whose mean training loss is a result
+RECENT = 20  # last steps whose mean training loss is the result
 
 
 class Monitor:
-    """Rank 0's view of a run, written below its directory.
+    """Records a run on rank 0, below its directory.
 
     Args:
         run_dir: gets ``metrics.jsonl``, ``validation.jsonl``, ``tensorboard/`` and ``plots/``.
@@ -69,15 +70,15 @@ class Monitor:
             self.progress.start()
             self.task = self.progress.add_task("", total=config.train.steps, completed=first_step, state="")
         if config.monitor.tensorboard:
-            with self._charts():
-                threading.excepthook = _say_no_writer
-                with self._rewritten("layout") as board:
+            with self._guard_tensorboard():
+                threading.excepthook = _ignore_writer_errors
+                with self._side_file("layout") as board:
                     board.add_custom_scalars(layout(config))
                 self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
                 self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.started, self.first_step = time.monotonic(), first_step
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print one line, above the progress bar if there is one."""
         (self.progress.console if self.progress else self.console).print(line, soft_wrap=True)
 
@@ -91,7 +92,7 @@ class Monitor:
         self.rows.append(row)
         _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()})
         step = row["step"]
-        with self._charts():
+        with self._guard_tensorboard():
             for name, value in row.items():
                 if self.board is not None and name != "step" and math.isfinite(value):
                     self.board.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
@@ -101,23 +102,23 @@ class Monitor:
             self.progress.update(self.task, completed=step, state=state)
         elif step % self.config.train.log_every == 0 or step == self.config.train.steps:
             pace = (time.monotonic() - self.started) / (step - self.first_step)
-            left = _clock(pace * (self.config.train.steps - step))
-            self.say(f"step {step}/{self.config.train.steps}  {state}  {left} left")
+            left = _format_seconds(pace * (self.config.train.steps - step))
+            self.print_line(f"step {step}/{self.config.train.steps}  {state}  {left} left")
 
     def validation(
         self, step: int, loss: float, by_position: list[tuple[int, float]], metrics: dict[str, float], probe: Probe
     ) -> None:
-        """Record a validation: ``loss`` in nats a token, the loss of each stretch of positions, what else the task
-        measures, and what a probe saw in the model.
+        """Record a validation: ``loss`` in nats a token, the loss of each bin of positions, the task's other metrics,
+        and what a probe found in the model.
         """
         row = {"step": step, "loss": loss, **metrics}
         if self.in_bits:
             row["bits_per_token"] = loss * BITS
             row["gain_of_context"] = (by_position[0][1] - by_position[-1][1]) * BITS
-            self.say(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
+            self.print_line(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
         else:
             found = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
-            self.say(f"step {step}: held-out {loss:.4f}{found}")
+            self.print_line(f"step {step}: held-out {loss:.4f}{found}")
         if probe.outside_range is not None:
             row["outside_range"] = probe.outside_range
         self.held_out.append({**row, "by_position": by_position})
@@ -125,7 +126,7 @@ class Monitor:
         if self.board is None:
             return
         title = f"held-out, step {step}"
-        with self._charts():
+        with self._guard_tensorboard():
             for name, value in row.items():
                 if name != "step":
                     self.board.add_scalar(TAGS.get(name, f"validation/{name}"), value, step)
@@ -139,14 +140,14 @@ class Monitor:
                 self.board.add_figure("figures/products", figures.products(probe.products, title), step)
 
     def profile(self, step: int, path: Path, table: str) -> None:
-        """Show what a trace of steps found, and where it is."""
-        self.say(f"step {step}: traced in {path}; open it in https://ui.perfetto.dev or chrome://tracing")
+        """Show the table of a trace, and where the trace is."""
+        self.print_line(f"step {step}: traced in {path}; open it in https://ui.perfetto.dev or chrome://tracing")
         if self.board is not None:
-            with self._charts():
+            with self._guard_tensorboard():
                 self.board.add_text("profile/top_operators", f"{path}\n\n```\n{table}\n```", step)
 
     def finish(self) -> None:
-        """Add the run, which did all its steps, to TensorBoard's table of runs: hyperparameters and what they gave."""
+        """Add the finished run to TensorBoard's table of runs: hyperparameters and results."""
         if self.board is None or not self.rows:
             return
         step, finite = self.rows[-1]["step"], [row for row in self.rows if _is_finite(row["loss"])]
@@ -156,7 +157,7 @@ class Monitor:
         if finite:
             results["result/loss"] = fmean(row["loss"] for row in finite[-RECENT:])
         results["result/tokens_per_second"] = median(row["tokens_per_second"] for row in self.rows)
-        with self._charts(), self._rewritten("results") as board:
+        with self._guard_tensorboard(), self._side_file("results") as board:
             assert board.file_writer is not None
             for summary in hparams(hyperparameters(self.config), results):
                 board.file_writer.add_summary(summary, step)
@@ -181,7 +182,7 @@ class Monitor:
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=120)
         except OSError as error:
-            self.say(f"warning: {path} cannot be written ({error.strerror}); metrics.jsonl has every step")
+            self.print_line(f"warning: {path} cannot be written ({error.strerror}); metrics.jsonl has every step")
             return None
         return path
 
@@ -190,12 +191,12 @@ class Monitor:
         if self.progress is not None:
             self.progress.stop()
         if self.board is not None:
-            with self._charts():
+            with self._guard_tensorboard():
                 self.board.close()
 
     @contextmanager
-    def _rewritten(self, name: str) -> Iterator[SummaryWriter]:
-        """A file of TensorBoard's beside the main one; it replaces that of this name, from before a run was resumed."""
+    def _side_file(self, name: str) -> Iterator[SummaryWriter]:
+        """A file of TensorBoard's beside the main one; it replaces the file of this name that a resumed run left."""
         directory = self.run_dir / "tensorboard"
         for old in directory.glob(f"events.out.tfevents.*.{name}"):
             old.unlink()
@@ -203,14 +204,16 @@ class Monitor:
             yield board
 
     @contextmanager
-    def _charts(self) -> Iterator[None]:
-        """Where TensorBoard is written: if it cannot be, that is said once, and the run goes on without it."""
+    def _guard_tensorboard(self) -> Iterator[None]:
+        """Catch the errors of writing TensorBoard's files: warn once, and go on without them."""
         try:
             yield
         except OSError as error:
-            place = self.run_dir / "tensorboard"
+            directory = self.run_dir / "tensorboard"
             why = error.strerror or str(error)
-            self.say(f"warning: {place} cannot be written ({why}): no more charts; metrics.jsonl has every step")
+            self.print_line(
+                f"warning: {directory} cannot be written ({why}): no more charts; metrics.jsonl has every step"
+            )
             self.board = None
 
 
@@ -236,18 +239,18 @@ def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
-    with _recording(path):
+    with _require_writable(path):
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
         os.replace(partial, path)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with _recording(path), open(path, "a", encoding="ascii") as file:
+    with _require_writable(path), open(path, "a", encoding="ascii") as file:
         file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
-def _recording(path: Path) -> Iterator[None]:
+def _require_writable(path: Path) -> Iterator[None]:
     """Raise `InputError` where the record of the run cannot be written: without it, the run is not to go on."""
     try:
         yield
@@ -256,19 +259,19 @@ def _recording(path: Path) -> Iterator[None]:
         raise InputError("run.dir", str(path), f"cannot be written: {error.strerror}", fix) from None
 
 
-def _say_no_writer(arguments: threading.ExceptHookArgs) -> None:
-    """Threads tell what ended them, but not TensorBoard's writer: the next call to it does."""
+def _ignore_writer_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, except for TensorBoard's writer: the next call to it raises."""
     if not (isinstance(arguments.exc_value, OSError) and "Writer" in type(arguments.thread).__name__):
         threading.__excepthook__(arguments)
 
 
-def _clock(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def say_plainly(level: int = logging.INFO) -> None:
+def configure_logging(level: int = logging.INFO) -> None:
     """Send this package's log lines of a level and above to standard error, one plain line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""What is looked at inside a model while it validates: long kernels, and how far element-wise attention reaches."""
+"""Inspects a model while it validates: long convolution kernels, and the range of element-wise attention's products."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.long_conv import modal_kernel
+from ...kernels.modal_conv import modal_kernel
 from ..mixers.chela import Chela, ModalKernel, TapKernel
 from ..mixers.elementwise import Elementwise
 
 TOLERANCE = 0.1  # relative error of the series up to which its range counts as safe
 QUANTILES = (0.001, 0.05, 0.25, 0.5, 0.75, 0.95, 0.999)
-SAMPLED = 64  # tokens of a piece whose pairs are looked at, evenly spaced
-CHANNELS = 4  # of a layer, whose kernels are shown
+SAMPLED = 64  # tokens of a shard whose pairs are sampled, evenly spaced
+CHANNELS = 4  # of a layer that are shown
 TAPS = 4096  # of a kernel that are shown
 
 
@@ -39,14 +39,14 @@ class Products:
 
 @dataclass
 class Probe:
-    """Looks at the first pass of ``with probe:``, on the rank that wants it, and never again. It exchanges nothing.
+    """Inspects the first forward pass of ``with probe:``, once, on the rank where it is enabled. It exchanges nothing.
 
-    Seen are this rank's piece, the first block of it where it is streamed, and the parameters as they are there,
-    whichever stage of ZeRO keeps them. A compiled model runs that pass uncompiled: its graphs know no hooks.
+    It sees this rank's shard (its first block, where it is streamed) and the parameters as they are gathered there,
+    in any stage of ZeRO. A compiled model runs that pass uncompiled: its graphs call no hooks.
 
     Args:
         model: a `Model`.
-        wanted: whether this rank looks.
+        enabled: whether this rank inspects.
 
     Attributes:
         products: by block of the model, of element-wise attention.
@@ -54,7 +54,7 @@ class Probe:
     """
 
     model: nn.Module
-    wanted: bool = True
+    enabled: bool = True
     products: dict[str, Products] = field(default_factory=dict)
     kernels: dict[str, Tensor] = field(default_factory=dict)
     _hooks: ExitStack | None = None
@@ -66,7 +66,7 @@ class Probe:
         return sum(parts) / len(parts) if parts else None
 
     def __enter__(self) -> None:
-        if not self.wanted:
+        if not self.enabled:
             return
         self._hooks = ExitStack()
         for name, module in self.model.named_modules():
@@ -85,7 +85,7 @@ class Probe:
     def __exit__(self, *failure: object) -> None:
         if self._hooks is not None:
             self._hooks.close()
-        self.wanted, self._hooks = False, None
+        self.enabled, self._hooks = False, None
 
     def _watch(
         self, block: str, order: int, seen: dict[str, Tensor], key: str, _: nn.Module, __: Any, x: Tensor
@@ -109,9 +109,9 @@ def products(q: Tensor, k: Tensor, order: int) -> Products:
         q, k: ``[B, L, D]``, L >= 1.
         order: of the series.
     """
-    places = torch.linspace(0, q.shape[1] - 1, min(SAMPLED, q.shape[1]), device=q.device).long()
-    pairs = torch.tril_indices(len(places), len(places), device=q.device)
-    found = (2.0 * q[0, places[pairs[0]]].float() * k[0, places[pairs[1]]].float()).flatten()
+    sampled = torch.linspace(0, q.shape[1] - 1, min(SAMPLED, q.shape[1]), device=q.device).long()
+    pairs = torch.tril_indices(len(sampled), len(sampled), device=q.device)
+    found = (2.0 * q[0, sampled[pairs[0]]].float() * k[0, sampled[pairs[1]]].float()).flatten()
     low, high = safe_range(order)
     outside = float(((found < low) | (found > high)).double().mean())
     ranks = [round(part * (found.numel() - 1)) for part in QUANTILES]

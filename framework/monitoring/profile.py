@@ -16,35 +16,35 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 log = logging.getLogger("longreach.profile")
 TOP_OPERATORS = 25
-Tell = Callable[[int, Path, str], None]
-"""Gets the last step of a trace, its file, and a table of the operators that took longest."""
+OnTrace = Callable[[int, Path, str], None]
+"""Called with the last step of a trace, its file, and a table of the operators that took longest."""
 
 
 class StepProfile:
-    """Traces a stretch of steps in ``profile/steps-A-B.rank-N.json.gz``.
+    """Traces consecutive steps in ``profile/steps-A-B.rank-N.json.gz``.
 
     There, steps have their names, and so have the blocks' mixers and feed-forward layers (forward; not those of a
-    compiled model). What cannot be written is told, and the run goes on.
+    compiled model). A trace that cannot be written gives a warning, and the run goes on.
 
     Args:
         steps: the first and the last step to be traced; empty for none.
         run_dir: of the run.
         rank: of this process in the world.
         model: a `Model`.
-        tell: called when a trace is written.
+        on_trace: called when a trace is written; None for nothing.
     """
 
-    def __init__(self, steps: list[int], run_dir: Path, rank: int, model: nn.Module, tell: Tell) -> None:
-        self._wanted = range(steps[0], steps[1] + 1) if steps else range(0)
-        self._directory, self._rank, self._model, self._tell = run_dir / "profile", rank, model, tell
+    def __init__(self, steps: list[int], run_dir: Path, rank: int, model: nn.Module, on_trace: OnTrace | None) -> None:
+        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+        self._directory, self._rank, self._model, self._on_trace = run_dir / "profile", rank, model, on_trace
         self._profile: profile | None = None
         self._hooks: list[Any] = []
         self._traced: list[int] = []
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Trace a step, if it is wanted."""
-        if number not in self._wanted:
+        """Trace a step, if it is one of the chosen."""
+        if number not in self._steps:
             yield
             return
         if self._profile is None:
@@ -52,11 +52,11 @@ class StepProfile:
         self._traced.append(number)
         with record_function(f"step {number}"):
             yield
-        if number == self._wanted[-1]:
+        if number == self._steps[-1]:
             self.finish()
 
     def finish(self) -> None:
-        """Write the trace of what was traced, if it is not written yet."""
+        """Write the trace, unless it is written."""
         if self._profile is None:
             return
         self._profile.stop()
@@ -72,7 +72,8 @@ class StepProfile:
         except OSError as error:
             log.warning("warning: %s cannot be written (%s)", path, error.strerror or error)
         else:
-            self._tell(last, path, table)
+            if self._on_trace is not None:
+                self._on_trace(last, path, table)
         self._profile = None
         gc.collect()  # it is part of a cycle, and must not outlive the interpreter's torch
 

@@ -1,4 +1,4 @@
-"""Files that are on the disk when we say so."""
+"""Durable writes: files that are on the disk when a function returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file and have the disk hold it."""
+    """Write a file and flush it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; what was there stays until all is written."""
+    """Replace a file atomically: it has either its old text or all of the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         write_text(partial, text)
@@ -29,7 +29,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or a directory's entries, before we go on."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

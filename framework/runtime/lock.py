@@ -1,4 +1,4 @@
-"""One run in a directory at a time."""
+"""A lock on the run directory: one run at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ending a run before its last step, when a signal asks for it or its time is over; all ranks agree on the step."""
+"""Ends a run early, on a signal or a time limit, at a step on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from ...parallel.mesh import Axis, gather_values
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a cluster's scheduler: the end is near, and a warning before it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a cluster's scheduler: the end, and the warning before it
 
 
 class Preemption:
-    """Notices that this run should end; a context in which `SIGNALS` end it at the next step instead of at once.
+    """Records requests to end the run; a context in which `SIGNALS` end it after the step instead of at once.
 
-    A second signal ends the process at once, as if this context were not there.
+    A second signal ends the process at once, as without this context.
 
     Args:
         time_limit: seconds from now after which the run should end; 0 for none.
@@ -30,7 +30,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         for number in SIGNALS:
             try:
-                self._before[number] = signal.signal(number, self._notice)
+                self._before[number] = signal.signal(number, self._record_signal)
             except ValueError:  # not the main thread, which alone gets signals
                 break
         return self
@@ -43,15 +43,15 @@ class Preemption:
         self._before.clear()
 
     def reason(self, axis: Axis) -> str:
-        """Why to end now, the same on all ranks, or nothing; a collective."""
+        """Why the run must end now, the same on all ranks, or nothing; a collective."""
         late = time.monotonic() > self._deadline
         rows = gather_values([float(self._signal), float(late)], axis)
-        asked, late = int(max(row[0] for row in rows)), any(row[1] for row in rows)
-        if asked:
-            return f"as {signal.Signals(asked).name} asked"
-        return "as train.time_limit is over" if late else ""
+        received, late = int(max(row[0] for row in rows)), any(row[1] for row in rows)
+        if received:
+            return f"on {signal.Signals(received).name}"
+        return "at train.time_limit" if late else ""
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

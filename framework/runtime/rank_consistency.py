@@ -1,4 +1,4 @@
-"""What must be the same on all ranks, compared before the first step."""
+"""Compares configuration, code and library versions of all ranks before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...parallel.mesh import Axis, gather_values
 from ..config import RunConfig, to_yaml
 from .files import digest
 
-CODE = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LAYERS = ("framework", "kernels", "launch", "parallel")
 
 
@@ -26,7 +26,7 @@ def check_rank_consistency(config: RunConfig, world: Axis) -> None:
     """
     own = {
         "configuration": to_yaml(config),
-        "code": code(),
+        "code": source_digest(),
         "file of model.code": " ".join(digest(Path(file)).hex() for file in config.model.code),
         "version of torch": torch.__version__,
         "version of Python": platform.python_version(),
@@ -41,10 +41,10 @@ def check_rank_consistency(config: RunConfig, world: Axis) -> None:
 
 
 @cache
-def code() -> str:
-    """A digest of this package's own source."""
+def source_digest() -> str:
+    """The SHA-256 of this package's source."""
     found = hashlib.sha256()
     for layer in LAYERS:
-        for path in sorted((CODE / layer).rglob("*.py")):
+        for path in sorted((ROOT / layer).rglob("*.py")):
             found.update(path.read_bytes())
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""How a model does on a split of a task, in training and afterwards."""
+"""Scores a model on a split of a task, in training and afterwards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..heads import Head, labelled
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
 
-POSITION_BINS = 32  # stretches of positions that are told apart
+POSITION_BINS = 32  # of a sequence, for the loss by position
 
 
 def batches_of(config: RunConfig, mesh: Mesh, task: Task, split: str, seed: int | None = None) -> Batches:
-    """This data rank's micro-batches of a split, in the order of ``seed``; once without one, of no more sequences than
-    there are.
+    """This data rank's micro-batches of a split, in the order of ``seed``. Without a seed they are read once, and a
+    batch has no more sequences than there are.
     """
     sequences, data, micro_batch_size = task.sequences(split, seed), config.data, config.train.micro_batch_size
     batch_size = data.batch_size
@@ -71,9 +71,9 @@ def score(
         run: the model, or what runs it, in evaluation mode.
         head: the model's.
         mesh: whose ranks share the work.
-        task, split: what is read.
+        task, split: the examples.
         max_batches: stop after so many; 0 reads all.
-        probe: looks at the first one.
+        probe: inspects the first batch.
         progress: called with the number of tokens just read.
 
     Returns:
@@ -81,20 +81,20 @@ def score(
     """
     if split not in task.splits or not len(task.sequences(split, None)):
         return None
-    names = head.metrics if task.measured else ()
+    names = head.metrics if task.has_metrics else ()
     bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64)
     for micro in batches_of(config, mesh, task, split).iterate(num_steps=max_batches or None):
 
         def add(span: Span, micro: Batch = micro) -> None:
             labels = span.shard(micro.labels)
-            tokens, wanted = (x.to(mesh.device) for x in (span.shard(micro.tokens), labels))
-            losses, _, *measured = run(tokens, span=span, labels=wanted, measure=task.measured)
+            tokens, targets = (x.to(mesh.device) for x in (span.shard(micro.tokens), labels))
+            losses, _, *measured = run(tokens, span=span, labels=targets, measure=task.has_metrics)
             known = labelled(labels)
-            place = torch.arange(span.position, span.position + known.shape[1])
-            place = (place * POSITION_BINS // config.data.seq_len).expand_as(known).flatten()
+            position = torch.arange(span.position, span.position + known.shape[1])
+            position_bin = (position * POSITION_BINS // config.data.seq_len).expand_as(known).flatten()
             rows = [losses, known, *(measured[0].unbind(-1) if measured else ())]
             for row, values in zip(bins, rows, strict=True):
-                row.index_add_(0, place, values.double().cpu().flatten())
+                row.index_add_(0, position_bin, values.double().cpu().flatten())
             if progress is not None:
                 progress(known.numel())
 
@@ -106,8 +106,8 @@ def score(
     if not count:
         return None
     by_position = [
-        (int((place + 0.5) * config.data.seq_len / POSITION_BINS), nats / number)
-        for place, (nats, number, *_) in enumerate(totals.T.tolist())
+        (int((bin_number + 0.5) * config.data.seq_len / POSITION_BINS), nats / number)
+        for bin_number, (nats, number, *_) in enumerate(totals.T.tolist())
         if number
     ]
     means = {name: total / count for name, total in zip(names, measures, strict=True)}

@@ -1,4 +1,4 @@
-"""What is learned and how it is scored, by name: each file holds one kind of task."""
+"""Tasks: data sets with their labels and metrics, chosen by ``task.name``. Each module holds one kind of task."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .language import Language
 from .retrieval import Retrieval
 from .series import Series
 from .synthetic import Adding, ListOps, Needle, Recall
-from .task import Score, Task, TaskConfig
+from .task import Score, Task, TaskConfig, TaskName
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[TaskName, type[Task]] = {
     "language": Language,
     "series": Series,
     "forecast": Forecast,
@@ -26,10 +26,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def kind_of(task: TaskConfig) -> type[Task]:
-    """The class of a task.
+    """The class of the task ``task.name``.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no task of that name.
     """
     if task.name not in TASKS:
         raise InputError("task.name", task.name, f"one of {', '.join(TASKS)}")
@@ -37,12 +37,12 @@ def kind_of(task: TaskConfig) -> type[Task]:
 
 
 def open_task(task: TaskConfig, data: DataConfig) -> Task:
-    """The task with its examples; `Task.prepare` was called before, on one rank.
+    """Open a task with its data. `Task.prepare` must have been called before, by one rank.
 
     Raises:
-        InputError: there is none of that name, or its data are missing or do not fit.
+        InputError: there is no task of that name, or its data are missing or do not fit.
     """
     return kind_of(task)(task, data)
 
 
-__all__ = ["TASKS", "Score", "Task", "TaskConfig", "kind_of", "open_task"]
+__all__ = ["TASKS", "Score", "Task", "TaskConfig", "TaskName", "kind_of", "open_task"]

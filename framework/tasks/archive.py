@@ -1,4 +1,4 @@
-"""The data that the package aeon brings along, and its readers; an optional extra."""
+"""Finds the files of a data set: in a folder, or in the optional package aeon, which contains some data sets."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import Any
 
 from ...errors import InputError
 
-AEON = "aeon"  # as data.source: what the package has with it; nothing is fetched
+AEON = "aeon"  # as data.source: the data sets within the installed package; nothing is downloaded
 
 
 def aeon_datasets() -> Any:
-    """The module ``aeon.datasets``.
+    """Import ``aeon.datasets``.
 
     Raises:
         InputError: aeon is not installed.
     """
     try:
-        import aeon.datasets as found
+        import aeon.datasets
     except ImportError:
         fix = "pip install 'longreach[tasks]'"
         raise InputError("data.source", AEON, "needs the package aeon, which is not installed", fix) from None
-    return found
+    return aeon.datasets
 
 
-def find(source: str, name: str, pattern: str) -> Path:
-    """The file of a data set.
+def find_file(source: str, name: str, pattern: str) -> Path:
+    """Find a file of a data set.
 
     Args:
-        source: `AEON`, or a folder, or the file itself or another one of the data set beside it.
-        name: of the data set.
-        pattern: of the file in the data set's folder; ``*`` stands for the name where files of several lie in one.
+        source: `AEON`, a folder, the file itself, or another file of the data set in the same folder.
+        name: of the data set; may be empty if the folder holds one only.
+        pattern: glob of the file's name. It is looked for in the subfolder ``name`` of the source, then in the source
+            itself, where ``*`` is replaced by ``name``.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: no file matches, or several do.
     """
     root = Path(aeon_datasets().__file__).parent / "data" if source == AEON else Path(source).expanduser()
     if not root.exists():
@@ -42,8 +43,8 @@ def find(source: str, name: str, pattern: str) -> Path:
         if root.match(pattern):
             return root
         root = root.parent
-    for place in (str(Path(name, pattern)), pattern.replace("*", name or "*")):
-        found = sorted(root.glob(place)) if name or source != AEON else []
+    for glob in (str(Path(name, pattern)), pattern.replace("*", name or "*")):
+        found = sorted(root.glob(glob)) if name or source != AEON else []
         if len(found) == 1:
             return found[0]
         if found:

@@ -1,4 +1,4 @@
-"""The next values of a time series with several channels, out of a CSV file."""
+"""Forecasting: the next values of a time series with several channels, read from a CSV file."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from numpy.typing import NDArray
 from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
-from .archive import find
-from .task import Examples, Rows, Task, TaskConfig, check_causal, digest_of, settle
+from .archive import find_file
+from .task import Examples, Rows, Task, TaskConfig, check_causal, digest_of, set_model_fields
 
-SHARES = {"train": 0.7, "valid": 0.1, "test": 0.2}  # in the order of time
+FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}  # of the time series, in this order
 
 
 class Forecast(Task):
-    """Forecasts of ``task.horizon`` values of each channel from ``data.seq_len`` values before them.
+    """Forecasts the next ``task.horizon`` values of each channel from the last ``data.seq_len`` values.
 
-    The file's first line names its columns; those that are not numbers in every line (dates), or do not change while
-    there is to train on, are left out. The first 70% of time are to train on, 20% at the end are scored, and what is
-    forecast in one is in no other. Values are standardized by the training part, and so are the errors. While training
-    every token's future is learned; a score counts the last token of each window, which has seen all of it.
+    The first line of the file names the columns. Columns that are not numbers in every line (dates), or are constant in
+    the training split, are skipped. The first 70% of the lines are for training, the next 10% for validation, the last
+    20% for the test; no value is a label in two splits. Values, and hence errors, are in standard deviations of the
+    training split. In training every token has labels; in the other splits only the last token of each window has.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
-        file = find(data.source, data.name, "*.csv")
+        file = find_file(data.source, data.name, "*.csv")
         self.title = data.name or file.stem
         values = _read(file)
-        ends = np.round(np.cumsum([0, *SHARES.values()]) * len(values)).astype(int)
-        known = values[: ends[1]]
-        changing = known.max(axis=0) > known.min(axis=0) if len(known) else np.zeros(values.shape[1], bool)
+        ends = np.round(np.cumsum([0, *FRACTIONS.values()]) * len(values)).astype(int)
+        training = values[: ends[1]]
+        changing = training.max(axis=0) > training.min(axis=0) if len(training) else np.zeros(values.shape[1], bool)
         if not changing.any():
             raise InputError("data.source", str(file), "has no column of numbers that change")
-        mean, deviation = known[:, changing].mean(axis=0), known[:, changing].std(axis=0)
+        mean, deviation = training[:, changing].mean(axis=0), training[:, changing].std(axis=0)
         self.values = ((values[:, changing] - mean) / deviation).astype(np.float32)
-        self.bounds = dict(zip(SHARES, zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True), strict=True))
-        for split in SHARES:
-            if self._starts(split)[1] < 1:
-                least = math.ceil((data.seq_len + task.horizon) / SHARES["train"])
+        self.bounds = dict(zip(FRACTIONS, zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True), strict=True))
+        for split in FRACTIONS:
+            if self._windows(split)[1] < 1:
+                least = math.ceil((data.seq_len + task.horizon) / FRACTIONS["train"])
                 allowed = f"longer windows than {file.name} has room for in its {len(values)} lines"
                 raise InputError("data.seq_len", data.seq_len, f"makes {allowed} (about {least} are needed)")
         self.baseline_metrics = self._persistence()
@@ -53,38 +53,42 @@ class Forecast(Task):
     def fingerprint(self) -> str:
         return digest_of(self.task, self.data.seq_len, self.values)
 
-    def fit(self, model: ModelConfig) -> None:
+    def configure_model(self, model: ModelConfig) -> None:
         check_causal(model, "forecast")
         channels = self.values.shape[1]
         outputs = self.task.horizon * channels
-        settle(model, "forecast", channels=channels, vocab=0, head="series", outputs=outputs, documents=1)
+        set_model_fields(model, "forecast", channels=channels, vocab=0, head="series", outputs=outputs, documents=1)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
-        first, count = self._starts(split)
+        first, count = self._windows(split)
 
         def make(number: int) -> Rows:
-            return self._window(first + number, every=split == "train")
+            return self._window(first + number, label_all=split == "train")
 
         return Examples(make, count, seed)
 
-    def _starts(self, split: str) -> tuple[int, int]:
-        """The first window of a split, and how many there are; their futures lie in the split."""
+    def _windows(self, split: str) -> tuple[int, int]:
+        """The first line of the first window of a split, and the number of windows, one for each line from there on.
+
+        The labels of a window are in the split; its input values may be from the split before.
+        """
         begin, end = self.bounds[split]
         first = max(0, begin - self.data.seq_len)
         return first, end - self.task.horizon - self.data.seq_len - first + 1
 
-    def _window(self, start: int, every: bool) -> Rows:
+    def _window(self, start: int, label_all: bool) -> Rows:
+        """The window that begins at line ``start``; labels for all tokens or only for the last one."""
         length, horizon = self.data.seq_len, self.task.horizon
         part = torch.from_numpy(self.values[start : start + length + horizon])
         future = part[1:].unfold(0, horizon, 1).transpose(1, 2).flatten(1)  # [L, horizon * C]
         labels = torch.full_like(future, math.nan)
-        kept = slice(None) if every else slice(-1, None)
-        labels[kept] = future[kept]
+        labelled = slice(None) if label_all else slice(-1, None)
+        labels[labelled] = future[labelled]
         return part[:length].clone(), labels, None
 
     def _persistence(self) -> dict[str, float]:
-        """The errors of forecasting the last value seen."""
-        first, count = self._starts("test")
+        """RMSE and MAE on the test split of predicting that the last value persists."""
+        first, count = self._windows("test")
         last = first + self.data.seq_len - 1 + np.arange(count)
         means = []
         for ahead in range(1, self.task.horizon + 1):
@@ -95,7 +99,7 @@ class Forecast(Task):
 
 
 def _read(file: Path) -> NDArray[np.float64]:
-    """The columns of a CSV file that hold numbers, ``[lines, channels]``."""
+    """Read the numeric columns of a CSV file, ``[lines, channels]``."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             lines = list(csv.reader(stream))
@@ -114,6 +118,7 @@ def _read(file: Path) -> NDArray[np.float64]:
 
 
 def _numbers(column: tuple[str, ...]) -> NDArray[np.float64] | None:
+    """A column as finite numbers; None if it has another value."""
     try:
         found = np.array(column, np.float64)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The class of an image that is read pixel by pixel, line after line."""
+"""Image classification: an image is a sequence of its pixels, row by row."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from numpy.typing import NDArray
 from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
-from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, held_out, settle, whole
+from .task import (
+    Examples,
+    Rows,
+    Task,
+    TaskConfig,
+    check_fits,
+    digest_of,
+    holdout_split,
+    padded_sequence,
+    set_model_fields,
+)
 
-DIGITS = "digits"  # as data.source: the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn
-TEST_SHARE = 0.2
+DIGITS = "digits"  # as data.source: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels
+TEST_FRACTION = 0.2
 
 
 class Images(Task):
-    """Grey images of ``data.source``: `DIGITS`, or a folder with a folder of images for each class, which are scaled to
-    ``task.size`` pixels a side. Every fifth image of a class is for the test.
+    """Classifies the grey-scale images of ``data.source``: `DIGITS`, or a folder with one folder of images per class.
+
+    The images of a folder are scaled to ``task.size`` x ``task.size`` pixels. Every fifth image of a class is for the
+    test. Pixels are standardized by the mean and deviation of all images.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -30,40 +42,41 @@ class Images(Task):
         check_fits(pixels.shape[1], data, "the pixels of an image")
         self.pixels, self.labels = (pixels - pixels.mean()) / (pixels.std() or 1), labels
         self.num_classes = int(labels.max()) + 1
-        known, self.test = _split(labels, TEST_SHARE)
-        train, valid = held_out(len(known), data.valid_fraction)
-        self.numbers = {"train": known[train], "valid": known[valid], "test": self.test}
-        common = np.bincount(labels[known]).argmax()
-        self.baseline_metrics = {"accuracy": float((labels[self.test] == common).mean())}
+        rest, self.test = _stratified_split(labels, TEST_FRACTION)
+        train, valid = holdout_split(len(rest), data.valid_fraction)
+        self.numbers = {"train": rest[train], "valid": rest[valid], "test": self.test}
+        most_common = np.bincount(labels[rest]).argmax()
+        self.baseline_metrics = {"accuracy": float((labels[self.test] == most_common).mean())}
 
     @cached_property
     def fingerprint(self) -> str:
         return digest_of(self.task, self.data.seq_len, self.data.valid_fraction, self.pixels, self.labels)
 
-    def fit(self, model: ModelConfig) -> None:
-        settle(model, "images", channels=1, vocab=0, head="class", outputs=self.num_classes, documents=1)
+    def configure_model(self, model: ModelConfig) -> None:
+        set_model_fields(model, "images", channels=1, vocab=0, head="class", outputs=self.num_classes, documents=1)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
         numbers = self.numbers[split]
 
         def make(number: int) -> Rows:
-            which = numbers[number]
-            return whole([self.pixels[which, :, None]], int(self.labels[which]), self.data.seq_len)
+            image = numbers[number]
+            return padded_sequence([self.pixels[image, :, None]], int(self.labels[image]), self.data.seq_len)
 
         return Examples(make, len(numbers), seed)
 
 
-def _split(labels: NDArray[np.int64], share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers of the images without those of the test, and these: the same share of each class."""
+def _stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the numbers of all images into those kept and those held out, the same fraction of each class."""
     parts = []
     for label in range(int(labels.max()) + 1):
-        own = np.flatnonzero(labels == label)
-        parts.append([own[chosen] for chosen in held_out(len(own), share)])
-    known, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return known, test
+        of_class = np.flatnonzero(labels == label)
+        parts.append([of_class[numbers] for numbers in holdout_split(len(of_class), fraction)])
+    kept, held_out = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return kept, held_out
 
 
 def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Pixels ``[n, 64]`` and labels ``[n]`` of scikit-learn's digits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -74,7 +87,7 @@ def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _folder(root: Path, size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Grey pixels ``[n, size * size]`` of the images below ``root``, and the numbers of their folders."""
+    """Grey-scale pixels ``[n, size * size]`` of the images below ``root``, and the numbers ``[n]`` of their folders."""
     image = _pillow()
     folders = sorted(path for path in root.glob("*") if path.is_dir()) if root.is_dir() else []
     files = [(path, number) for number, folder in enumerate(folders) for path in sorted(folder.iterdir())]
@@ -92,6 +105,6 @@ def _folder(root: Path, size: int) -> tuple[NDArray[np.float32], NDArray[np.int6
 
 
 def _pillow() -> Any:
-    from PIL import Image  # matplotlib brings it
+    from PIL import Image  # a dependency of matplotlib
 
     return Image

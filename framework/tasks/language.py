@@ -1,4 +1,4 @@
-"""The next token of a corpus."""
+"""Language modelling: predicts the next token of a corpus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data import DataConfig, Index, Sequences, check_labels, packed_dir, prepare, save_vocabulary, sequences_of
 from ..model import ModelConfig
-from .task import Task, TaskConfig, check_causal, settle
+from .task import Task, TaskConfig, check_causal, set_model_fields
 
 
 class Language(Task):
@@ -16,7 +16,7 @@ class Language(Task):
         index: of the packed corpus.
     """
 
-    measured = False
+    has_metrics = False
     splits: tuple[str, ...] = ("train", "valid")
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -35,16 +35,16 @@ class Language(Task):
     def fingerprint(self) -> str:
         return self.index.fingerprint
 
-    def fit(self, model: ModelConfig) -> None:
+    def configure_model(self, model: ModelConfig) -> None:
         check_causal(model, "language")
-        settle(model, "language", channels=0, head="token", outputs=0, documents=1)
+        set_model_fields(model, "language", channels=0, head="token", outputs=0, documents=1)
         model.vocab = model.vocab or int(self.index.vocabulary["size"])
         self.index.check_vocab(model.vocab)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
         return sequences_of(self.index, self.data, split, seed)
 
-    def keep(self, run_dir: Path) -> None:
+    def write_run_files(self, run_dir: Path) -> None:
         save_vocabulary(self.index.open_vocabulary(), run_dir)
 
     def introduction(self) -> str:

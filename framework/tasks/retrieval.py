@@ -1,4 +1,4 @@
-"""Are two excerpts of one document? The two towers of a comparison, on a packed corpus."""
+"""Retrieval: classifies whether two excerpts of a packed corpus are from the same document."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from ...errors import InputError
 from ..data import DataConfig, Index, Sequences, TokenStream, packed_dir, prepare
 from ..model import ModelConfig
-from .task import Examples, Rows, Task, TaskConfig, digest_of, settle, whole
+from .task import Examples, Rows, Task, TaskConfig, digest_of, padded_sequence, set_model_fields
 
 
 class Retrieval(Task):
-    """Two excerpts, each half of a sequence long, of the documents of ``data.source``: of the same document without
-    overlap (class 1) or of two (class 0), half of the time each.
+    """Classifies pairs of excerpts from the documents of ``data.source``, each half a sequence long.
 
-    Neither sees the other; the head compares what is left of both. Validation and test take other documents than
-    training.
+    They are from the same document without overlap (class 1), or from two (class 0), with equal probability. Each
+    excerpt has a segment of its own, so its tokens do not see the other one; the head compares the features of both.
+    Validation and test use the held-out documents.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -44,9 +44,9 @@ class Retrieval(Task):
     def fingerprint(self) -> str:
         return digest_of(self.task, self.data.seq_len, self.index.fingerprint)
 
-    def fit(self, model: ModelConfig) -> None:
+    def configure_model(self, model: ModelConfig) -> None:
         vocab = int(self.index.vocabulary["size"])
-        settle(model, "retrieval", channels=0, vocab=vocab, head="class", outputs=2, documents=2)
+        set_model_fields(model, "retrieval", channels=0, vocab=vocab, head="class", outputs=2, documents=2)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
         count = self.task.examples if split == "train" else self.task.test_examples
@@ -57,10 +57,11 @@ class Retrieval(Task):
         stream, half = self.streams[split], self.half
         documents = random.choice(self.long[split], 2, replace=False)
         same = random.randint(2)
-        # First and second places are drawn alike in both classes, so neither excerpt alone tells the class.
+        # [document, excerpt]: offsets of an earlier and a later excerpt of each document. They are distributed alike in
+        # both classes, so that neither excerpt alone is evidence of the class.
         spare = stream.split.length[documents] - 2 * half
-        places = np.sort([random.randint(most + 1, size=2) for most in spare]) + np.array([0, half])
+        offsets = np.sort([random.randint(most + 1, size=2) for most in spare]) + np.array([0, half])
         first, second = (0, 0), (0 if same else 1, 1)
-        starts = [int(stream.starts[documents[which]] + places[which, place]) for which, place in (first, second)]
+        starts = [int(stream.starts[documents[which]] + offsets[which, place]) for which, place in (first, second)]
         excerpts = [stream.read(start, start + half).astype(np.int64) for start in starts]
-        return whole(excerpts, same, self.data.seq_len)
+        return padded_sequence(excerpts, same, self.data.seq_len)

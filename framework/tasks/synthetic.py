@@ -1,6 +1,6 @@
-"""Long-range tasks that are generated: every example follows from the seed, its split and its number alone.
+"""Generated long-range tasks: an example is a function of the seed, its split and its number.
 
-They are made in the manner of published ones ("-style"); figures reached on them are not comparable with those.
+They follow published benchmarks but do not reproduce their data: results are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import torch
 from ...errors import InputError
 from ..data import IGNORE, DataConfig, Sequences
 from ..model import ModelConfig
-from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, settle, whole
+from .task import Examples, Rows, Task, TaskConfig, check_fits, digest_of, padded_sequence, set_model_fields
 
 
 class Synthetic(Task):
-    """Examples out of random numbers."""
+    """Base of the generated tasks.
 
-    least = 2  # tokens of a sequence
+    Attributes:
+        min_len: least ``data.seq_len``.
+    """
+
+    min_len = 2
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
-        check_fits(self.least, data, f"for task.name={task.name}")
+        check_fits(self.min_len, data, f"for task.name={task.name}")
 
     @property
     def fingerprint(self) -> str:
@@ -34,50 +38,58 @@ class Synthetic(Task):
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
         count = self.task.examples if split == "train" else self.task.test_examples
-        return Examples(partial(self.numbered, split), count, seed)
+        return Examples(partial(self.example, split), count, seed)
 
-    def numbered(self, split: str, number: int) -> Rows:
-        # RandomState, because NumPy promises that its streams never change.
+    def example(self, split: str, number: int) -> Rows:
+        """Example ``number`` of a split."""
+        # RandomState, because NumPy guarantees that its streams never change.
         return self.make(np.random.RandomState([self.task.seed, self.splits.index(split), number]))
 
     def make(self, random: np.random.RandomState) -> Rows:
-        """One example."""
+        """Generate one example."""
         raise NotImplementedError
 
 
 class ListOps(Synthetic):
-    """Nested minima, maxima, medians and sums modulo 10 of digits (after Nangia and Bowman 2018, arXiv 1804.06028).
+    """Classifies nested expressions of digits by their value, after ListOps (Nangia and Bowman 2018, arXiv 1804.06028).
 
-    A token is a digit, an opening bracket with its operation, or a closing bracket; the class is the value.
+    The operations are minimum, maximum, median and sum modulo 10. Tokens: 0 to 9 are digits, `OPENING` + operation an
+    opening bracket, `CLOSING` a closing bracket.
     """
 
     OPENING, CLOSING, VOCAB = 10, 14, 16
     MAX_DEPTH, MAX_ARGUMENTS = 10, 10
-    least = 16
+    min_len = 16
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.title = "ListOps-style expressions"
-        values = [int(self.numbered("test", number)[1][-1]) for number in range(min(200, task.test_examples))]
+        values = [int(self.example("test", number)[1][-1]) for number in range(min(200, task.test_examples))]
         self.baseline_metrics = {"accuracy": max(map(values.count, values)) / len(values)}
 
-    def fit(self, model: ModelConfig) -> None:
-        settle(model, "listops", channels=0, vocab=self.VOCAB, head="class", outputs=10, documents=1)
+    def configure_model(self, model: ModelConfig) -> None:
+        set_model_fields(model, "listops", channels=0, vocab=self.VOCAB, head="class", outputs=10, documents=1)
 
     def make(self, random: np.random.RandomState) -> Rows:
         budget = random.randint(max(4, self.data.seq_len // 4), self.data.seq_len + 1)
-        # One call for all numbers: an expression of two thousand tokens takes thousands of them.
+        # All random numbers in one call, since an expression needs thousands of them.
         tokens, value = self._expression(iter(random.random_sample(4 * budget).tolist()), budget, 0)
-        return whole([np.array(tokens)], value, self.data.seq_len)
+        return padded_sequence([np.array(tokens)], value, self.data.seq_len)
 
     def _expression(self, uniform: Iterator[float], budget: int, depth: int) -> tuple[list[int], int]:
-        """Tokens, at most ``budget`` of them, and their value; takes fewer than 4 numbers a token."""
+        """Generate an expression of at most ``budget`` tokens, and its value.
+
+        Args:
+            uniform: random numbers in [0, 1); fewer than 4 per token are used.
+            budget: at least 1.
+            depth: of the expression in the whole one; at `MAX_DEPTH` it is a digit.
+        """
         if budget < 4 or depth == self.MAX_DEPTH:
             digit = int(10 * next(uniform))
             return [digit], digit
         count = 2 + int((min(self.MAX_ARGUMENTS, budget - 2) - 1) * next(uniform))
         operation = int(4 * next(uniform))
-        spare = budget - 2 - count  # what is left when each argument has a token
+        spare = budget - 2 - count  # tokens to distribute, besides one for each argument
         cuts = [0, *sorted(int((spare + 1) * next(uniform)) for _ in range(count - 1)), spare]
         parts = [self._expression(uniform, 1 + end - start, depth + 1) for start, end in pairwise(cuts)]
         values = [value for _, value in parts]
@@ -87,22 +99,26 @@ class ListOps(Synthetic):
 
 
 class Recall(Synthetic):
-    """Associative recall of several keys (after "Zoology", arXiv 2312.04927): pairs of a key and its value, then filler
-    in which each key comes once more, in another order; there its value is to be told.
+    """Multi-query associative recall, after Zoology (arXiv 2312.04927).
+
+    A sequence has ``task.pairs`` pairs of a key and its value, then token 0 as filler, in which each key occurs once
+    more at a random position; the label there is its value. Other positions have no label.
     """
 
     KEYS, VALUES = 256, 256
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
-        self.least = 3 * task.pairs
+        self.min_len = 3 * task.pairs
         super().__init__(task, data)
         if not 1 <= task.pairs <= self.KEYS:
             raise InputError("task.pairs", task.pairs, f"from 1 to {self.KEYS}")
         self.title = f"recall of {task.pairs} keys"
         self.baseline_metrics = {"accuracy": 1 / self.VALUES}
 
-    def fit(self, model: ModelConfig) -> None:
-        settle(model, "recall", channels=0, vocab=1 + self.KEYS + self.VALUES, head="token", outputs=0, documents=1)
+    def configure_model(self, model: ModelConfig) -> None:
+        set_model_fields(
+            model, "recall", channels=0, vocab=1 + self.KEYS + self.VALUES, head="token", outputs=0, documents=1
+        )
 
     def make(self, random: np.random.RandomState) -> Rows:
         length, pairs = self.data.seq_len, self.task.pairs
@@ -110,30 +126,34 @@ class Recall(Synthetic):
         values = 1 + self.KEYS + random.randint(self.VALUES, size=pairs)
         tokens, labels = np.zeros(length, np.int64), np.full(length, IGNORE, np.int64)
         tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
-        places = 2 * pairs + random.choice(length - 2 * pairs, pairs, replace=False)
-        tokens[places], labels[places] = keys, values
+        queries = 2 * pairs + random.choice(length - 2 * pairs, pairs, replace=False)
+        tokens[queries], labels[queries] = keys, values
         return torch.from_numpy(tokens), torch.from_numpy(labels), None
 
 
 class Needle(Synthetic):
-    """A needle in a haystack: somewhere in random tokens a mark with a value behind it; at the end the mark again, and
-    the value is to be told.
+    """Needle in a haystack: retrieve a value from random tokens.
+
+    Token 0, the marker, is at a random position among random tokens, followed by a value. The last token is the
+    marker again; its label is the value. Other positions have no label.
     """
 
-    HAY, VALUES = 64, 64
-    least = 4
+    HAY, VALUES = 64, 64  # numbers of tokens that are no values, and that are
+    min_len = 4
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.title = f"a needle in {data.seq_len:,} tokens"
         self.baseline_metrics = {"accuracy": 1 / self.VALUES}
 
-    def fit(self, model: ModelConfig) -> None:
-        settle(model, "needle", channels=0, vocab=1 + self.HAY + self.VALUES, head="token", outputs=0, documents=1)
+    def configure_model(self, model: ModelConfig) -> None:
+        set_model_fields(
+            model, "needle", channels=0, vocab=1 + self.HAY + self.VALUES, head="token", outputs=0, documents=1
+        )
 
     def make(self, random: np.random.RandomState) -> Rows:
         length = self.data.seq_len
-        # Hay has the values' tokens in it too: only the mark tells which one counts.
+        # The random tokens include values too: only the marker distinguishes the one to retrieve.
         tokens = 1 + random.randint(self.HAY + self.VALUES, size=length)
         place, value = random.randint(length - 2), 1 + self.HAY + random.randint(self.VALUES)
         tokens[place], tokens[place + 1], tokens[-1] = 0, value, 0
@@ -143,17 +163,19 @@ class Needle(Synthetic):
 
 
 class Adding(Synthetic):
-    """The adding problem (Hochreiter and Schmidhuber 1997): numbers in [0, 1), two of them marked, one in each half;
-    their sum is to be told.
+    """The adding problem (Hochreiter and Schmidhuber 1997).
+
+    Channel 0 holds random numbers in [0, 1); channel 1 is 1 at two positions, one in each half, and 0 elsewhere. The
+    label of the sequence is the sum of the two numbers at these positions.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         self.title = "the adding problem"
-        self.baseline_metrics = {"rmse": (1 / 6) ** 0.5, "mae": 1 / 3}  # of always answering 1
+        self.baseline_metrics = {"rmse": (1 / 6) ** 0.5, "mae": 1 / 3}  # of the constant prediction 1
 
-    def fit(self, model: ModelConfig) -> None:
-        settle(model, "adding", channels=2, vocab=0, head="numbers", outputs=1, documents=1)
+    def configure_model(self, model: ModelConfig) -> None:
+        set_model_fields(model, "adding", channels=2, vocab=0, head="numbers", outputs=1, documents=1)
 
     def make(self, random: np.random.RandomState) -> Rows:
         length = self.data.seq_len
@@ -161,4 +183,4 @@ class Adding(Synthetic):
         numbers[:, 0] = random.random_sample(length)
         first, second = random.randint(length // 2), random.randint(length // 2, length)
         numbers[[first, second], 1] = 1
-        return whole([numbers], numbers[[first, second], 0].sum(keepdims=True), length)
+        return padded_sequence([numbers], numbers[[first, second], 0].sum(keepdims=True), length)

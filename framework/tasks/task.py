@@ -1,4 +1,4 @@
-"""What all tasks have in common: examples by number, the model that they need, metrics."""
+"""The base of all tasks: numbered examples, the model configuration that they require, and metrics."""
 
 from __future__ import annotations
 
@@ -8,55 +8,58 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...bounds import bounded
 from ...errors import InputError
 from ..data import FILLER, IGNORE, DataConfig, Sequences
 from ..model import ModelConfig
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
-"""Tokens, labels and segments of one sequence."""
+"""Tokens, labels and segments (or None) of one sequence, as in `Batch` without the batch dimension."""
+
+TaskName = Literal["language", "series", "forecast", "images", "retrieval", "listops", "recall", "needle", "adding"]
 
 
 @dataclass
 class TaskConfig:
-    """What is learned.
+    """The task and its options.
 
     Args:
         name: ``language`` (the next token of a corpus), ``series`` (the class of a time series), ``forecast`` (its next
-            values), ``images`` (the class of an image, pixel by pixel), ``retrieval`` (are two excerpts of one
-            document?), or generated: ``listops``, ``recall``, ``needle``, ``adding``.
-        seed: of the examples that are generated or drawn.
-        examples: how many of them there are to train on.
-        test_examples: how many to be scored by; as many others are for validation.
-        horizon: forecast: values ahead, of each channel.
-        pairs: recall: keys with their values in a sequence.
-        size: images: pixels of a side.
+            values), ``images`` (the class of an image, pixel by pixel), ``retrieval`` (whether two excerpts are from
+            the same document), or generated: ``listops``, ``recall``, ``needle``, ``adding``.
+        seed: of the examples that are generated or sampled.
+        examples: number of training examples that are generated or sampled.
+        test_examples: number of test examples; validation has as many others.
+        horizon: forecast: number of future values of each channel.
+        pairs: recall: number of key-value pairs in a sequence.
+        size: images: height and width in pixels.
     """
 
-    name: str = "language"
-    seed: int = 0
-    examples: int = 10_000
-    test_examples: int = 1_000
-    horizon: int = 16
-    pairs: int = 32
-    size: int = 28
+    name: TaskName = "language"
+    seed: int = bounded(0, minimum=0)
+    examples: int = bounded(10_000, minimum=1)
+    test_examples: int = bounded(1_000, minimum=1)
+    horizon: int = bounded(16, minimum=1)
+    pairs: int = bounded(32, minimum=1)
+    size: int = bounded(28, minimum=1)
 
 
 @dataclass
 class Score:
-    """How well a model does on a split.
+    """The score of a model on a split.
 
     Attributes:
         loss: mean over labelled tokens.
-        num_labels: how many there were.
-        metrics: by name.
-        by_position: (position, mean loss) of each stretch of positions.
+        num_labels: number of labelled tokens.
+        metrics: by name; see `Task.metrics`.
+        by_position: (center, mean loss) of each bin of positions.
     """
 
     loss: float
@@ -66,68 +69,72 @@ class Score:
 
 
 class Task:
-    """A task with its examples.
+    """A task with its data.
 
     Args:
         task: its options.
-        data: where its data are, and the length of a sequence.
+        data: the source of its data, and the length of a sequence.
 
     Attributes:
-        title: what its data are called.
-        measured: whether `heads.Head.measure` is asked for.
-        splits: names of those there are: ``train``, ``valid`` if any is held out, ``test`` if it is scored at the end.
-        chance: metrics of the simplest answer, to see what was learned.
+        title: name of the data, for messages.
+        has_metrics: whether the metrics of `heads.Head.metrics` are computed besides the loss.
+        splits: names of the splits: ``train``, ``valid`` if anything is held out, ``test`` if the task has a test.
+        baseline_metrics: metrics of a constant or otherwise trivial prediction, for comparison.
     """
 
-    measured = True
+    has_metrics = True
     splits: tuple[str, ...] = ("train", "valid", "test")
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         self.task, self.data = task, data
-        self.title = task.name
+        self.title: str = task.name
         self.baseline_metrics: dict[str, float] = {}
 
     @classmethod
     def prepare(cls, data: DataConfig) -> None:
-        """Make ready what lies on the disk; called by one rank, while the others wait."""
+        """Prepare files on disk; called by one rank while the others wait."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the examples."""
+        """SHA-256 of everything that determines the examples."""
         raise NotImplementedError
 
-    def fit(self, model: ModelConfig) -> None:
-        """Fill in what a configuration leaves to the task.
+    def configure_model(self, model: ModelConfig) -> None:
+        """Set the fields of the model's configuration that the task determines: vocabulary or channels, head, outputs.
 
         Raises:
-            InputError: it says something else.
+            InputError: one of them has been set to another value.
         """
         raise NotImplementedError
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
-        """The examples of a split, in the order of ``seed``; see `Sequences`."""
+        """The examples of a split as a dataset in the order of ``seed``; see `Sequences`."""
         raise NotImplementedError
 
-    def keep(self, run_dir: Path) -> None:
-        """Write into a run's directory what its model is used with; OSError where that is not possible."""
+    def write_run_files(self, run_dir: Path) -> None:
+        """Write the files that inference with the model needs, such as a vocabulary, into a run's directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
 
     def introduction(self) -> str:
-        """What there is to learn from, in a few words."""
+        """A short description of the training data, with its size."""
         return f"{len(self.sequences('train', None)):,} training examples of {self.title}"
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """What is reported, of the means over a split: the root of squared errors."""
+        """Convert the means over a split to the metrics that are reported: ``mse`` becomes ``rmse``."""
         if "mse" in means:
             return {"rmse": math.sqrt(means["mse"]), **{k: v for k, v in means.items() if k != "mse"}}
         return means
 
 
 class Examples(Sequences):
-    """Sequences that are made when they are read.
+    """A dataset whose sequences are generated when they are read.
 
     Args:
-        make: gives the sequence of a number, always the same.
-        count: how many there are.
+        make: returns the sequence of a number, deterministically.
+        count: number of sequences.
         seed: as of `Sequences`.
     """
 
@@ -145,67 +152,70 @@ class Examples(Sequences):
         return tokens, labels, segments
 
 
-def whole(documents: Sequence[NDArray[Any]], answer: int | NDArray[np.float32], length: int) -> Rows:
-    """A sequence of whole documents with one answer, which stands at its last token.
+def padded_sequence(documents: Sequence[NDArray[Any]], label: int | NDArray[np.float32], length: int) -> Rows:
+    """Concatenate documents, pad them with 0 to a sequence of L tokens, and put one label at its last position.
 
     Args:
-        documents: each ``[n]`` int64 ids or ``[n, C]`` numbers; what follows them up to ``length`` is padding, a
-            document of its own.
-        answer: a class, or numbers ``[outputs]``.
-        length: L; not less than all documents together.
+        documents: each ``[n]`` int64 ids or ``[n, C]`` numbers; their segments are 0, 1, ..., that of the padding is
+            the next number.
+        label: a class, or numbers ``[outputs]``.
+        length: L; at least the total length of the documents.
+
+    Returns:
+        Tokens, labels and segments; the segments are None for one document of length L.
     """
     tokens = np.concatenate(documents)
     lengths = [len(document) for document in documents]
     padded = np.zeros((length, *tokens.shape[1:]), tokens.dtype)
     padded[: len(tokens)] = tokens
-    if isinstance(answer, int):
+    if isinstance(label, int):
         labels = torch.full((length,), IGNORE)
-        labels[-1] = answer
+        labels[-1] = label
     else:
-        labels = torch.full((length, len(answer)), math.nan)
-        labels[-1] = torch.from_numpy(answer)
+        labels = torch.full((length, len(label)), math.nan)
+        labels[-1] = torch.from_numpy(label)
     if lengths == [length]:
         return torch.from_numpy(padded), labels, None
     segments = np.repeat(np.arange(len(lengths) + 1), [*lengths, length - len(tokens)])
     return torch.from_numpy(padded), labels, torch.from_numpy(segments)
 
 
-def settle(model: ModelConfig, task: str, **wanted: Any) -> None:
-    """Give fields of a model's configuration that were left as they are by default.
+def set_model_fields(model: ModelConfig, task: str, **required: Any) -> None:
+    """Set fields of a model's configuration to the values that a task requires.
 
     Raises:
-        InputError: one says something else.
+        InputError: a field has neither its default nor the required value.
     """
-    plain = ModelConfig()
-    for name, value in wanted.items():
-        if getattr(model, name) not in (value, getattr(plain, name)):
+    defaults = ModelConfig()
+    for name, value in required.items():
+        if getattr(model, name) not in (value, getattr(defaults, name)):
             allowed = f"must be {value} for task.name={task}"
             raise InputError(f"model.{name}", getattr(model, name), allowed, f"leave model.{name} out")
         setattr(model, name, value)
 
 
 def check_causal(model: ModelConfig, task: str) -> None:
-    """Raise InputError where tokens would see their own answers."""
+    """Raise InputError if the model is not causal: its tokens would see their labels."""
     if not model.causal:
-        allowed = f"true for task.name={task}: the answers are among the tokens that follow"
+        allowed = f"true for task.name={task}: the labels are among the later tokens"
         raise InputError("model.causal", False, allowed, "leave model.causal out")
 
 
 def check_fits(length: int, data: DataConfig, what: str) -> None:
-    """Raise InputError where something is longer than a sequence."""
+    """Raise InputError if ``length`` tokens, described by ``what``, are more than a sequence has."""
     if length > data.seq_len:
         raise InputError("data.seq_len", data.seq_len, f"at least {length}, {what}", f"set data.seq_len={length}")
 
 
-def held_out(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers of ``count`` training examples without those held out, and these: about every ``1 / fraction``-th."""
+def holdout_split(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the numbers 0 to ``count - 1`` of examples into kept and held-out ones, every ``1 / fraction``-th."""
     numbers = np.arange(count)
-    chosen = np.floor((numbers + 1) * fraction) > np.floor(numbers * fraction)
-    return numbers[~chosen], numbers[chosen]
+    is_held_out = np.floor((numbers + 1) * fraction) > np.floor(numbers * fraction)
+    return numbers[~is_held_out], numbers[is_held_out]
 
 
 def digest_of(task: TaskConfig, *contents: Any) -> str:
-    """SHA-256 of a task's options and what it was given: arrays, or what JSON can write."""
+    """SHA-256 of a task's options and of ``contents``: arrays, or values that JSON can represent."""
     found = hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode())
     for content in contents:
         if isinstance(content, np.ndarray):

@@ -1,4 +1,4 @@
-"""Element-wise attention: in every channel, a query attends to the keys near it, through a small Taylor state."""
+"""Element-wise attention: attention per channel, by the Taylor series of its kernel and a recurrent state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..scan import Carry, Relay, StatefulOp, scan
+from ..scan import StateExchange, scan
+from ..state import Carry, StatefulOp
 from . import cpu
 from .chunked import Chunked
 from .reference import exact_elementwise_attention, reference_elementwise_attention, state_dtype
@@ -35,7 +36,7 @@ def elementwise_attention(
     causal: bool = True,
     carry: Carry | None = None,
     segments: Tensor | None = None,
-    relay: Relay | None = None,
+    relay: StateExchange | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Carry]:
     """The EA-series, in time linear in the length; README.md has the formulas, forward and backward.
@@ -51,22 +52,22 @@ def elementwise_attention(
     there), what a token adds to the gradients saturates at +-1e25, and results are clamped to their finite range.
 
     Args:
-        q, k, v: ``[B, L, D]`` of one device and dtype (fp16, bf16, fp32, fp64): this rank's piece of the sequence.
+        q, k, v: ``[B, L, D]`` of one device and dtype (fp16, bf16, fp32, fp64): this rank's shard of the sequence.
         order: the highest power of the series, even and at least 2.
         causal: whether a token sees only the tokens up to itself, or all.
-        carry: what came before the whole sequence: state ``[B, 2, order + 1, D]`` in the dtype of the sums, segment
+        carry: of the tokens before the whole sequence: state ``[B, 2, order + 1, D]`` in the dtype of the sums, segment
             ``[B]`` int64 or None.
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document. Tokens see only their
             own document.
-        relay: reaches the other pieces of the sequence; None if there are none.
+        relay: exchanges states with the ranks that hold the other shards; None if this is the whole sequence.
         backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch), or "reference" (the definition,
             quadratic, for tests).
 
     Returns:
-        ``y [B, L, D]`` in the dtype of the inputs, and the carry behind the whole sequence.
+        ``y [B, L, D]`` in the dtype of the inputs, and the carry after the whole sequence.
 
     Raises:
-        InputError: shapes, dtypes, the order or the backend do not fit; one line says which.
+        InputError: shapes, dtypes, the order or the backend do not fit.
 
     Source: "Element-wise Attention Is All You Need", arXiv 2501.05730.
     """

@@ -1,13 +1,14 @@
-"""Element-wise attention in C++ for CPUs (`cpu.cpp`): each pass walks the tokens once, and saves only states.
+"""Element-wise attention in C++ for CPUs (`cpu.cpp`): each pass reads the tokens once.
 
-Saved for backward are the states that enter the blocks of 64 tokens, ``2 (t+1) / 64`` of a tensor ``[B, L, D]``;
-outputs and denominators are made again.
+Saved for the backward pass are the states before the chunks of 64 tokens, ``2 (t+1) / 64`` of a tensor ``[B, L, D]``;
+outputs and denominators are recomputed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from .. import native
 from ..backends import is_traced
-from ..scan import FusedForward
+from ..state import FusedForward
 from .chunked import Chunked
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-BLOCK = 64  # tokens between the states that are saved, as in cpu.cpp
+CHUNK = 64  # tokens between the saved states, as in cpu.cpp
 ORDERS = (2, 4, 6, 8)
-LANES = 16  # channels are worked on by so many or by a divisor of it; others are filled up
+LANES = 16  # channels are padded to a multiple of this, which every processor's vector width divides
 
 
 def unsupported_reason(device: str, dtype: torch.dtype, order: int) -> str:
@@ -33,131 +34,131 @@ def unsupported_reason(device: str, dtype: torch.dtype, order: int) -> str:
 
 @dataclass(frozen=True)
 class Native(Chunked):
-    """The passes of `Chunked` for ``[B, L, D]`` in fp32 or bf16; states and sums are fp32, blocks add up in fp64."""
+    """The passes of `Chunked` for ``[B, L, D]`` in fp32 or bf16; states and sums are fp32, sums over chunks fp64."""
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        state = self._state(inputs[0])
-        self._forward(inputs, segments, None, None, state, None)
-        return state.new_ones(1, 1, 1, 1), state
+        final = self._state(inputs[0])
+        if not is_traced(inputs[0]):
+            arguments = self._arguments(inputs, segments, final=final)
+            native.load(SOURCE, f"ORDER={self.order}").elementwise(*arguments)
+        return final.new_ones(1, 1, 1, 1), _unpadded(final, inputs[0])
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, states = torch.empty_like(inputs[0], memory_format=torch.contiguous_format), self._states(inputs[0])
-        self._forward(inputs, segments, past, y, None, states)
-        return y, (states,)
+        y, states = _output(inputs[0]), self._chunk_states(inputs[0])
+        if not is_traced(inputs[0]):
+            arguments = self._arguments(inputs, segments, y=y, initial=initial, states=states)
+            native.load(SOURCE, f"ORDER={self.order}").elementwise(*arguments)
+        return _unpadded(y, inputs[0]), (states,)
 
-    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
-        state = self._state(inputs[0])
-        past = torch.zeros_like(state) if start is None else start.to(state.dtype)
-        y, states = torch.empty_like(inputs[0], memory_format=torch.contiguous_format), self._states(inputs[0])
-        self._forward(inputs, segments, past, y, state, states)
-        return FusedForward(past, y, (states,), state.new_ones(1, 1, 1, 1), state)
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
+        final, y, states = self._state(inputs[0]), _output(inputs[0]), self._chunk_states(inputs[0])
+        initial = torch.zeros_like(_unpadded(final, inputs[0])) if initial is None else initial.to(final.dtype)
+        if not is_traced(inputs[0]):
+            arguments = self._arguments(inputs, segments, y=y, initial=initial, final=final, states=states)
+            native.load(SOURCE, f"ORDER={self.order}").elementwise(*arguments)
+        y, final = _unpadded(y, inputs[0]), _unpadded(final, inputs[0])
+        return FusedForward(initial, y, (states,), final.new_ones(1, 1, 1, 1), final)
 
     def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
+        initial: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
-        to_past = torch.zeros_like(past, memory_format=torch.contiguous_format)  # an empty piece writes nothing
-        self._call(1, inputs, grad, (None,) * 4, segments, past, None, to_past, saved[0])
-        return to_past
+        initial_grad = self._state(inputs[0])
+        if not is_traced(grad):
+            arguments = self._arguments(
+                inputs, segments, grad=grad, initial=initial, final=initial_grad, states=saved[0]
+            )
+            native.load(SOURCE, f"ORDER={self.order}").elementwise(*arguments)
+        return _unpadded(initial_grad, grad)
 
     def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
+        initial: Tensor,
+        final_grad: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        self._call(1, inputs, grad, (None, *grads), segments, past, future, None, saved[0])
-        return grads
+        grads = tuple(_output(x) for x in inputs)
+        if not is_traced(grad):
+            arguments = self._arguments(
+                inputs, segments, grad=grad, grads=grads, initial=initial, final_grad=final_grad, states=saved[0]
+            )
+            native.load(SOURCE, f"ORDER={self.order}").elementwise(*arguments)
+        return tuple(_unpadded(x, grad) for x in grads)
 
-    def _forward(
+    def _arguments(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor | None,
-        y: Tensor | None,
-        end: Tensor | None,
-        states: Tensor | None,
-    ) -> None:
-        self._call(0, inputs, None, (y, None, None, None), segments, past, None, end, states)
+        *,
+        grad: Tensor | None = None,
+        y: Tensor | None = None,
+        grads: tuple[Tensor | None, ...] = (None, None, None),
+        initial: Tensor | None = None,
+        final_grad: Tensor | None = None,
+        final: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """The arguments of `elementwise` in `cpu.cpp`: forward, or backward given ``grad [B, L, D]``.
 
-    def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """A state's shape, or that of both directions' states, for inputs like ``x [B, L, D]``."""
-        sides = () if self.causal else (2,)
-        return *sides, x.shape[0], 2, self.order + 1, x.shape[2]
-
-    def _state(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self._shape(x), dtype=torch.float32)  # an empty piece writes nothing
-
-    def _states(self, x: Tensor) -> Tensor:
-        blocks = -(-x.shape[1] // BLOCK) if self.causal else 0
-        width = -(-x.shape[2] // LANES) * LANES
-        return x.new_empty(x.shape[0], blocks, 2, self.order + 1, width, dtype=torch.float32)
-
-    def _call(
-        self,
-        gradients: int,
-        inputs: tuple[Tensor, ...],
-        grad: Tensor | None,
-        outputs: tuple[Tensor | None, ...],
-        segments: Tensor | None,
-        past: Tensor | None,
-        future: Tensor | None,
-        end: Tensor | None,
-        states: Tensor | None,
-    ) -> None:
-        """Run `cpu.cpp`; see there for the arguments, each of which may be None where it is not wanted."""
-        if is_traced(inputs[0]):
-            return
+        Outputs that are None are not computed; all have padded channels. Backward, ``final`` receives the gradient of
+        the initial state.
+        """
+        assert all(x is None or x.shape == inputs[0].shape for x in (*inputs, grad))
+        padded = [None if x is None else _padded(x) for x in (*inputs, grad)]
+        tokens = native.last_dim_contiguous(*padded, y, *grads)
+        starts = native.document_starts(segments)
+        initial, final_grad = (None if x is None else _padded(x).contiguous() for x in (initial, final_grad))
         batch, length, width = inputs[0].shape
-        if width % LANES:
-            self._call_filled(gradients, inputs, grad, outputs, segments, past, future, end, states)
-            return
-        ends = [x if x is None else x.contiguous() for x in (past, future)]
-        assert all(x is None or x.shape == inputs[0].shape for x in (*inputs, grad, *outputs))
-        assert all(x is None or (x.shape == self._shape(inputs[0]) and x.dtype == torch.float32) for x in (*ends, end))
-        tokens = native.rows(*inputs, grad, *outputs)
-        begins = native.begins(segments)
-        native.load(SOURCE, f"ORDER={self.order}").elementwise(
+        for state in (initial, final_grad, final):
+            assert state is None or (state.shape == self._state_shape(inputs[0]) and state.dtype == torch.float32)
+        return (
             inputs[0].dtype == torch.bfloat16,
             self.causal,
-            gradients,
-            native.integers(batch, length, width),
-            native.pointers(*tokens, begins, *ends, end, states if self.causal else None),
+            grad is not None,
+            native.integers(batch, length, width + -width % LANES),
+            native.Pointers(*tokens, starts, initial, final_grad, final, states if self.causal else None),
             native.integers(*native.strides(*tokens)),
         )
 
-    def _call_filled(
-        self,
-        gradients: int,
-        inputs: tuple[Tensor, ...],
-        grad: Tensor | None,
-        outputs: tuple[Tensor | None, ...],
-        segments: Tensor | None,
-        past: Tensor | None,
-        future: Tensor | None,
-        end: Tensor | None,
-        states: Tensor | None,
-    ) -> None:
-        """`_call` with the channels filled up to whole vectors by zeros, which stay finite and are cut off again."""
+    def _state_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of a padded state, or of both directions' states, for inputs like ``x [B, L, D]``."""
+        directions = () if self.causal else (2,)
+        return *directions, x.shape[0], 2, self.order + 1, _padded_width(x)
 
-        def filled(x: Tensor | None) -> Tensor | None:
-            return None if x is None else F.pad(x, (0, -x.shape[-1] % LANES))
+    def _state(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self._state_shape(x), dtype=torch.float32)  # for an empty shard nothing is written
 
-        wanted = (*outputs, end)
-        made = [filled(x) for x in wanted]
-        wide_inputs = tuple(F.pad(x, (0, -x.shape[-1] % LANES)) for x in inputs)
-        wide_ends = filled(past), filled(future), made[-1]
-        self._call(gradients, wide_inputs, filled(grad), tuple(made[:-1]), segments, *wide_ends, states)
-        for x, wide in zip(wanted, made, strict=True):
-            if x is not None and wide is not None:
-                x.copy_(wide[..., : x.shape[-1]])
+    def _chunk_states(self, x: Tensor) -> Tensor:
+        """The states before the chunks, uninitialized: ``[B, N, 2, t+1, D]`` padded, N = 0 if not causal."""
+        num_chunks = -(-x.shape[1] // CHUNK) if self.causal else 0
+        return x.new_empty(x.shape[0], num_chunks, 2, self.order + 1, _padded_width(x), dtype=torch.float32)
+
+
+def _padded_width(x: Tensor) -> int:
+    return x.shape[-1] + -x.shape[-1] % LANES
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``x`` with channels padded to whole vectors by zeros, for which every result is finite."""
+    return F.pad(x, (0, -x.shape[-1] % LANES)) if x.shape[-1] % LANES else x
+
+
+def _output(x: Tensor) -> Tensor:
+    """An output like ``x [B, L, D]``, uninitialized, with padded channels."""
+    return x.new_empty(*x.shape[:2], _padded_width(x))
+
+
+def _unpadded(x: Tensor, like: Tensor) -> Tensor:
+    """The channels of ``x`` that ``like [.., D]`` has."""
+    return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]].contiguous()

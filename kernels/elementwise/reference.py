@@ -1,4 +1,4 @@
-"""Element-wise attention by its definition: the truth that every backend is tested against."""
+"""Element-wise attention by its definition: what every backend is tested against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..scan import Carry
+from ..state import Carry
 
 Q_LIMIT = 1000.0  # q is clamped to this magnitude
 DEN_FLOOR = 1e-30  # the denominator is never taken smaller
@@ -50,7 +50,7 @@ def reference_elementwise_attention(
         segments: ``[B, L]`` non-decreasing document ids; tokens see only their own document.
 
     Returns:
-        ``y [B, L, D]`` in the dtype of the inputs, and the carry behind the last token, in fp32 or fp64.
+        ``y [B, L, D]`` in the dtype of the inputs, and the carry after the last token, in fp32 or fp64.
 
     Source: arXiv 2501.05730, the EA-series; the text's reading, in which t is the highest power.
     """
@@ -74,7 +74,7 @@ def reference_elementwise_attention(
     if carry is not None:
         start, last = carry.state.double(), carry.segment
     before = ids[:, :1] if segments is None or last is None else last.unsqueeze(1)
-    # Whether the carry's document goes on, the first token decides; then it reaches all tokens of that document.
+    # The carry reaches the first token's document, if that is the carry's document.
     continued = (ids == before) & (ids == ids[:, :1])
     sums = sums + start.unsqueeze(3) * continued[:, None, None, :, None]
     if sums.requires_grad:
@@ -119,12 +119,12 @@ def exact_elementwise_attention(
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and states are kept in: fp64 for fp64 inputs, else fp32."""
+    """The dtype of sums and states: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``; what is too large for it becomes its largest value, with the sign kept."""
+    """``x`` in ``dtype``, clamped to its finite range."""
     limit = torch.finfo(dtype).max
     return x.clamp(-limit, limit).to(dtype)
 

@@ -1,32 +1,33 @@
-"""Element-wise attention on GPUs: every channel walks along its tokens, its sums in registers.
+"""Element-wise attention on GPUs: a program reads the tokens of a channel in order, the sums in registers.
 
 Axes: B batch, L tokens, D channels, t order, N chunks of `CHUNK` tokens, and 2 for the pair of sums, ``(S, Z)``
 forward and their gradients ``(R, U)`` backward. README.md beside this file has the formulas.
 
-Why a walk: the sums of a channel are 2 (t+1) numbers, which fit registers, and one more token costs about 3 (t+1)
-multiply-adds. A scan over a tile of tokens would cost that several times over, and a product with a mask would not keep
-fp32. A program is one warp that owns `COLS` channels of one chunk; it asks for `ROWS` tokens at once, so that many
-loads are on their way, and takes them one by one. Chunks run in parallel; what enters each comes from the totals of
-the chunks before it, which a small kernel adds up in fp64. A sum in fp32 thus grows by at most `CHUNK` tokens: its
-relative error, for terms of one sign, stays below ``2 CHUNK 2^-24`` = 1.5e-5, and near 3e-7 for terms that vary.
+The recurrence is sequential: the sums of a channel are 2 (t+1) numbers, which fit registers, and each token costs about
+3 (t+1) multiply-adds. A parallel scan over a tile of tokens would cost several times that, and a product with a mask
+would not keep fp32. A program is one warp for `COLS` channels of one chunk; it loads `ROWS` tokens at once, to have
+many loads in flight, and processes them one by one. Chunks run in parallel; the state before each comes from the totals
+of the chunks before it, which a small kernel sums in fp64. A sum in fp32 thus has at most `CHUNK` tokens: its relative
+error, for terms of one sign, stays below ``2 CHUNK 2^-24`` = 1.5e-5, and near 3e-7 for terms that vary.
 
-Forward: totals of keys, states that enter the chunks, output. Backward: query gradient (which makes y and the
-denominator again from the saved states, and the totals of queries on the way), states from the right, key and value
-gradient. With documents and not causal, a token's sums come from both sides: one walk leaves its part, the other one
-adds its own.
+Forward: totals of keys, states before the chunks, output. Backward: query gradient (which recomputes y and the
+denominator from the saved states, and computes the totals of queries), states from the right, key and value gradient.
+Non-causal with documents, a token's sums have a part from each side: one launch stores its part, the second adds its
+own.
 
 Traffic in units of one ``[B, L, D]`` tensor of 16 bits, where s = (t+1) 4 / `CHUNK` is a set of states (order 6: 0.22):
 
 | pass | reads | writes |
 |---|---|---|
 | totals | k, v: 2 | s |
-| entering | s | s |
+| chunk states | s | s |
 | output | q, k, v: 3, s | y: 1 |
 | query gradient | q, k, v, g: 4, s | dq: 1, g / den and y in fp32: 4, s |
-| entering | s | s |
+| chunk states | s | s |
 | key and value gradient | q, k, v: 3, g / den and y: 4, s | dk, dv: 2 |
 
-Forward 6 + 4 s, backward 18 + 5 s; kept for the backward pass: s. ``g / den`` and y stay fp32, for ``v R + U`` cancels.
+Forward 6 + 4 s, backward 18 + 5 s; saved for the backward pass: s. ``g / den`` and y stay fp32, for ``v R + U``
+cancels.
 """
 
 # Kernels have Triton's types, which mypy does not know.
@@ -35,8 +36,8 @@ Forward 6 + 4 s, backward 18 + 5 s; kept for the backward pass: s. ``g / den`` a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +47,12 @@ from torch import Tensor
 
 from ..chunks import to_chunks
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
-from ..scan import FusedForward
+from ..state import FusedForward, StatefulOp
 from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
 
 CHUNK = 128  # tokens whose sum is fp32
-FAR = tl.constexpr(1e4)  # a key that weighs nothing: what a token that is not there has
+FAR = tl.constexpr(1e4)  # the key of padding: its weight exp(-k^2) is 0
 
 _Q_LIMIT = tl.constexpr(Q_LIMIT)
 _DEN_FLOOR = tl.constexpr(DEN_FLOOR)
@@ -61,18 +62,18 @@ _GRAD_LIMIT = tl.constexpr(GRAD_LIMIT)
 @triton.jit
 def _place(num_chunks, length, width, CHUNK: tl.constexpr, COLS: tl.constexpr):
     """This program's row of the batch, chunk, first token, number of tokens, and channels."""
-    num_blocks = tl.cdiv(width, COLS)
+    num_tiles = tl.cdiv(width, COLS)
     program = tl.program_id(0)
-    chunk = program // num_blocks % num_chunks
+    chunk = program // num_tiles % num_chunks
     first = chunk * CHUNK
-    cols = program % num_blocks * COLS + tl.arange(0, COLS)
-    row = (program // num_blocks // num_chunks).to(tl.int64)
+    cols = program % num_tiles * COLS + tl.arange(0, COLS)
+    row = (program // num_tiles // num_chunks).to(tl.int64)
     return row, chunk.to(tl.int64), first.to(tl.int64), tl.minimum(length - first, CHUNK), cols
 
 
 @triton.jit
 def _token(step, first, num, width, REVERSE: tl.constexpr):
-    """The token at a step of the walk, and the width of its row: 0 if there is no such token."""
+    """The token of a step, and the width of its row: 0 if there is no such token."""
     if REVERSE:
         return first + (num - 1 - step), tl.where(step < num, width, 0)
     else:
@@ -86,9 +87,9 @@ def _row(x, token, stride, cols, mask, FILL: tl.constexpr):
 
 
 @triton.jit
-def _continues(begins, token, end, REVERSE: tl.constexpr):
-    """Whether a token is of the document of the token that the walk took before it."""
-    return tl.load(begins + token + REVERSE, mask=end > 0, other=0) == 0
+def _continues(document_starts, token, end, REVERSE: tl.constexpr):
+    """Whether a token is of the same document as the token processed before it."""
+    return tl.load(document_starts + token + REVERSE, mask=end > 0, other=0) == 0
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def _store_sums(states, sums, width, cols, COUNT: tl.constexpr):
 
 @triton.jit
 def _reset(sums, keep, COUNT: tl.constexpr):
-    """The sums, or zeros where a document begins."""
+    """The sums, or zeros where a document document_starts."""
     kept = ()
     for n in tl.static_range(COUNT):
         kept += (tl.where(keep, sums[n], 0.0),)
@@ -193,7 +194,7 @@ def _elementwise_totals_kernel(
     x,  # [B, L, D], k or q
     v,  # [B, L, D], v or a
     y,  # [B, L, D], unused with KEYS
-    begins,  # [B, L + 1] int8, whether a document begins; unused without DOCUMENTS
+    document_starts,  # [B, L + 1] int8, whether a document document_starts; unused without DOCUMENTS
     totals,  # [B, N, 2, t+1, D] fp32
     num_chunks,
     length,
@@ -216,7 +217,7 @@ def _elementwise_totals_kernel(
     x += row * x_batch
     v += row * v_batch
     y += row * length * width
-    begins += row * (length + 1)
+    document_starts += row * (length + 1)
     sums = _zeros(COUNT, COLS)
     for start in range(0, num, ROWS):
         xs, vs, ys = (), (), ()
@@ -230,7 +231,7 @@ def _elementwise_totals_kernel(
         for i in tl.static_range(ROWS):
             if DOCUMENTS:
                 token, end = _token(start + i, first, num, width, REVERSE)
-                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
             if KEYS:
                 sums = _add_key(sums, xs[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
             else:
@@ -240,11 +241,11 @@ def _elementwise_totals_kernel(
 
 
 @triton.jit
-def _elementwise_entering_kernel(
-    states,  # [B, N, C] fp32, C = 2 (t+1) D: chunks' totals, replaced by what enters each chunk if WRITE
-    start,  # [B, C] fp32, what enters the first chunk
-    decays,  # [B, N] fp32, 0 where what enters a chunk does not leave it; unused without DOCUMENTS
-    end,  # [B, C] fp32, what leaves the last chunk
+def _elementwise_chunk_states_kernel(
+    states,  # [B, N, C] fp32, C = 2 (t+1) D: the chunks' totals, replaced by the states before the chunks if WRITE
+    initial,  # [B, C] fp32, the state before the first chunk
+    decays,  # [B, N] fp32, 0 where a document begins in a chunk, else 1; unused without DOCUMENTS
+    final,  # [B, C] fp32, the state after the last chunk
     num_chunks,
     size,
     WRITE: tl.constexpr,
@@ -253,28 +254,28 @@ def _elementwise_entering_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The state law from chunk to chunk, in fp64."""
-    num_blocks = tl.cdiv(size, COLS)
-    row = (tl.program_id(0) // num_blocks).to(tl.int64)
-    cols = tl.program_id(0) % num_blocks * COLS + tl.arange(0, COLS)
+    """An exclusive scan of the chunks' affine maps, in fp64."""
+    num_tiles = tl.cdiv(size, COLS)
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
+    cols = tl.program_id(0) % num_tiles * COLS + tl.arange(0, COLS)
     inside = cols < size
     first = tl.full((), 0, tl.int64)
     states += row * num_chunks * size
     decays += row * num_chunks
-    state = tl.load(start + row * size + cols, mask=inside, other=0.0).to(tl.float64)
-    for begin in range(0, num_chunks, ROWS):
+    state = tl.load(initial + row * size + cols, mask=inside, other=0.0).to(tl.float64)
+    for start in range(0, num_chunks, ROWS):
         totals = ()
         for i in tl.static_range(ROWS):
-            chunk, stop = _token(begin + i, first, num_chunks, size, REVERSE)
+            chunk, stop = _token(start + i, first, num_chunks, size, REVERSE)
             totals += (_row(states, chunk, size, cols, cols < stop, 0.0),)
         for i in tl.static_range(ROWS):
-            chunk, stop = _token(begin + i, first, num_chunks, size, REVERSE)
+            chunk, stop = _token(start + i, first, num_chunks, size, REVERSE)
             if WRITE:
                 tl.store(states + chunk * size + cols, state.to(tl.float32), mask=cols < stop)
             if DOCUMENTS:
                 state = state * tl.load(decays + chunk, mask=stop > 0, other=1.0).to(tl.float64)
             state += totals[i].to(tl.float64)
-    tl.store(end + row * size + cols, state.to(tl.float32), mask=inside)
+    tl.store(final + row * size + cols, state.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -282,8 +283,8 @@ def _elementwise_output_kernel(
     q,  # [B, L, D], as k and v
     k,
     v,
-    begins,  # [B, L + 1] int8
-    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    document_starts,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, the states before the chunks (the sum over all tokens if not RUNNING)
     part,  # [2, B, L, D] fp32: numerator and denominator of the other side; written if REVERSE, else read, with PARTS
     out,  # [B, L, D]
     num_chunks,
@@ -308,13 +309,13 @@ def _elementwise_output_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The output, from the sums up to and with each token; from the left if not REVERSE, else without the token."""
+    """The output, from the sums up to and including each token; if REVERSE from the right, without the token."""
     COUNT: tl.constexpr = 2 * ORDER + 2
     row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
     q += row * q_batch
     k += row * k_batch
     v += row * v_batch
-    begins += row * (length + 1)
+    document_starts += row * (length + 1)
     part += row * length * width
     out += row * length * width
     sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
@@ -332,7 +333,7 @@ def _elementwise_output_kernel(
             mask = cols < end
             here = token * width + cols
             if DOCUMENTS:
-                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
             if RUNNING and not REVERSE:
                 sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
             num_i, den = _at_query(sums, tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT), ORDER)
@@ -355,8 +356,8 @@ def _elementwise_query_grad_kernel(
     k,
     v,
     grad,
-    begins,  # [B, L + 1] int8
-    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    document_starts,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, the states before the chunks (the sum over all tokens if not RUNNING)
     part,  # [4, B, L, D] fp32: `_at_query` and `_slope_at_query` of the other side, see `_elementwise_output_kernel`
     dq,  # [B, L, D]
     a,  # [B, L, D] fp32: grad over the denominator
@@ -386,9 +387,9 @@ def _elementwise_query_grad_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The gradient of q, by the walk of `_elementwise_output_kernel`, and what the walk over queries needs.
+    """The gradient of q, by the recurrence of `_elementwise_output_kernel`, and the terms and totals of queries.
 
-    Totals are not made with PARTS: their documents differ from side to side.
+    With PARTS no totals are computed: the sides have different documents.
     """
     COUNT: tl.constexpr = 2 * ORDER + 2
     FLOAT_MAX: tl.constexpr = 3.4028234663852886e38
@@ -397,7 +398,7 @@ def _elementwise_query_grad_kernel(
     k += row * k_batch
     v += row * v_batch
     grad += row * grad_batch
-    begins += row * (length + 1)
+    document_starts += row * (length + 1)
     part += row * length * width
     dq += row * length * width
     a += row * length * width
@@ -421,7 +422,7 @@ def _elementwise_query_grad_kernel(
             mask = cols < end
             here = token * width + cols
             if DOCUMENTS:
-                keep = _continues(begins, token, end, REVERSE)
+                keep = _continues(document_starts, token, end, REVERSE)
                 leading = leading & (keep | (start + i == 0))
                 sums = _reset(sums, keep, COUNT)
             if RUNNING and not REVERSE:
@@ -465,8 +466,8 @@ def _elementwise_key_grad_kernel(
     v,
     a,  # [B, L, D] fp32, as y: of `_elementwise_query_grad_kernel`
     y,
-    begins,  # [B, L + 1] int8
-    states,  # [B, N, 2, t+1, D] fp32, what enters each chunk (the sum for all tokens if not RUNNING)
+    document_starts,  # [B, L + 1] int8
+    states,  # [B, N, 2, t+1, D] fp32, the states before the chunks (the sum over all tokens if not RUNNING)
     part,  # [2, B, L, D] fp32: dk and dv of the other side; written if not REVERSE, else read, with PARTS
     dk,  # [B, L, D], as dv
     dv,
@@ -492,7 +493,7 @@ def _elementwise_key_grad_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The gradients of k and v, from the sums over the queries that see each token; from the left without itself."""
+    """The gradients of k and v, from the sums over the queries that see a token; if not REVERSE, without the token."""
     COUNT: tl.constexpr = 2 * ORDER + 2
     row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
     q += row * q_batch
@@ -500,7 +501,7 @@ def _elementwise_key_grad_kernel(
     v += row * v_batch
     a += row * length * width
     y += row * length * width
-    begins += row * (length + 1)
+    document_starts += row * (length + 1)
     part += row * length * width
     dk += row * length * width
     dv += row * length * width
@@ -521,7 +522,7 @@ def _elementwise_key_grad_kernel(
             mask = cols < end
             here = token * width + cols
             if DOCUMENTS:
-                sums = _reset(sums, _continues(begins, token, end, REVERSE), COUNT)
+                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
             if RUNNING and REVERSE:
                 bounded = tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
                 sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
@@ -541,10 +542,10 @@ def _elementwise_key_grad_kernel(
 
 
 def _tilings(rows: int, cols: int) -> tuple[Tiling, ...]:
-    """Of one warp, which asks for that many tokens at once.
+    """Tilings of one warp, which loads ``rows`` tokens at once.
 
-    ``cols`` are as many channels per thread as share the arithmetic of addresses and fit its registers at every order;
-    half as many leave the registers to about twice as many warps, which hide each other's loads.
+    ``cols`` channels share the address arithmetic and fit the registers at every order; half as many let about twice as
+    many warps reside, which hide each other's loads.
     """
     return tuple(Tiling({"ROWS": rows, "COLS": num}, num_warps=1) for num in (cols, cols // 2))
 
@@ -555,113 +556,136 @@ TILINGS = {
     "_elementwise_query_grad_kernel": _tilings(2, 64),
     "_elementwise_key_grad_kernel": _tilings(2, 128),
 }
-ENTERING = {"ROWS": 16, "COLS": 32}
+CHUNK_STATES_TILE = {"ROWS": 16, "COLS": 32}
 ONE_WARP = {"num_warps": 1, "num_stages": 1}
 
 
-@dataclass(frozen=True)
+class QueryGrad(NamedTuple):
+    """The results of `_Kernels.query_grad`.
+
+    Attributes:
+        dq: ``[B, L, D]`` in the dtype of q.
+        a: ``[B, L, D]`` fp32, the gradient of y over the denominator.
+        y: ``[B, L, D]`` fp32, 0 where the denominator is floored.
+        totals: ``[B, N, 2, t+1, D]`` fp32, each chunk's sum of the terms of queries over its first document.
+    """
+
+    dq: Tensor
+    a: Tensor
+    y: Tensor
+    totals: Tensor
+
+
 class Triton(Chunked):
     """`Chunked` by Triton's kernels, for fp16, bf16 and fp32; same states, same guards.
 
-    Saved for the backward pass: what enters each chunk, ``[B, N, 2, t+1, D]`` fp32. One token alone runs in PyTorch.
+    Saved for the backward pass: the states before the chunks, ``[B, N, 2, t+1, D]`` fp32. A single token runs in
+        PyTorch.
+
+    Across ranks, both passes of a direction need the same sums, and the signatures of passes do not transfer them. So
+    one object serves one `scan`: the first pass leaves the sums in an attribute, and the second takes them from it, or
+    computes them where it is None.
+
+    Attributes:
+        key_totals: of `local_transition`, for `apply_state`: ``[B, N, 2, t+1, D]`` fp32.
+        query_grad: of `incoming_state_grad`, for `input_grads`.
     """
 
-    # What a summary computed and the pass after it needs again, with what it was computed from.
-    _kept: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    key_totals: Tensor | None = None
+    query_grad: QueryGrad | None = None
+
+    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        return Triton(self.order, self.causal)
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         if _is_small(inputs):
             return super().local_transition(inputs, segments)
-        walk = _Walk.of(self, inputs, segments)
-        totals = walk.key_totals()
-        state = walk.end(totals)
-        self._keep(inputs, totals)
+        kernels = _Kernels.of(self, inputs, segments)
+        self.key_totals = kernels.key_totals()
+        state = kernels.final_state(self.key_totals)
         if not self.causal:
-            to_left = state if segments is None else walk.end(walk.key_totals(reverse=True), reverse=True)
+            to_left = state
+            if segments is not None:
+                to_left = kernels.final_state(kernels.key_totals(reverse=True), reverse=True)
             state = torch.stack([state, to_left])
         return state.new_ones(1, 1, 1, 1), state
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if _is_small(inputs):
-            return super().apply_state(inputs, segments, past)
-        walk = _Walk.of(self, inputs, segments)
-        totals = self._take(inputs)
-        totals = walk.key_totals() if totals is None else totals
+            return super().apply_state(inputs, segments, initial)
+        kernels = _Kernels.of(self, inputs, segments)
+        totals = kernels.key_totals() if self.key_totals is None else self.key_totals
+        self.key_totals = None
         if self.causal:
-            walk.enter(totals, past)
+            kernels.scan_chunks(totals, initial)
             saved: tuple[Tensor, ...] = (totals,)
         elif segments is None:
-            saved = (walk.for_all(walk.end(totals, past[0] + past[1])),)
+            saved = (kernels.expand_to_chunks(kernels.final_state(totals, initial[0] + initial[1])),)
         else:
-            from_right = walk.key_totals(reverse=True)
-            walk.enter(totals, past[0])
-            walk.enter(from_right, past[1], reverse=True)
+            from_right = kernels.key_totals(reverse=True)
+            kernels.scan_chunks(totals, initial[0])
+            kernels.scan_chunks(from_right, initial[1], reverse=True)
             saved = (totals, from_right)
-        return walk.output(saved), saved
+        return kernels.output(saved), saved
 
-    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
         if _is_small(inputs):
-            return super().fused_forward(inputs, segments, start)
-        walk = _Walk.of(self, inputs, segments)
-        totals = walk.key_totals()
-        past = torch.zeros_like(totals[:, 0]) if start is None else start.float()
-        end = walk.enter(totals, past)
-        return FusedForward(past, walk.output((totals,)), (totals,), past.new_ones(1, 1, 1, 1), end)
+            return super().fused_forward(inputs, segments, initial)
+        kernels = _Kernels.of(self, inputs, segments)
+        totals = kernels.key_totals()
+        initial = torch.zeros_like(totals[:, 0]) if initial is None else initial.float()
+        final = kernels.scan_chunks(totals, initial)
+        return FusedForward(initial, kernels.output((totals,)), (totals,), initial.new_ones(1, 1, 1, 1), final)
 
     def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
+        initial: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
         if _is_small(inputs):
-            return super().incoming_state_grad(inputs, segments, past, saved, grad)
-        walk = _Walk.of(self, inputs, segments)
-        dq, a, y, totals = walk.query_grad(saved, grad)
-        self._keep(grad, (dq, a, y, totals))
-        state = walk.end(totals, reverse=True)
+            return super().incoming_state_grad(inputs, segments, initial, saved, grad)
+        kernels = _Kernels.of(self, inputs, segments)
+        self.query_grad = kernels.query_grad(saved, grad)
+        state = kernels.final_state(self.query_grad.totals, reverse=True)
         if self.causal:
             return state
-        to_right = state if segments is None else walk.end(walk.query_totals(a, y))
+        to_right = state
+        if segments is not None:
+            to_right = kernels.final_state(kernels.query_totals(self.query_grad.a, self.query_grad.y))
         return torch.stack([state, to_right])
 
     def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
+        initial: Tensor,
+        final_grad: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         if _is_small(inputs):
-            return super().input_grads(inputs, segments, past, future, saved, grad)
-        walk = _Walk.of(self, inputs, segments)
-        dq, a, y, totals = self._take(grad) or walk.query_grad(saved, grad)
+            return super().input_grads(inputs, segments, initial, final_grad, saved, grad)
+        kernels = _Kernels.of(self, inputs, segments)
+        dq, a, y, totals = kernels.query_grad(saved, grad) if self.query_grad is None else self.query_grad
+        self.query_grad = None
         if self.causal:
-            walk.enter(totals, future, reverse=True)
+            kernels.scan_chunks(totals, final_grad, reverse=True)
             states: tuple[Tensor, ...] = (totals,)
         elif segments is None:
-            states = (walk.for_all(walk.end(totals, future[0] + future[1])),)
+            states = (kernels.expand_to_chunks(kernels.final_state(totals, final_grad[0] + final_grad[1])),)
         else:
-            from_left = walk.query_totals(a, y)
-            walk.enter(totals, future[0], reverse=True)
-            walk.enter(from_left, future[1])
+            from_left = kernels.query_totals(a, y)
+            kernels.scan_chunks(totals, final_grad[0], reverse=True)
+            kernels.scan_chunks(from_left, final_grad[1])
             states = (from_left, totals)
-        return dq, *walk.key_grad(a, y, states)
-
-    def _keep(self, key: object, value: object) -> None:
-        self._kept[:] = [key, value]
-
-    def _take(self, key: object) -> Any:
-        """What was kept for ``key``, this very object; None if nothing was. It is kept no longer."""
-        kept_for, value = self._kept or (None, None)
-        self._kept.clear()
-        return value if kept_for is key else None
+        return dq, *kernels.key_grad(a, y, states)
 
 
 def _is_small(inputs: tuple[Tensor, ...]) -> bool:
@@ -669,104 +693,107 @@ def _is_small(inputs: tuple[Tensor, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """The kernels, launched on one piece ``(q, k, v)``.
+class _Kernels:
+    """The kernels, launched on one shard ``(q, k, v)``.
 
-    Sums run from one side (causal), from both (with documents), or are the same for all tokens.
+    Sums run from one side (causal), from both (non-causal with documents), or are the same for all tokens.
 
     Attributes:
-        inputs: q, k, v, ``[B, L, D]``, their channels contiguous.
+        inputs: q, k, v, ``[B, L, D]`` with contiguous channels.
         order: the highest power t.
         causal: whether a token sees only the tokens before it and itself, or all.
-        begins: ``[B, L + 1]`` int8, 1 where a document begins after another one; None for one document.
+        document_starts: ``[B, L + 1]`` int8, 1 where a document begins after another one; None for one document.
     """
 
     inputs: tuple[Tensor, ...]
     order: int
     causal: bool
-    begins: Tensor | None
+    document_starts: Tensor | None
 
     @classmethod
-    def of(cls, op: Chunked, inputs: tuple[Tensor, ...], segments: Tensor | None) -> _Walk:
-        begins = None
+    def of(cls, op: Chunked, inputs: tuple[Tensor, ...], segments: Tensor | None) -> _Kernels:
+        starts = None
         if segments is not None:
-            begins = F.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int8), (1, 1))
-        return cls(tuple(_rows(x) for x in inputs), op.order, op.causal, begins)
+            starts = F.pad((segments[:, 1:] != segments[:, :-1]).to(torch.int8), (1, 1))
+        return cls(tuple(_rows(x) for x in inputs), op.order, op.causal, starts)
 
     @property
     def num_chunks(self) -> int:
         return -(-self.inputs[0].shape[1] // CHUNK)
 
     def states(self, *chunks: int) -> Tensor:
-        """Room for states, ``[B, *chunks, 2, t+1, D]``."""
+        """Uninitialized states ``[B, *chunks, 2, t+1, D]``."""
         batch, _, width = self.inputs[0].shape
         return self._empty(batch, *chunks, 2, self.order + 1, width)
 
-    def for_all(self, state: Tensor) -> Tensor:
+    def expand_to_chunks(self, state: Tensor) -> Tensor:
         """One state ``[B, 2, t+1, D]`` for every chunk."""
         return state.unsqueeze(1).expand(-1, self.num_chunks, -1, -1, -1)
 
     def key_totals(self, *, reverse: bool = False) -> Tensor:
-        """Every chunk's sum of the terms of its keys ``[B, N, 2, t+1, D]``, in its last document (first if reverse)."""
+        """Each chunk's sum of the terms of keys over its last document (first if reverse): ``[B, N, 2, t+1, D]``."""
         _, k, v = self.inputs
         return self._totals(k, v, v, keys=True, reverse=reverse)
 
     def query_totals(self, a: Tensor, y: Tensor, *, reverse: bool = False) -> Tensor:
-        """The same of the terms of its queries."""
+        """Each chunk's sum of the terms of queries, likewise."""
         return self._totals(self.inputs[0], a, y, keys=False, reverse=reverse)
 
     def _totals(self, x: Tensor, v: Tensor, y: Tensor, *, keys: bool, reverse: bool) -> Tensor:
         totals = self.states(self.num_chunks)
-        flags = {"KEYS": keys, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
+        flags = {"KEYS": keys, "REVERSE": reverse, "DOCUMENTS": self.document_starts is not None}
         strides = (*x.stride()[:2], *v.stride()[:2])
-        self._launch(_elementwise_totals_kernel, (x, v, y, self._ids(), totals), strides, flags)
+        self._launch(_elementwise_totals_kernel, (x, v, y, self._starts(), totals), strides, flags)
         return totals
 
-    def end(self, totals: Tensor, start: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-        """What leaves the piece, ``[B, 2, t+1, D]``, where ``start`` entered it (None for nothing)."""
-        return self._enter(totals, start, reverse=reverse, write=False)
+    def final_state(self, totals: Tensor, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """The state after the shard, ``[B, 2, t+1, D]``, given the one before it (None for zeros)."""
+        return self._scan_chunks(totals, initial, reverse=reverse, write=False)
 
-    def enter(self, totals: Tensor, start: Tensor, *, reverse: bool = False) -> Tensor:
-        """`end`, and in ``totals`` what enters each chunk instead."""
-        return self._enter(totals, start, reverse=reverse, write=True)
+    def scan_chunks(self, totals: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
+        """`final_state`; and ``totals`` are replaced by the states before the chunks."""
+        return self._scan_chunks(totals, initial, reverse=reverse, write=True)
 
-    def _enter(self, totals: Tensor, start: Tensor | None, *, reverse: bool, write: bool) -> Tensor:
-        start = torch.zeros_like(totals[:, 0]) if start is None else start.float().contiguous()
-        end, decays = self.states(), totals
-        if self.begins is not None:
-            begins = self.begins[:, 1:] if reverse else self.begins[:, :-1]
-            decays = 1 - to_chunks(begins, CHUNK).amax(dim=2).float()
-        size = start[0].numel()
-        flags = {"WRITE": write, "REVERSE": reverse, "DOCUMENTS": self.begins is not None}
-        programs = triton.cdiv(size, ENTERING["COLS"]) * len(start)
-        tensors = totals, start, decays, end
-        launch(_elementwise_entering_kernel, programs, *tensors, self.num_chunks, size, **flags, **ENTERING, **ONE_WARP)
-        return end
+    def _scan_chunks(self, totals: Tensor, initial: Tensor | None, *, reverse: bool, write: bool) -> Tensor:
+        initial = torch.zeros_like(totals[:, 0]) if initial is None else initial.float().contiguous()
+        final, decays = self.states(), totals
+        if self.document_starts is not None:
+            starts = self.document_starts[:, 1:] if reverse else self.document_starts[:, :-1]
+            decays = 1 - to_chunks(starts, CHUNK).amax(dim=2).float()
+        size = initial[0].numel()
+        flags = {"WRITE": write, "REVERSE": reverse, "DOCUMENTS": self.document_starts is not None}
+        launch(
+            _elementwise_chunk_states_kernel, triton.cdiv(size, CHUNK_STATES_TILE["COLS"]) * len(initial),
+            totals, initial, decays, final, self.num_chunks, size, **flags, **CHUNK_STATES_TILE, **ONE_WARP,
+        )  # fmt: skip
+        return final
 
     def output(self, states: tuple[Tensor, ...]) -> Tensor:
-        """y, given what enters each chunk from the left, or from the left and from the right, or the only state."""
+        """y, given the states before the chunks: from the left; from the left and from the right; or the one of all."""
         y = self._empty(*self.inputs[0].shape, dtype=self.inputs[0].dtype)
-        self._both(_elementwise_output_kernel, self.inputs, states, 2, (y,), reverse_first=True)
+        self._launch_directions(_elementwise_output_kernel, self.inputs, states, 2, (y,), reverse_first=True)
         return y
 
-    def query_grad(self, states: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dq, g over the denominator, y (both fp32), and the totals of queries of each chunk's first document."""
+    def query_grad(self, states: tuple[Tensor, ...], grad: Tensor) -> QueryGrad:
+        """The gradient of q and the terms and totals of queries, given the gradient of y; ``states`` as of `output`."""
         dq = self._empty(*grad.shape, dtype=grad.dtype)
         a, y = self._empty(*grad.shape), self._empty(*grad.shape)
         totals = self.states(self.num_chunks)
         kernel = _elementwise_query_grad_kernel
-        self._both(kernel, (*self.inputs, _rows(grad)), states, 4, (dq, a, y, totals), reverse_first=True)
+        self._launch_directions(kernel, (*self.inputs, _rows(grad)), states, 4, (dq, a, y, totals), reverse_first=True)
         if len(states) == 2:
             totals = self.query_totals(a, y, reverse=True)
-        return dq, a, y, totals
+        return QueryGrad(dq, a, y, totals)
 
     def key_grad(self, a: Tensor, y: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """dk and dv, given what enters each chunk from the right, or from the left and from the right."""
+        """dk and dv, given the states before the chunks: from the right; from both sides; or the one of all."""
         grads = tuple(self._empty(*x.shape, dtype=x.dtype) for x in self.inputs[1:])
-        self._both(_elementwise_key_grad_kernel, self.inputs, states, 2, grads, reverse_first=False, extra=(a, y))
+        self._launch_directions(
+            _elementwise_key_grad_kernel, self.inputs, states, 2, grads, reverse_first=False, extra=(a, y)
+        )
         return grads[0], grads[1]
 
-    def _both(
+    def _launch_directions(
         self,
         kernel: Any,
         inputs: tuple[Tensor, ...],
@@ -777,22 +804,22 @@ class _Walk:
         reverse_first: bool,
         extra: tuple[Tensor, ...] = (),
     ) -> None:
-        """Walks from the side that the states come from; from both, if there are two, the second adding its part."""
+        """Launch ``kernel`` from the side of the states; for two, from both sides, the second adding its part."""
         shape, dtype = inputs[0].shape, inputs[0].dtype
         paired = len(states) == 2
         part = self._empty(num_parts, *shape) if paired else states[0]
-        walks = [(states[0], False), (states[1], True)] if paired else [(states[0], not reverse_first)]
-        for state, reverse in reversed(walks) if reverse_first else walks:
+        directions = [(states[0], False), (states[1], True)] if paired else [(states[0], not reverse_first)]
+        for state, reverse in reversed(directions) if reverse_first else directions:
             strides = [s for x in inputs for s in x.stride()[:2]]
             flags = {
                 "RUNNING": self.causal or paired,
                 "REVERSE": reverse,
-                "DOCUMENTS": self.begins is not None,
+                "DOCUMENTS": self.document_starts is not None,
                 "PARTS": paired,
                 "LIMIT": torch.finfo(dtype).max,
             }
             strides += [state.stride(0), state.stride(1), shape.numel()]
-            self._launch(kernel, (*inputs, *extra, self._ids(), state, part, *outputs), strides, flags)
+            self._launch(kernel, (*inputs, *extra, self._starts(), state, part, *outputs), strides, flags)
 
     def _launch(self, kernel: Any, tensors: tuple[Tensor, ...], strides: Sequence[int], flags: dict[str, Any]) -> None:
         batch, length, width = self.inputs[0].shape
@@ -802,16 +829,16 @@ class _Walk:
             *tensors, *sizes, *strides, **flags, ORDER=self.order, CHUNK=CHUNK,
         )  # fmt: skip
 
-    def _ids(self) -> Tensor:
-        """`begins`, or any tensor where no kernel reads it."""
-        return self.inputs[0] if self.begins is None else self.begins
+    def _starts(self) -> Tensor:
+        """`document_starts`, or any tensor where no kernel reads them."""
+        return self.inputs[0] if self.document_starts is None else self.document_starts
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.inputs[0].device)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``x`` with its channels side by side, a copy only if they are not."""
+    """``x`` with contiguous channels, copied only if they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -825,11 +852,13 @@ def variants() -> Iterator[Variant]:
     yield from _variants(torch.float32, 6, running=True, documents=True, parts=False)
     yield from _variants(torch.bfloat16, 6, running=True, documents=True, parts=True)
     yield from _variants(torch.bfloat16, 6, running=False, documents=False, parts=False)
-    types = dict.fromkeys(("states", "start", "decays", "end"), "*fp32") | dict.fromkeys(("num_chunks", "size"), "i32")
+    types = dict.fromkeys(("states", "initial", "decays", "final"), "*fp32") | dict.fromkeys(
+        ("num_chunks", "size"), "i32"
+    )
     for documents in (False, True):
-        flags = {"WRITE": True, "REVERSE": documents, "DOCUMENTS": documents, **ENTERING}
+        flags = {"WRITE": True, "REVERSE": documents, "DOCUMENTS": documents, **CHUNK_STATES_TILE}
         signature = types | dict.fromkeys(flags, "constexpr")
-        yield Variant(f"entering documents={documents}", _elementwise_entering_kernel, signature, flags, 1, 1)
+        yield Variant(f"chunk states documents={documents}", _elementwise_chunk_states_kernel, signature, flags, 1, 1)
 
 
 def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool, parts: bool) -> Iterator[Variant]:
@@ -845,7 +874,7 @@ def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool,
         cases.append(("query grad", _elementwise_query_grad_kernel, sums | {"REVERSE": reverse}))
     for reverse in (False, True) if parts else (True,):
         cases.append(("key grad", _elementwise_key_grad_kernel, sums | {"REVERSE": reverse}))
-    told = f"{str(dtype)[6:]} order={order} running={running} documents={documents} parts={parts}"
+    case = f"{str(dtype)[6:]} order={order} running={running} documents={documents} parts={parts}"
     for name, kernel, constants in cases:
         keys = constants.get("KEYS", True)
         wide = {"states", "totals", "part", "a", "y"}
@@ -857,7 +886,7 @@ def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool,
                 signature[arg] = "i32"
             elif arg.endswith(("_batch", "_token", "_chunk", "_size")):
                 signature[arg] = "i64"
-            elif arg == "begins":
+            elif arg == "document_starts":
                 signature[arg] = "*i8"
             elif arg in wide or (arg == "v" and not keys):
                 signature[arg] = "*fp32"
@@ -865,5 +894,5 @@ def _variants(dtype: torch.dtype, order: int, *, running: bool, documents: bool,
                 signature[arg] = TYPES[dtype]
         tilings = TILINGS[kernel.__name__]
         for tiling, num_warps, num_stages in tilings if order > 6 or parts else tilings[:1]:
-            full = f"{name} {told} reverse={constants['REVERSE']} cols={tiling['COLS']}"
+            full = f"{name} {case} reverse={constants['REVERSE']} cols={tiling['COLS']}"
             yield Variant(full, kernel, signature, constants | tiling, num_warps, num_stages)

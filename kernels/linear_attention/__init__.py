@@ -1,4 +1,4 @@
-"""Linear attention: a matrix per head is all that a token needs of its past. README.md has the formulas."""
+"""Linear attention: a recurrent state of one matrix per head. README.md has the formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
-from ..scan import Carry, Relay, StatefulOp, scan
+from ..scan import StateExchange, scan
+from ..state import Carry, StatefulOp
 from . import cpu
 from .chunked import Chunked
 from .reference import Reference, reference_linear_attention
@@ -76,7 +77,7 @@ def linear_attention(
     normalize: bool = False,
     carry: Carry | None = None,
     segments: Tensor | None = None,
-    relay: Relay | None = None,
+    relay: StateExchange | None = None,
     backend: str = "auto",
     scale: float = 1.0,
     eps: float = 1e-6,
@@ -86,26 +87,26 @@ def linear_attention(
     With ``normalize``, ``y_i = scale * q_i S_i / max(scale * q_i . z_i, eps)`` with ``z_i = decay * z_{i-1} + k_i``: a
     weighted mean of the values where q and k are positive. Where the divisor is clamped, no gradient flows through it.
 
-    Source: "Transformers are RNNs", arXiv 2006.16236, equations 16 to 20; its blocks: arXiv 2406.08128.
+    Source: "Transformers are RNNs", arXiv 2006.16236, equations 16 to 20; by chunks: arXiv 2406.08128.
 
     Args:
-        q, k: ``[B, L, H, K]``, floating; L may be 0 on some pieces.
+        q, k: ``[B, L, H, K]``, floating; L may be 0 on some ranks.
         v: ``[B, L, H, V]``, floating.
         decay: ``[H]``, one number in (0, 1] for each head, or None for 1; it gets no gradient. Only with ``causal``.
-            A sequence of floats, or a tensor in main memory, costs no wait for the device.
+            A sequence of floats, or a tensor in main memory, does not synchronize with the device.
         causal: whether token i sees tokens j <= i only; otherwise it sees all tokens of its document.
         normalize: divide by the sum of the weights.
-        carry: what came before the sequence: state ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize`` (z is
-            the last column), fp32 or fp64; segment ``[B]`` int64, or None. None at the beginning.
+        carry: of the tokens before the sequence: state ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize`` (z
+            is the last column), fp32 or fp64; segment ``[B]`` int64, or None. None at the beginning.
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0, or None for one document.
-        relay: reaches the other pieces of the sequence; None if there are none.
+        relay: exchanges states with the ranks that hold the other shards; None if this is the whole sequence.
         backend: "auto", "cpu" (C++), "triton" (GPUs), "chunked" (portable PyTorch) or "reference" (O(L^2), the
             definition).
         scale: multiplies q.
         eps: the least divisor, above 0.
 
     Returns:
-        ``[B, L, H, V]`` in the dtype of v, and the carry behind the whole sequence, its state in fp32 (fp64 for fp64
+        ``[B, L, H, V]`` in the dtype of v, and the carry after the whole sequence, its state in fp32 (fp64 for fp64
         inputs). States and sums are held in that dtype whatever the inputs' is.
 
     Raises:
@@ -137,7 +138,7 @@ def _check(
     carry: Carry | None,
     segments: Tensor | None,
 ) -> None:
-    """Raises the user's mistakes before any piece waits for another."""
+    """Raise `InputError` for what does not fit, before the first collective."""
 
     def require(good: bool, name: str, given: object, allowed: str) -> None:
         if not good:

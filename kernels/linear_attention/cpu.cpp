@@ -1,13 +1,14 @@
-// Linear attention on CPUs: a thread walks one head's blocks of C tokens, whose products stay in its caches.
+// Linear attention on CPUs: a thread runs over one head's chunks of C tokens, whose products stay in its caches.
 //
-// Every result is one recurrence with other names (README.md): readers r, keys k, values v, and a state S,
+// Every result is one recurrence (README.md) of queries r, keys k, values v and a state S,
 //
-//   out_i = reads_i r_i S + sum_j reach_ij (r_i . k_j) v_j,    S <- through S + sum_j writes_j k_j^T v_j
+//   out_i = state_to_token_i r_i S + sum_j pair_decay_ij (r_i . k_j) v_j,
+//   S <- decay_over_chunk S + sum_j token_to_state_j k_j^T v_j
 //
-//   y: q of (k, v)     dq: g of (v, k)     and to the left     dv: k of (q, g)     dk: v of (g, q)
+//   y: q of (k, v)     dq: g of (v, k)     and from right to left     dv: k of (q, g)     dk: v of (g, q)
 //
-// A block's rows are packed as fp32 once, wherever they lie, filled up by zeros to whole vectors. Products are sums of
-// R x N vectors in registers. A block's sum starts from zero; blocks add up in fp64.
+// A chunk's rows are packed once as fp32, padded with zeros to whole vectors. Products are sums of R x N vectors in
+// registers. A chunk's sum starts from zero; sums over chunks are fp64.
 #include "native.h"
 
 #include <cstdlib>
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr int C = 32;               // tokens of a block, a multiple of W: what it packs nearly fits a first-level cache
+constexpr int C = 32;               // tokens of a chunk, a multiple of W: what it packs nearly fits a first-level cache
 constexpr int R = W == 16 ? 8 : 4;  // rows of a tile: with 3 vectors a row, sums and operands fill the registers
 constexpr int64_t CACHE = 1 << 19;  // bytes of a second-level cache for states
 
@@ -59,7 +60,7 @@ struct Tile {
   }
 };
 
-// Calls f(first, N) for tiles of N vectors that cover so many; a tile of one alone would wait for its own sums.
+// Calls f(first, N) for tiles of N vectors that cover all; a tile of one vector has the latency of its own sums.
 template <class F>
 __attribute__((always_inline)) inline void tiles(int64_t vectors, F f) {
   for (int64_t first = 0; first < vectors;) {
@@ -116,7 +117,7 @@ inline float widen(bf16 x) {
   return wide;
 }
 
-// A tensor [B, L, H, n] of floats or bf16 whose last axis lies side by side; strides in bytes.
+// A tensor [B, L, H, n] of floats or bf16 with contiguous last axis; strides in bytes.
 struct Rows {
   char* data;
   int64_t row, token, head, n;
@@ -133,8 +134,8 @@ struct Rows {
   void unpack(int64_t first, int64_t count, const float* from, int64_t ld) const {
     half ? unpack_as<bf16>(first, count, from, ld) : unpack_as<float>(first, count, from, ld);
   }
-  // Asks for a token's row, to be read or written. Inlined because GCC drops calls of functions that only prefetch.
-  __attribute__((always_inline)) void expect(int64_t index, bool write) const {
+  // Prefetches a token's row, to be read or written. Inlined because GCC drops calls of functions that only prefetch.
+  __attribute__((always_inline)) void prefetch(int64_t index, bool write) const {
     const char* p = data + index * token;
     for (int64_t byte = 0; byte < n * (half ? 2 : 4); byte += 64)
       write ? __builtin_prefetch(p + byte, 1) : __builtin_prefetch(p + byte, 0);
@@ -166,42 +167,42 @@ struct Rows {
   }
 };
 
-// The rows that are worked on next, asked for a few at a time: heads jump from row to row, which no processor foresees.
+// The rows needed next, prefetched a few at a time: a head's rows are strided, which hardware does not prefetch.
 struct Ahead {
   const Rows* tensors[6];
   int count, num_inputs;
   int64_t b = 0, h = 0, next = 0, stop = 0;
 
-  void some() {
+  void prefetch_some() {
     for (int64_t last = std::min(stop, next + 2); next < last; ++next)
-      for (int t = 0; t < count; ++t) tensors[t]->of(b, h).expect(next, t >= num_inputs);
+      for (int t = 0; t < count; ++t) tensors[t]->of(b, h).prefetch(next, t >= num_inputs);
   }
 };
 
 struct Call {
   int64_t B, L, H, K, V;  // V without the column of ones
   Rows q, k, v, g, y, dq, dk, dv;
-  const uint8_t* begins;  // [B, L], whether a document begins at a token (not at the piece's first), or null
-  const float* past;      // [B, H, K, V or V + 1], or null for zeros
-  const float* future;    // likewise
-  float* end;             // what leaves, likewise, or null
-  float* divisor;         // [B, L, H], written forward and read backward, or null
-  const double* decays;   // [H], or null for 1
-  bool normalize;         // whether v has a column of ones behind it, whose sums divide the others
+  const uint8_t* document_starts;  // [B, L], 1 where a document starts (not at the shard's first token), or null
+  const float* initial;            // [B, H, K, V or V + 1], or null for zeros
+  const float* final_grad;         // the gradient of the final state, likewise
+  float* final;                    // the final state, or backward the gradient of the initial one, likewise, or null
+  float* divisor;                  // [B, L, H], written forward and read backward, or null
+  const double* decays;            // [H], or null for 1
+  bool normalize;                  // whether v has a column of ones after it, whose sums divide the others
   float scale, eps;
 };
 
-// Which tokens of a block see each other and what lies outside.
-struct Block {
+// The weights between a chunk's tokens, the state before it and the state after it, for one head.
+struct Chunk {
   int64_t first, count;
-  int64_t write_first, write_stop;  // tokens whose document leaves the block
-  double through;
-  bool weighted, cut;                            // whether reads are not all 1; whether documents meet in the block
-  alignas(64) float reads[C], writes[C];
-  alignas(64) int32_t see_first[C], see_stop[C];  // keys of the same document
+  int64_t tail_first, tail_stop;  // tokens of the last document (the first one from right to left)
+  double decay_over_chunk;
+  bool weighted, cut;  // whether a state_to_token is not 1; whether a document starts in the chunk
+  alignas(64) float state_to_token[C], token_to_state[C];
+  alignas(64) int32_t seen_first[C], seen_stop[C];  // each token's keys of the same document
 };
 
-// Neighbouring heads of one row of the batch, what one thread does on its own, and its buffers.
+// Consecutive heads of one row of the batch, the work of one thread, and its buffers.
 class Heads {
  public:
   Heads(const Call& x, int64_t most)
@@ -210,21 +211,21 @@ class Heads {
     memory.reset(new Line[(C * (2 * Kw + 2 * Vw + 2 * wide + C) + (1 + 3 * most) * size) / 16]);
     float* next = memory[0].x;
     auto take = [&](int64_t n) { return std::exchange(next, next + n); };
-    keys_k = take(C * Kw), keys_v = take(C * Vw), turned_k = take(C * Kw), turned_v = take(C * Vw);
-    spare = take(C * wide), out = take(C * wide), pairs = take(C * C), turned_state = take(size);
+    keys_k = take(C * Kw), keys_v = take(C * Vw), transposed_k = take(C * Kw), transposed_v = take(C * Vw);
+    spare = take(C * wide), out = take(C * wide), scores = take(C * C), transposed_state = take(size);
     for (Head& head : heads) head.state = take(size), head.total = (double*)take(2 * size);
   }
 
   void forward(int64_t row, int64_t first, int64_t stop) {
-    enter(row, first, stop, false, x.past, false);
+    enter(row, first, stop, false, x.initial, false);
     ahead = x.y ? Ahead{{&x.k, &x.v, &x.q, &x.y}, 4, 3} : Ahead{{&x.k, &x.v}, 2, 2};
-    walk(false, [&](const Block& at) {
+    for_chunks(false, [&](const Chunk& at) {
       pack(x.k, at, keys_k, Kw), pack_v(at, keys_v);
       if (x.y) {
         pack(x.q, at, spare, Kw, x.scale);
-        turn(spare, Kw, at, turned_k);
-        pair(at, keys_k, Kw, turned_k, x.K, false);
-        read(at, turned_k, x.K, head->state, keys_v, Vw, false);
+        transpose_chunk(spare, Kw, at, transposed_k);
+        score(at, keys_k, Kw, transposed_k, x.K, false);
+        read(at, transposed_k, x.K, head->state, keys_v, Vw, false);
         if (ones) divide(at);
         unpack(x.y, at, Vw);
       }
@@ -233,37 +234,37 @@ class Heads {
     leave();
   }
 
-  // dq; the states are turned, [V, K].
-  void rightward(int64_t row, int64_t first, int64_t stop) {
-    enter(row, first, stop, false, x.past, true);
+  // dq; the states are transposed, [V, K].
+  void left_to_right(int64_t row, int64_t first, int64_t stop) {
+    enter(row, first, stop, false, x.initial, true);
     ahead = ones ? Ahead{{&x.k, &x.v, &x.g, &x.y, &x.dq}, 5, 4} : Ahead{{&x.k, &x.v, &x.g, &x.dq}, 4, 3};
-    walk(false, [&](const Block& at) {
+    for_chunks(false, [&](const Chunk& at) {
       pack(x.k, at, keys_k, Kw), pack_v(at, keys_v), pack_g(at, spare);
-      turn(spare, Vw, at, turned_v);
-      pair(at, keys_v, Vw, turned_v, Vs, false);
-      read(at, turned_v, Vs, head->state, keys_k, Kw, false);
+      transpose_chunk(spare, Vw, at, transposed_v);
+      score(at, keys_v, Vw, transposed_v, Vs, false);
+      read(at, transposed_v, Vs, head->state, keys_k, Kw, false);
       unpack(x.dq, at, Kw);
       update(at, keys_v, Vw, keys_k, Kw);
     });
   }
 
-  // dk and dv (unless null), and the gradient of what entered.
-  void leftward(int64_t row, int64_t first, int64_t stop) {
-    enter(row, first, stop, true, x.future, false);
+  // dk and dv (unless null), and the gradient of the initial state.
+  void right_to_left(int64_t row, int64_t first, int64_t stop) {
+    enter(row, first, stop, true, x.final_grad, false);
     ahead = x.dk ? Ahead{{&x.q, &x.g, &x.k, &x.v, &x.dk, &x.dv}, 6, 4} : Ahead{{&x.q, &x.g}, 2, 2};
-    walk(true, [&](const Block& at) {
+    for_chunks(true, [&](const Chunk& at) {
       pack(x.q, at, keys_k, Kw), pack_g(at, keys_v);
       if (x.dk) {
         pack(x.k, at, spare, Kw);
-        turn(spare, Kw, at, turned_k);
-        pair(at, keys_k, Kw, turned_k, x.K, true);
-        read(at, turned_k, x.K, head->state, keys_v, Vw, true);
+        transpose_chunk(spare, Kw, at, transposed_k);
+        score(at, keys_k, Kw, transposed_k, x.K, true);
+        read(at, transposed_k, x.K, head->state, keys_v, Vw, true);
         unpack(x.dv, at, Vw);
         pack_v(at, spare);
-        turn(spare, Vw, at, turned_v);
-        transpose(head->state, Vw, Kw, Vw, turned_state, Kw);
-        pair(at, keys_v, Vw, turned_v, Vs, true);
-        read(at, turned_v, Vs, turned_state, keys_k, Kw, true);
+        transpose_chunk(spare, Vw, at, transposed_v);
+        transpose(head->state, Vw, Kw, Vw, transposed_state, Kw);
+        score(at, keys_v, Vw, transposed_v, Vs, true);
+        read(at, transposed_v, Vs, transposed_state, keys_k, Kw, true);
         unpack(x.dk, at, Kw);
       }
       update(at, keys_k, Kw, keys_v, Vw);
@@ -276,14 +277,14 @@ class Heads {
     float x[16];
   };
   struct Head {
-    float* state;         // what enters the block, [K, V]
+    float* state;         // before the chunk, [K, V]
     double* total;        // likewise
-    bool decays;          // whether it is not 1
+    bool decays;          // whether the decay is not 1
     double powers[C + 1];
-    float reach[2 * C];   // of key j for reader i, at C + i - j
+    float pair_decay[2 * C];  // decay between key j and query i, at C + i - j
   };
 
-  void enter(int64_t row, int64_t first, int64_t stop, bool to_left, const float* from, bool turned) {
+  void enter(int64_t row, int64_t first, int64_t stop, bool to_left, const float* from, bool transposed) {
     b = row, first_head = first, stop_head = stop;
     for (h = first; h < stop; ++h) {
       head = &heads[h - first];
@@ -292,29 +293,29 @@ class Heads {
       head->powers[0] = 1;
       for (int d = 1; d <= C; ++d) head->powers[d] = head->powers[d - 1] * decay;
       for (int d = 1 - C; d < C; ++d)
-        head->reach[C + d] = (to_left ? d > 0 : d < 0) ? 0 : float(head->powers[std::abs(d)]);
+        head->pair_decay[C + d] = (to_left ? d > 0 : d < 0) ? 0 : float(head->powers[std::abs(d)]);
       std::memset(head->state, 0, sizeof(float) * Kw * Vw);
       if (from) {
         const float* p = from + (b * x.H + h) * x.K * Vs;
         for (int64_t k = 0; k < x.K; ++k, p += Vs)
-          if (turned)
+          if (transposed)
             for (int64_t v = 0; v < Vs; ++v) head->state[v * Kw + k] = p[v];
           else
             std::memcpy(head->state + k * Vw, p, sizeof(float) * Vs);
       }
-      absorb(0);
+      add_before(0);
     }
   }
   void leave() const {
-    if (!x.end) return;
+    if (!x.final) return;
     for (int64_t n = first_head; n < stop_head; ++n)
       for (int64_t k = 0; k < x.K; ++k)
-        std::memcpy(x.end + ((b * x.H + n) * x.K + k) * Vs, heads[n - first_head].state + k * Vw, sizeof(float) * Vs);
+        std::memcpy(x.final + ((b * x.H + n) * x.K + k) * Vs, heads[n - first_head].state + k * Vw, sizeof(float) * Vs);
   }
 
-  // Every head of a block, which lie side by side, before the next block.
+  // All heads of a chunk, which are adjacent in memory, before the next chunk.
   template <class Work>
-  void walk(bool to_left, Work work) {
+  void for_chunks(bool to_left, Work work) {
     const int64_t step = to_left ? -C : C;
     for (int64_t first = to_left ? (x.L + C - 1) / C * C - C : 0; 0 <= first && first < x.L; first += step)
       for (h = first_head; h < stop_head; ++h) {
@@ -323,45 +324,45 @@ class Heads {
         ahead.b = b, ahead.h = same ? h + 1 : first_head;
         ahead.next = std::max<int64_t>(0, same ? first : first + step);
         ahead.stop = same || first + step >= 0 ? std::min(x.L, ahead.next + C) : 0;
-        work(block(first, to_left));
+        work(chunk(first, to_left));
       }
   }
 
-  Block block(int64_t first, bool to_left) const {
+  Chunk chunk(int64_t first, bool to_left) const {
     const double* powers = head->powers;
-    Block at;
+    Chunk at;
     const int64_t count = at.count = std::min<int64_t>(C, x.L - first);
-    const uint8_t* begins = x.begins ? x.begins + b * x.L + first : nullptr;
-    at.first = first, at.write_first = 0, at.write_stop = count;
-    bool& cut = at.cut = to_left && begins && first + count < x.L && begins[count];
+    const uint8_t* document_starts = x.document_starts ? x.document_starts + b * x.L + first : nullptr;
+    at.first = first, at.tail_first = 0, at.tail_stop = count;
+    bool& cut = at.cut = to_left && document_starts && first + count < x.L && document_starts[count];
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i = to_left ? count - 1 - n : n;
-      if (!to_left && begins && begins[i]) cut = true, at.write_first = i;
-      at.see_first[i] = int32_t(at.write_first), at.see_stop[i] = int32_t(at.write_stop);
-      at.reads[i] = cut ? 0 : float(powers[to_left ? count - 1 - i : i + 1]);
-      at.writes[i] = float(powers[to_left ? i + 1 : count - 1 - i]);
-      if (to_left && begins && begins[i]) cut = true, at.write_stop = i;
+      if (!to_left && document_starts && document_starts[i]) cut = true, at.tail_first = i;
+      at.seen_first[i] = int32_t(at.tail_first), at.seen_stop[i] = int32_t(at.tail_stop);
+      at.state_to_token[i] = cut ? 0 : float(powers[to_left ? count - 1 - i : i + 1]);
+      at.token_to_state[i] = float(powers[to_left ? i + 1 : count - 1 - i]);
+      if (to_left && document_starts && document_starts[i]) cut = true, at.tail_stop = i;
     }
-    for (int64_t i = count; i < C; ++i) at.see_first[i] = at.see_stop[i] = 0, at.reads[i] = 0;
+    for (int64_t i = count; i < C; ++i) at.seen_first[i] = at.seen_stop[i] = 0, at.state_to_token[i] = 0;
     at.weighted = cut || head->decays;
-    at.through = cut ? 0 : powers[count];
+    at.decay_over_chunk = cut ? 0 : powers[count];
     return at;
   }
 
-  void pack(const Rows& from, const Block& at, float* to, int64_t ld, float factor = 1) const {
+  void pack(const Rows& from, const Chunk& at, float* to, int64_t ld, float factor = 1) const {
     from.of(b, h).pack(at.first, at.count, factor, to, ld);
   }
-  void unpack(const Rows& to, const Block& at, int64_t ld) const { to.of(b, h).unpack(at.first, at.count, out, ld); }
-  void turn(const float* from, int64_t ld, const Block& at, float* to) const {
+  void unpack(const Rows& to, const Chunk& at, int64_t ld) const { to.of(b, h).unpack(at.first, at.count, out, ld); }
+  void transpose_chunk(const float* from, int64_t ld, const Chunk& at, float* to) const {
     transpose(from, ld, up(at.count, W), ld, to, C);
   }
-  void pack_v(const Block& at, float* to) const {
+  void pack_v(const Chunk& at, float* to) const {
     pack(x.v, at, to, Vw);
     if (ones)
       for (int64_t i = 0; i < at.count; ++i) to[i * Vw + x.V] = 1;
   }
   // The gradient of q S.
-  void pack_g(const Block& at, float* to) {
+  void pack_g(const Chunk& at, float* to) {
     pack(x.g, at, to, Vw, ones ? 1 : x.scale);
     if (!ones) return;
     pack(x.y, at, out, Vw);
@@ -378,81 +379,81 @@ class Heads {
       to[i * Vw + x.V] = divisor >= x.eps ? -sum : 0;
     }
   }
-  void divide(const Block& at) {
+  void divide(const Chunk& at) {
     for (int64_t i = 0; i < at.count; ++i) {
       const float divisor = x.divisor[(b * x.L + at.first + i) * x.H + h] = out[i * Vw + x.V];
       for (int64_t c = 0; c < Vw; c += W) store(out + i * Vw + c, load(out + i * Vw + c) / std::max(divisor, x.eps));
     }
   }
 
-  // pairs[j, i] = reach_ij (k_j . r_i), readers being turned.
-  void pair(const Block& at, const float* keys, int64_t ld, const float* readers, int64_t width, bool to_left) {
+  // scores[j, i] = pair_decay_ij (k_j . r_i), with transposed queries.
+  void score(const Chunk& at, const float* keys, int64_t ld, const float* queries, int64_t width, bool to_left) {
     const int64_t vectors = up(at.count, W) / W;
     for (int64_t j = 0; j < at.count; j += R) {
       const int64_t first = to_left ? 0 : j / W, stop = to_left ? std::min(vectors, up(j + R, W) / W) : vectors;
       tiles(stop - first, [&](int64_t tile, auto n) {
         Tile<n> product;
         const int64_t i = (first + tile) * W;
-        ahead.some();
-        product.add(keys + j * ld, ld, 1, readers + i, C, width);
-        product.each([&](vec& sum, int r, int m) { sum *= load(head->reach + C + i + m * W - j - r); });
+        ahead.prefetch_some();
+        product.add(keys + j * ld, ld, 1, queries + i, C, width);
+        product.each([&](vec& sum, int r, int m) { sum *= load(head->pair_decay + C + i + m * W - j - r); });
         if (at.cut)
           product.each([&](vec& sum, int r, int m) {
             ivec from, to;
-            std::memcpy(&from, at.see_first + i + m * W, sizeof from);
-            std::memcpy(&to, at.see_stop + i + m * W, sizeof to);
+            std::memcpy(&from, at.seen_first + i + m * W, sizeof from);
+            std::memcpy(&to, at.seen_stop + i + m * W, sizeof to);
             sum = (from <= int32_t(j + r)) & (int32_t(j + r) < to) ? sum : vec{};
           });
-        product.each([&](vec& sum, int r, int m) { store(pairs + (j + r) * C + i + m * W, sum); });
+        product.each([&](vec& sum, int r, int m) { store(scores + (j + r) * C + i + m * W, sum); });
       });
     }
   }
 
-  // out_i = reads_i r_i S + sum_j pairs_ji v_j.
-  void read(const Block& at, const float* readers, int64_t width, const float* seen, const float* values, int64_t ld,
+  // out_i = state_to_token_i r_i S + sum_j scores_ji v_j.
+  void read(const Chunk& at, const float* queries, int64_t width, const float* seen, const float* values, int64_t ld,
             bool to_left) {
     tiles(ld / W, [&](int64_t tile, auto n) {
       const int64_t c = tile * W;
       for (int64_t i = 0; i < at.count; i += R) {
         Tile<n> product;
         const int64_t first = to_left ? i : 0, stop = to_left ? at.count : std::min(at.count, i + R);
-        ahead.some();
-        product.add(readers + i, 1, C, seen + c, ld, width);
-        if (at.weighted) product.each([&](vec& sum, int r, int) { sum *= at.reads[i + r]; });
-        product.add(pairs + first * C + i, 1, C, values + first * ld + c, ld, stop - first);
+        ahead.prefetch_some();
+        product.add(queries + i, 1, C, seen + c, ld, width);
+        if (at.weighted) product.each([&](vec& sum, int r, int) { sum *= at.state_to_token[i + r]; });
+        product.add(scores + first * C + i, 1, C, values + first * ld + c, ld, stop - first);
         product.each([&](vec& sum, int r, int m) { store(out + (i + r) * ld + c + m * W, sum); });
       }
     });
   }
 
-  // S <- through S + sum_j writes_j k_j^T v_j.
-  void update(const Block& at, const float* keys, int64_t key_ld, const float* values, int64_t ld) {
+  // S <- decay_over_chunk S + sum_j token_to_state_j k_j^T v_j.
+  void update(const Chunk& at, const float* keys, int64_t key_ld, const float* values, int64_t ld) {
     if (head->decays) {
-      for (int64_t j = at.write_first; j < at.write_stop; ++j)
+      for (int64_t j = at.tail_first; j < at.tail_stop; ++j)
         for (int64_t c = 0; c < key_ld; c += W)
-          store(spare + j * key_ld + c, load(keys + j * key_ld + c) * at.writes[j]);
+          store(spare + j * key_ld + c, load(keys + j * key_ld + c) * at.token_to_state[j]);
       keys = spare;
     }
-    keys += at.write_first * key_ld, values += at.write_first * ld;
+    keys += at.tail_first * key_ld, values += at.tail_first * ld;
     tiles(ld / W, [&](int64_t tile, auto n) {
       const int64_t c = tile * W;
       for (int64_t k = 0; k < key_ld; k += R) {
         Tile<n> product;
-        ahead.some();
-        product.add(keys + k, 1, key_ld, values + c, ld, at.write_stop - at.write_first);
+        ahead.prefetch_some();
+        product.add(keys + k, 1, key_ld, values + c, ld, at.tail_stop - at.tail_first);
         product.each([&](vec& sum, int r, int m) { store(head->state + (k + r) * ld + c + m * W, sum); });
       }
     });
-    absorb(at.through);
+    add_before(at.decay_over_chunk);
   }
-  // The state holds a block's sums: adds what came before.
-  void absorb(double through) {
+  // The state holds the chunk's sums: adds the decayed state before the chunk.
+  void add_before(double decay_over_chunk) {
     for (int64_t n = 0; n < Kw * Vw; n += W / 2) {
       half_vec sum;
       half_dvec all{};
       std::memcpy(&sum, head->state + n, sizeof sum);
-      if (through) std::memcpy(&all, head->total + n, sizeof all);
-      all = all * through + __builtin_convertvector(sum, half_dvec);
+      if (decay_over_chunk) std::memcpy(&all, head->total + n, sizeof all);
+      all = all * decay_over_chunk + __builtin_convertvector(sum, half_dvec);
       sum = __builtin_convertvector(all, half_vec);
       std::memcpy(head->total + n, &all, sizeof all);
       std::memcpy(head->state + n, &sum, sizeof sum);
@@ -463,21 +464,22 @@ class Heads {
   const bool ones;
   const int64_t Vs, Kw, Vw;  // V with the column of ones; widths in whole vectors
   std::unique_ptr<Line[]> memory;
-  float *keys_k, *keys_v;      // [C, K] and [C, V]
-  float *turned_k, *turned_v;  // [K, C] and [V, C]
-  float *spare, *out;          // [C, K or V]
-  float* pairs;                // [C, C], keys by readers
-  float* turned_state;         // [V, K]
+  float *keys_k, *keys_v;              // [C, K] and [C, V]
+  float *transposed_k, *transposed_v;  // [K, C] and [V, C]
+  float *spare, *out;                  // [C, K or V]
+  float* scores;                       // [C, C], keys by queries
+  float* transposed_state;             // [V, K]
   std::vector<Head> heads;
-  Head* head;  // the one that is worked on
+  Head* head;  // the current one
   int64_t b, h, first_head, stop_head;
   Ahead ahead;
 };
 
 }  // namespace
 
-// shape: B, L, H, K, V. data: q k v g y dq dk dv begins past future end divisor decays, null where not wanted; strides:
-// of the first eight, over rows, tokens and heads, in bytes; half: which of them are bf16.
+// shape: B, L, H, K, V. data: q k v g y dq dk dv document_starts initial final_grad final divisor decays, null where not
+// used; strides: of the first eight, over rows, tokens and heads, in bytes; half: which of them are bf16. Backward, final
+// receives the gradient of the initial state.
 extern "C" void linear_attention(int gradients, int normalize, const int64_t* shape, void* const* data,
                                  const int64_t* strides, const uint8_t* half, float scale, float eps) {
   auto rows = [&](int n, int64_t width) {
@@ -498,8 +500,8 @@ extern "C" void linear_attention(int gradients, int normalize, const int64_t* sh
     for (int64_t n = 0; n < B * tasks; ++n) {
       const int64_t b = n / tasks, first = n % tasks * most, stop = std::min(H, first + most);
       if (!gradients) heads.forward(b, first, stop);
-      if (gradients && x.dq) heads.rightward(b, first, stop);
-      if (gradients && (x.dk || x.end)) heads.leftward(b, first, stop);
+      if (gradients && x.dq) heads.left_to_right(b, first, stop);
+      if (gradients && (x.dk || x.final)) heads.right_to_left(b, first, stop);
     }
   }
 }

@@ -1,6 +1,6 @@
-"""Linear attention in C++ for CPUs (`cpu.cpp`): a head's tokens are read once in each direction, where they lie.
+"""Linear attention in C++ for CPUs (`cpu.cpp`): each pass reads a head's tokens once in each direction, without copies.
 
-Nothing is saved for backward that `Chunked` does not save: the states are made again.
+Saved for the backward pass is what `Chunked` saves; states are recomputed.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
 from ..backends import is_traced
-from ..scan import FusedForward
+from ..state import FusedForward
 from .chunked import Chunked
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_STATE = 1 << 16  # elements, of 16 bytes: larger states leave a processor's cache
+MAX_STATE = 1 << 16  # elements of a state, 16 bytes each: larger states do not fit a processor's cache
 
 
 def unsupported_reason(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, width: int, values: int) -> str:
@@ -31,80 +32,92 @@ def unsupported_reason(device: str, q_dtype: torch.dtype, v_dtype: torch.dtype, 
 
 @dataclass(frozen=True)
 class Native(Chunked):
-    """`Chunked` with its causal passes in C++, for fp32 and bf16; states and sums are fp32, blocks add up in fp64.
+    """`Chunked` with its causal passes in C++, for fp32 and bf16; states and sums are fp32, chunks are summed in fp64.
 
-    Not causal, a document is one product ``K^T V``, which `Chunked` leaves to the matrix product of PyTorch.
+    Non-causal passes are those of `Chunked`: a document is one matrix product ``K^T V``.
     """
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._serves(inputs):
+        if not self._is_supported(inputs):
             return super().local_transition(inputs, segments)
-        state = self._state(inputs)
-        self._call(inputs, segments, end=state)
-        return self.decay_over(inputs[0].shape[1], state), state
+        final = self._state(inputs)
+        if not is_traced(final):
+            native.load(SOURCE).linear_attention(*self._arguments(inputs, segments, final=final))
+        return self.decay_over(inputs[0].shape[1], final), final
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not self._serves(inputs):
-            return super().apply_state(inputs, segments, past)
-        return self._forward(inputs, segments, past, None)
+        if not self._is_supported(inputs):
+            return super().apply_state(inputs, segments, initial)
+        y, saved = self._empty_outputs(inputs)
+        if not is_traced(y):
+            arguments = self._arguments(inputs, segments, y=y, saved=saved, initial=initial)
+            native.load(SOURCE).linear_attention(*arguments)
+        return y, saved
 
-    def fused_forward(self, inputs: tuple[Tensor, ...], segments: Tensor | None, start: Tensor | None) -> FusedForward:
-        if not self._serves(inputs):
-            return super().fused_forward(inputs, segments, start)
-        end = self._state(inputs)
-        past = torch.zeros_like(end) if start is None else start.to(end.dtype)
-        y, saved = self._forward(inputs, segments, past, end)
-        decay = self.decay_over(inputs[0].shape[1], end)
-        return FusedForward(past, y, saved, decay, end)
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
+        if not self._is_supported(inputs):
+            return super().fused_forward(inputs, segments, initial)
+        final, (y, saved) = self._state(inputs), self._empty_outputs(inputs)
+        initial = torch.zeros_like(final) if initial is None else initial.to(final.dtype)
+        if not is_traced(y):
+            arguments = self._arguments(inputs, segments, y=y, saved=saved, initial=initial, final=final)
+            native.load(SOURCE).linear_attention(*arguments)
+        return FusedForward(initial, y, saved, self.decay_over(inputs[0].shape[1], final), final)
 
     def incoming_state_grad(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
+        initial: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
-        if not self._serves(inputs):
-            return super().incoming_state_grad(inputs, segments, past, saved, grad)
-        to_past = self._state(inputs)
-        self._call(inputs, segments, grad=grad, saved=saved, end=to_past)
-        return to_past
+        if not self._is_supported(inputs):
+            return super().incoming_state_grad(inputs, segments, initial, saved, grad)
+        initial_grad = self._state(inputs)
+        if not is_traced(grad):
+            arguments = self._arguments(inputs, segments, grad=grad, saved=saved, final=initial_grad)
+            native.load(SOURCE).linear_attention(*arguments)
+        return initial_grad
 
     def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
+        initial: Tensor,
+        final_grad: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        if not self._serves(inputs):
-            return super().input_grads(inputs, segments, past, future, saved, grad)
+        if not self._is_supported(inputs):
+            return super().input_grads(inputs, segments, initial, final_grad, saved, grad)
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        self._call(inputs, segments, grad=grad, saved=saved, grads=grads, past=past, future=future)
+        if not is_traced(grad):
+            arguments = self._arguments(
+                inputs, segments, grad=grad, saved=saved, grads=grads, initial=initial, final_grad=final_grad
+            )
+            native.load(SOURCE).linear_attention(*arguments)
         return grads
 
-    def _serves(self, inputs: tuple[Tensor, ...]) -> bool:
+    def _is_supported(self, inputs: tuple[Tensor, ...]) -> bool:
         return self.causal and all(x.dtype in DTYPES for x in inputs)
 
     def _state(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A state, uninitialized: fp32 ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize``."""
         q, _, v = inputs
         batch, _, heads, width = q.shape
         return q.new_empty(batch, heads, width, v.shape[-1] + self.normalize, dtype=torch.float32)
 
-    def _forward(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor, end: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _empty_outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Uninitialized: y, and what is saved, with ``normalize`` y and the fp32 divisors ``[B, L, H, 1]``."""
         y = torch.empty_like(inputs[2], memory_format=torch.contiguous_format)
-        saved = (y, past.new_empty(*y.shape[:-1], 1)) if self.normalize else ()
-        self._call(inputs, segments, y=y, saved=saved, past=past, end=end)
-        return y, saved
+        return y, (y, y.new_empty(*y.shape[:-1], 1, dtype=torch.float32)) if self.normalize else ()
 
-    def _call(
+    def _arguments(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
@@ -113,27 +126,29 @@ class Native(Chunked):
         grad: Tensor | None = None,
         saved: tuple[Tensor, ...] = (),
         grads: tuple[Tensor | None, ...] = (None, None, None),
-        past: Tensor | None = None,
-        future: Tensor | None = None,
-        end: Tensor | None = None,
-    ) -> None:
-        """Run `cpu.cpp`, backward if there is a ``grad``; outputs are None where they are not wanted."""
-        if is_traced(inputs[0]):
-            return
+        initial: Tensor | None = None,
+        final_grad: Tensor | None = None,
+        final: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """The arguments of `linear_attention` in `cpu.cpp`: forward, or backward given ``grad [B, L, H, V]``.
+
+        Outputs that are None are not computed. Backward, ``final`` receives the gradient of the initial state.
+        """
         q, _, v = inputs
-        state = (*q.shape[:1], *q.shape[2:], v.shape[-1] + self.normalize)
         y, divisor = saved or (y, None)
-        ends = [x if x is None else x.contiguous() for x in (past, future)]
-        assert all(x is None or (x.shape == state and x.dtype == torch.float32) for x in (*ends, end))
-        tokens = native.rows(*inputs, grad, y, *grads)
-        begins = native.begins(segments)
+        initial, final_grad = (None if x is None else x.contiguous() for x in (initial, final_grad))
+        state_shape = (*q.shape[:1], *q.shape[2:], v.shape[-1] + self.normalize)
+        for state in (initial, final_grad, final):
+            assert state is None or (state.shape == state_shape and state.dtype == torch.float32)
+        tokens = native.last_dim_contiguous(*inputs, grad, y, *grads)
+        starts = native.document_starts(segments)
         decays = None if self.decay is None else torch.tensor(self.decay, dtype=torch.float64)
         steps = [step * (x.itemsize if x is not None else 0) for x in tokens for step in native.strides(x, dims=3)]
-        native.load(SOURCE).linear_attention(
+        return (
             grad is not None,
             self.normalize,
             native.integers(*q.shape, v.shape[-1]),
-            native.pointers(*tokens, begins, *ends, end, divisor, decays),
+            native.Pointers(*tokens, starts, initial, final_grad, final, divisor, decays),
             native.integers(*steps),
             (ctypes.c_uint8 * 8)(*(x is not None and x.dtype == torch.bfloat16 for x in tokens)),
             ctypes.c_float(self.scale),

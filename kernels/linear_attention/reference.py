@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scan import Carry, StatefulOp, transition
+from ..state import Carry, StatefulOp, local_map
 from .settings import Settings, state_dtype
 
 
@@ -26,7 +26,7 @@ class Reference(Settings, StatefulOp):
         return self.decay_over(length, right), torch.stack([right, left])
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         dtype = state_dtype(*inputs)
         q, k, v = (x.to(dtype) for x in inputs)
@@ -39,7 +39,7 @@ class Reference(Settings, StatefulOp):
         if segments is not None:
             weight = weight * (segments[:, :, None] == segments[:, None, :]).unsqueeze(1)
         y = torch.einsum("bihk,bjhk,bhij,bjhv->bihv", q, k, weight, self.values(v))
-        from_left, from_right = (past, None) if self.causal else past.unbind()
+        from_left, from_right = (initial, None) if self.causal else initial.unbind()
         since = self._power(position + 1, dtype)
         y = y + torch.einsum("bihk,hi,bhkv->bihv", _only(q, segments, 0), since, from_left)
         if from_right is not None:
@@ -85,23 +85,24 @@ def reference_linear_attention(
         decay: one number in (0, 1] for each head, or None for 1.
         causal: whether token i sees tokens j <= i only.
         normalize: divide by the sum of the weights, or ``eps`` where it is less.
-        carry: state ``[B, H, K, V]`` (``V + 1`` with ``normalize``) of what came before, or None.
+        carry: state ``[B, H, K, V]`` (``V + 1`` with ``normalize``) before the sequence, or None.
         segments: ``[B, L]`` document ids, or None for one document.
         scale: multiplies q.
         eps: the least divisor.
 
     Returns:
-        ``[B, L, H, V]`` in the dtype of v, and the carry behind the sequence.
+        ``[B, L, H, V]`` in the dtype of v, and the carry after the sequence.
     """
     op = Reference(causal, decay, normalize, eps, scale)
-    factor, state = transition(op, (q, k, v), segments)
+    map_ = local_map(op, (q, k, v), segments)
+    factor, state = map_.transition.tensor, map_.state
     own = state if causal else state[0]
-    past, last = torch.zeros_like(own), None
+    initial, last = torch.zeros_like(own), None
     if carry is not None:
-        past, last = carry.state.to(own.dtype), carry.segment
+        initial, last = carry.state.to(own.dtype), carry.segment
     if segments is not None and q.shape[1]:
         if last is not None:
-            past = past * (segments[:, 0] == last)[:, None, None, None]
+            initial = initial * (segments[:, 0] == last)[:, None, None, None]
         last = segments[:, -1]
-    y, _ = op.apply_state((q, k, v), segments, past if causal else torch.stack([past, torch.zeros_like(past)]))
-    return y, Carry(factor * past + own, last)
+    y, _ = op.apply_state((q, k, v), segments, initial if causal else torch.stack([initial, torch.zeros_like(initial)]))
+    return y, Carry(factor * initial + own, last)

@@ -1,4 +1,4 @@
-"""What every implementation of linear attention is told, and what follows from it."""
+"""The settings of linear attention, shared by its implementations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    """The operator's settings, the same on every piece of a sequence.
+    """The operator's settings, the same for every shard of a sequence.
 
     Attributes:
         causal: whether token i sees tokens j <= i only.
-        decay: one number in (0, 1] for each head; None for 1.
+        decay: one number in (0, 1] per head; None for 1.
         normalize: divide by the sum of the weights.
         eps: the least divisor.
         scale: multiplies q.
@@ -46,7 +46,7 @@ class Settings:
         return torch.tensor(self.decay, dtype=torch.float64).to(device, non_blocking=True)
 
     def decay_over(self, num_tokens: int, like: Tensor) -> Tensor:
-        """``A`` of a piece of ``num_tokens`` tokens: ``[1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
+        """``A`` of ``num_tokens`` tokens: ``[1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
         decays = self.decays(like.device)
         if decays is None:
             return like.new_ones(1, 1, 1, 1)
@@ -58,5 +58,5 @@ class Settings:
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
-    """What states are held and sums are taken in: fp64 for fp64 inputs, else fp32."""
+    """The dtype of states and sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -1,41 +1,18 @@
-"""Long convolution: a kernel per channel that may be as long as the sequence, given tap by tap or by its modes."""
+"""Long convolution: a kernel per channel that may be as long as the sequence, given tap by tap."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .. import gpu
-from ..backends import Backends, Option
 from ..conv_carry import check_tokens
-from ..modal_conv.chunked import ModalConv, modal_kernel
-from ..scan import Carry
-from . import chunked
-from . import cpu as fft
-from .chunked import LongConv
-from .reference import reference_long_conv, reference_modal_conv
+from ..state import Carry
+from . import compiled
+from .backends import BACKENDS
+from .reference import reference_long_conv
 
-__all__ = ["ModalConv", "long_conv", "modal_kernel", "reference_long_conv", "reference_modal_conv"]
-
-
-def _triton() -> LongConv:
-    from . import triton
-
-    return LongConv(triton.forward, triton.backward)
-
-
-BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
-    "long_conv",
-    {
-        "cpu": Option(lambda: LongConv(fft.forward, fft.backward), fft.unsupported_reason),
-        "triton": Option(_triton, gpu.unsupported_reason),
-        "chunked": Option(lambda: LongConv(chunked.forward, chunked.backward)),
-        "reference": Option(lambda: reference_long_conv),
-    },
-)
+__all__ = ["long_conv", "reference_long_conv"]
 
 
 def long_conv(
@@ -78,9 +55,7 @@ def long_conv(
     if skip is not None and skip.shape != kernel.shape[:1]:
         raise InputError("long_conv: skip", list(skip.shape), f"[D] with D = {x.shape[2]}")
     if torch.compiler.is_compiling() and backend != "reference":
-        from ..library import long_conv_by  # which eager code can do without
-
-        convolution = long_conv_by(backend)
+        convolution = compiled.traced(backend)
     else:
         convolution = BACKENDS.choose(backend, x.device, x.dtype, kernel.dtype)
     return convolution(x, kernel, skip, causal=causal, carry=carry, segments=segments)

@@ -1,7 +1,7 @@
-"""Portable PyTorch: FFTs over whole documents, a slice of the channels at a time.
+"""Long convolution in portable PyTorch: FFTs over whole documents, a slice of the channels at a time.
 
-L tokens behind their past are convolved circularly with n >= L + K - 1 points: what wraps around falls on places
-that nobody reads. The adjoint is two correlations of the same size. Documents of similar length share a batch.
+T tokens of past and L new tokens are convolved circularly with n >= L + K - 1 points: what wraps around falls on
+outputs that are not used. The adjoint is two correlations of the same size. Documents of similar length share a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conv_carry import read_carry, write_carry
-from ..scan import NO_TOKENS, Carry
+from ..state import NO_TOKENS, Carry
 
 # Up to this many tokens, as in decoding, the sum of L K products is cheaper than FFTs of L + K - 1 points.
 DIRECT_LEN = 16
@@ -25,18 +25,19 @@ DIRECT_LEN = 16
 
 @dataclass(frozen=True)
 class LongConv:
-    """An implementation: FFTs of one piece.
+    """An implementation of the long convolution of one shard.
 
     Attributes:
         forward: ``(x, kernel, skip, past, ids, centre) -> y``, as `forward`.
-        backward: ``(grad, *the same)`` to the gradients of x, kernel, skip (or None) and past, as `backward`.
+        backward: ``(grad, x, kernel, skip, past, ids, centre)`` to the gradients of x, kernel, skip (or None) and past,
+            as `backward`.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]]
 
     def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, Carry]:
-        """The arguments and results of `reference_long_conv`, in fp32 or better; saves nothing but its inputs."""
+        """Arguments and results as of `reference_long_conv`, computed in fp32 or better. Saves only its inputs."""
         return run(partial(_LongConv.apply, self), *arguments, **options)
 
 
@@ -50,19 +51,19 @@ def run(
     carry: Carry | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Carry]:
-    """`reference_long_conv` by ``convolve``, which has the arguments of `forward`, or tap by tap for few tokens."""
+    """Arguments and results as of `reference_long_conv`, by ``convolve`` (see `forward`), or `_direct`."""
     num_taps = kernel.shape[1]
     past = read_carry(x, carry, segments, num_taps - 1)
     ids = None
     if segments is not None:
         ids = segments if past.ids is None else torch.cat([past.ids, segments], dim=1)
-    by = _direct if x.shape[1] <= DIRECT_LEN else convolve
-    y = by(x, kernel, skip, past.tokens, ids, 0 if causal else num_taps // 2)
+    compute = _direct if x.shape[1] <= DIRECT_LEN else convolve
+    y = compute(x, kernel, skip, past.tokens, ids, 0 if causal else num_taps // 2)
     return y, write_carry(x, segments, past, num_taps - 1)
 
 
 def _reaching(num_taps: int, centre: int, length: int, num_past: int) -> slice:
-    """The taps through which any of ``length`` tokens sees another one, or one of ``num_past`` before them."""
+    """The taps that reach from one of ``length`` tokens to another one, or to one of the ``num_past`` before them."""
     return slice(max(0, centre - length + 1), min(num_taps, centre + length + num_past))
 
 
@@ -80,7 +81,7 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
     tokens = F.pad(torch.cat([past.to(taps.dtype), x.to(taps.dtype)], dim=1), (0, 0, before, centre))
     if ids is not None:
         ids = F.pad(ids, (before, centre), value=NO_TOKENS)
-    own = before + num_past  # the first of x
+    own = before + num_past  # position of the first token of x
     rows = [x[:, :0] * taps[0]]  # so that the result depends on the taps even where x is empty
     for i in range(own, own + length):
         seen = slice(i + centre - num_taps + 1, i + centre + 1)
@@ -96,16 +97,16 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens that are convolved alike: whole sequences, or documents of similar length.
+    """Rows of tokens that share an FFT size: rows of the batch, or documents of similar length.
 
     Attributes:
         size: points of the FFT.
         taps: which taps of the kernel reach a token of a row.
         centre: the tap among them that multiplies the current token.
-        num_past: T, the tokens before each sequence of the piece.
-        starts: ``[R]`` int64 the documents' first tokens, counted through ``[B * (T + L)]``; None where a row is a
-            sequence of T + L tokens.
-        lengths: ``[R]`` int64 their numbers of tokens.
+        num_past: T, the tokens before x in each row of the batch.
+        starts: ``[R]`` int64, the documents' first tokens as indices of the flattened ``[B * (T + L)]``; None where a
+            row is one of the batch, of T + L tokens.
+        lengths: ``[R]`` int64, the documents' lengths in tokens.
         longest: the greatest of these.
     """
 
@@ -123,7 +124,7 @@ class Batch:
 
     @cached_property
     def documents(self) -> tuple[Tensor, Tensor] | None:
-        """``[R, longest]`` the documents' tokens, counted as `starts`, and whether one is a token or filling."""
+        """``[R, longest]``: the documents' tokens, as indices like `starts`, and whether they are tokens or padding."""
         if self.starts is None or self.lengths is None:
             return None
         position = torch.arange(self.longest, device=self.starts.device)
@@ -132,7 +133,7 @@ class Batch:
 
 
 class Spectra:
-    """From tokens to the spectra of their rows, their products, and back.
+    """Transforms rows of tokens to spectra and back, and multiplies spectra.
 
     Attributes:
         workspace: bytes for a slice of the channels. Smaller slices run FFTs no faster, larger ones leave the cache.
@@ -169,8 +170,8 @@ class Spectra:
             return
         index, valid = batch.documents
         tokens = rows[:, :, first : first + batch.longest].transpose(1, 2)[valid]
-        place, stretch = index[valid], num_past + x.shape[1]
-        row, token = place // stretch, place % stretch - num_past
+        place, row_len = index[valid], num_past + x.shape[1]
+        row, token = place // row_len, place % row_len - num_past
         for part, some, offset in ((past, token < 0, num_past), (x, token >= 0, 0)):
             if part is not None:
                 part[row[some], token[some] + offset] = tokens[some].to(part.dtype)
@@ -227,10 +228,10 @@ def backward(
             upstream = spectra.of(batch, None, grad[:, :, some], dtype, batch.centre)
             tokens = spectra.of(batch, past[:, :, some], x[:, :, some], dtype)
             product = spectra.correlate(tokens, upstream, _transfer(batch, taps, spectra))
-            # GPUs divide by the size in a pass of its own, unless it is done here.
+            # Normalized here: on GPUs irfft divides by the size in a pass of its own.
             correlation = torch.fft.irfft(product, batch.size, norm="forward")
             dtaps[:, batch.taps].add_(correlation[:, : batch.num_taps], alpha=1 / batch.size)
-            del tokens, product, correlation  # the workspace does not hold them and the rows of `put`
+            del tokens, product, correlation  # the workspace has no room for them beside the rows of `put`
             spectra.put(batch, upstream, 0, dpast[:, :, some], dx[:, :, some])
         dkernel[some] = dtaps
         if dskip is not None:
@@ -239,19 +240,19 @@ def backward(
 
 
 def _transfer(batch: Batch, taps: Tensor, spectra: Spectra) -> Tensor:
-    """The spectrum of those of ``taps [D_c, K]`` that reach a token: a row whose tokens are taps."""
+    """The spectrum of those of ``taps [D_c, K]`` that reach a token, computed as of a row of tokens."""
     row = Batch(batch.size, batch.taps, batch.centre, num_past=0)
     return spectra.of(row, None, taps[:, batch.taps].t().unsqueeze(0), taps.dtype)[0]
 
 
 def _like(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Room for what belongs to x; where there are ids, some positions may hold no token, and nothing is put there."""
+    """An output like x; with ids zeroed, as nothing is written at positions without a token."""
     make = torch.empty_like if ids is None else torch.zeros_like
     return make(x, memory_format=torch.contiguous_format)
 
 
 def _taps(kernel: Tensor, skip: Tensor | None, centre: int, dtype: torch.dtype) -> Tensor:
-    """``kernel [D_c, K]``, with the skip in the tap of the current token."""
+    """``kernel [D_c, K]`` in ``dtype``, with the skip added to the tap of the current token."""
     taps = kernel.to(dtype)
     if skip is not None:
         taps = taps.clone() if taps is kernel else taps
@@ -261,51 +262,57 @@ def _taps(kernel: Tensor, skip: Tensor | None, centre: int, dtype: torch.dtype) 
 
 class _LongConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, by: LongConv, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: LongConv, *arguments: Any) -> Tensor:
         *tensors, ctx.centre = arguments
         ctx.save_for_backward(*tensors)
-        ctx.by = by
-        return by.forward(*arguments)
+        ctx.backend = backend
+        return backend.forward(*arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, kernel, skip, past, ids = ctx.saved_tensors
-        return None, *ctx.by.backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
+        return None, *ctx.backend.backward(grad, x, kernel, skip, past, ids, ctx.centre), None, None
 
 
 def _batches(x: Tensor, past: Tensor, ids: Tensor | None, num_taps: int, centre: int) -> Iterator[Batch]:
-    """Everything that is to be convolved: the rows of the piece, or its documents by length."""
+    """All rows: those of the shard, or its documents grouped by length."""
     if ids is None:
         yield _batch(num_taps, centre, x.shape[1], past.shape[1])
         return
     for starts, lengths in documents(ids):
         longest = int(lengths.max())
-        alike = _batch(num_taps, centre, longest, 0)
-        yield replace(alike, num_past=past.shape[1], starts=starts, lengths=lengths, longest=longest)
+        batch = _batch(num_taps, centre, longest, 0)
+        yield replace(batch, num_past=past.shape[1], starts=starts, lengths=lengths, longest=longest)
 
 
 def documents(ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first tokens, counted through ``ids [B, n]``, and the lengths of all documents that share a power of two."""
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = begins.flatten().nonzero().squeeze(1)
+    """The documents of ``ids [B, n]``, grouped by the next power of two of their lengths.
+
+    Returns:
+        For each group the first tokens, as indices of the flattened ids, and the lengths: ``[R]`` int64 each.
+    """
+    is_start = torch.ones_like(ids, dtype=torch.bool)
+    is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = is_start.flatten().nonzero().squeeze(1)
     lengths = torch.diff(starts, append=starts.new_tensor([ids.numel()]))
     is_token = ids.flatten()[starts] >= 0
     starts, lengths = starts[is_token], lengths[is_token]
     magnitudes = torch.frexp((lengths - 1).double()).exponent  # of lengths in (2^(e-1), 2^e]
     for magnitude in magnitudes.unique().tolist():
-        alike = magnitudes == magnitude
-        yield starts[alike], lengths[alike]
+        group = magnitudes == magnitude
+        yield starts[group], lengths[group]
 
 
 def fit(num_taps: int, centre: int, length: int, num_past: int) -> tuple[slice, int, int]:
-    """For rows of ``length`` tokens behind ``num_past`` whose outputs do not matter: the taps that reach a token, which
-    of them multiplies the current one, and the least points of an FFT.
+    """The taps and the FFT size for rows of ``length`` tokens after ``num_past`` tokens without outputs.
+
+    Returns:
+        The taps that reach a token, which of them multiplies the current token, and the least number of FFT points.
     """
     taps = _reaching(num_taps, centre, length, num_past)
     centre -= taps.start
-    # All outputs fit in, and no product comes round to one that matters.
+    # Large enough for all outputs, and for products that wrap around not to reach them.
     return taps, centre, max(num_past + length + centre, length + taps.stop - taps.start - 1 - centre)
 
 
@@ -315,7 +322,7 @@ def _batch(num_taps: int, centre: int, length: int, num_past: int) -> Batch:
 
 
 def _slices(x: Tensor, batches: list[Batch], dtype: torch.dtype, spectra: Spectra) -> Iterator[slice]:
-    """The channels, as many at a time as the workspace holds."""
+    """Slices of the channels, as wide as the workspace allows."""
     rows = [len(x if batch.starts is None else batch.starts) + 1 for batch in batches]
     # Two spectra, their product and its inverse; tokens, their gradients and the outputs', at most half as long each.
     points = 6 * max((num * batch.size for num, batch in zip(rows, batches, strict=True)), default=1)
@@ -327,7 +334,7 @@ def _slices(x: Tensor, batches: list[Batch], dtype: torch.dtype, spectra: Spectr
 
 @cache
 def fft_size(length: int) -> int:
-    """The least even number >= ``length`` whose prime factors are 2, 3 and 5: sizes that FFT libraries do fast."""
+    """The least even number >= ``length`` whose prime factors are 2, 3 and 5: FFT libraries are fast at these."""
     best = 2
     while best < length:
         best *= 2

@@ -2,7 +2,7 @@
 // transforms shuffle no vector.
 //
 // Real polynomials are multiplied modulo x^N + 1, N = 2M, as complex ones modulo x^M - i: the upper half of the N real
-// numbers is the imaginary part of the lower one. x^n - c falls apart into R polynomials x^(n/R) - c_k, the c_k being
+// numbers is the imaginary part of the lower one. x^n - c factors into R polynomials x^(n/R) - c_k, the c_k being
 // the R-th roots of c: multiply numbers that are n/R apart by the powers of c_0, then take their DFT of size R. After
 // the last level the residues are numbers, in a scrambled order that a product does not mind; the way back undoes the
 // levels. A level is one pass, and its parts are finished one by one, with the kernel's, so that all but the first
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t POINT = 2 * W;  // floats of a point: real parts, imaginary parts
 constexpr int MAX_RADIX = 8;
-constexpr int64_t AHEAD = 8;  // tokens between what is touched and what is asked for
+constexpr int64_t AHEAD = 8;  // tokens between what is accessed and what is prefetched
 
 struct cvec {
   vec r, i;
@@ -89,7 +89,7 @@ template <int R>
   for (int m = 1; m < R; ++m) x[m] = over(x[m], w + 2 * (m - 1));
 }
 
-// How M points fall apart: level by level the radix, the points of a polynomial before, and for each of those, in
+// The factorization of M points: level by level the radix, the points of a polynomial before, and for each of those, in
 // order, the powers 1 to R - 1 of its c_0.
 struct Level {
   int radix;
@@ -253,9 +253,9 @@ void convolve(const Plan& plan, size_t depth, int64_t node, const Stripe& s) {
   if (s.last) pass<true>(level, node, s.sum);
 }
 
-// Calls body(j, end) for stretches of [0, step) in which j + q step is in [low, high) for all j or for none, for any q.
+// Calls body(j, end) for subranges of [0, step) in which j + q step is in [low, high) for all j or for none, for any q.
 template <class F>
-inline void stretches(int64_t step, int64_t low, int64_t high, F body) {
+inline void subranges(int64_t step, int64_t low, int64_t high, F body) {
   int64_t cuts[4] = {0, low % step, high % step, step};
   std::sort(cuts, cuts + 4);
   for (int n = 0; n < 3; ++n)
@@ -304,47 +304,47 @@ void leave(const float* data, int64_t step, int64_t j, int64_t end, X* const* to
 
 // A stripe of the tokens that are at the places [low, low + count) of the N.
 template <class X>
-struct Span {
+struct StripeTokens {
   X* data;                    // of the first
   int64_t token, low, count;  // token: stride
 };
 
 template <class X>
-void enter(const Plan& plan, float* data, const Span<const X>& span) {
+void enter(const Plan& plan, float* data, const StripeTokens<const X>& range) {
   const Level& level = plan.levels[0];
   static const X zeros[W] = {};
   with_radix(level.radix, [&](auto radix) {
     constexpr int R = radix();
-    const int64_t step = level.points / R, high = span.low + span.count;
-    stretches(step, span.low, high, [&](int64_t j, int64_t end) {
+    const int64_t step = level.points / R, high = range.low + range.count;
+    subranges(step, range.low, high, [&](int64_t j, int64_t end) {
       const X* from[2 * R];
       int64_t steps[2 * R];
       for (int q = 0; q < 2 * R; ++q) {
         const int64_t place = j + q * step;
-        const bool any = place >= span.low && place < high;
-        from[q] = any ? span.data + (place - span.low) * span.token : zeros;
-        steps[q] = any ? span.token : 0;
+        const bool any = place >= range.low && place < high;
+        from[q] = any ? range.data + (place - range.low) * range.token : zeros;
+        steps[q] = any ? range.token : 0;
       }
       (high <= level.points ? enter<R, true, X> : enter<R, false, X>)(data, step, j, end, from, steps, level.at(0));
     });
   });
 }
 template <class X>
-void leave(const Plan& plan, const float* data, const Span<X>& span) {
+void leave(const Plan& plan, const float* data, const StripeTokens<X>& range) {
   const Level& level = plan.levels[0];
   X unread[W];
   with_radix(level.radix, [&](auto radix) {
     constexpr int R = radix();
-    const int64_t step = level.points / R, high = span.low + span.count;
-    stretches(step, span.low, high, [&](int64_t j, int64_t end) {
+    const int64_t step = level.points / R, high = range.low + range.count;
+    subranges(step, range.low, high, [&](int64_t j, int64_t end) {
       X* to[2 * R];
       int64_t steps[2 * R];
       bool wanted = false;
       for (int q = 0; q < 2 * R; ++q) {
         const int64_t place = j + q * step;
-        const bool any = place >= span.low && place < high;
-        to[q] = any ? span.data + (place - span.low) * span.token : unread;
-        steps[q] = any ? span.token : 0;
+        const bool any = place >= range.low && place < high;
+        to[q] = any ? range.data + (place - range.low) * range.token : unread;
+        steps[q] = any ? range.token : 0;
         wanted |= any;
       }
       auto pass = high <= level.points ? leave<R, true, X> : leave<R, false, X>;
@@ -500,9 +500,9 @@ struct Call {
   int64_t room;  // floats of workspace for each thread
 };
 
-// What of a row is there, its token number n at place + n; data of the stripe at channel c.
+// The part of a row that exists, its token n at place + n; data of the stripe at channel c.
 template <class X>
-inline Span<X> span(const Tokens<X>& tokens, const Row& row, int64_t c, int64_t place) {
+inline StripeTokens<X> range(const Tokens<X>& tokens, const Row& row, int64_t c, int64_t place) {
   const int64_t skipped = std::clamp<int64_t>(tokens.hidden - row.first, 0, row.count);
   const int64_t token = row.first + skipped - tokens.hidden;
   X* data = tokens.data + row.b * tokens.row + token * tokens.token + c;
@@ -511,18 +511,18 @@ inline Span<X> span(const Tokens<X>& tokens, const Row& row, int64_t c, int64_t 
 
 // A stripe of fewer channels than W goes through a copy of whole vectors.
 template <class X>
-void enter(const Plan& plan, float* data, const Span<const X>& span, int64_t lanes, float* copy) {
-  if (lanes == W) return enter(plan, data, span);
-  for (int64_t n = 0; n < span.count; ++n)
-    for (int64_t c = 0; c < W; ++c) copy[n * W + c] = c < lanes ? to_float(span.data[n * span.token + c]) : 0.0f;
-  enter(plan, data, Span<const float>{copy, W, span.low, span.count});
+void enter(const Plan& plan, float* data, const StripeTokens<const X>& range, int64_t lanes, float* copy) {
+  if (lanes == W) return enter(plan, data, range);
+  for (int64_t n = 0; n < range.count; ++n)
+    for (int64_t c = 0; c < W; ++c) copy[n * W + c] = c < lanes ? to_float(range.data[n * range.token + c]) : 0.0f;
+  enter(plan, data, StripeTokens<const float>{copy, W, range.low, range.count});
 }
 template <class X>
-void leave(const Plan& plan, const float* data, const Span<X>& span, int64_t lanes, float* copy) {
-  if (lanes == W) return leave(plan, data, span);
-  leave(plan, data, Span<float>{copy, W, span.low, span.count});
-  for (int64_t n = 0; n < span.count; ++n)
-    for (int64_t c = 0; c < lanes; ++c) ::put(span.data + n * span.token + c, copy[n * W + c]);
+void leave(const Plan& plan, const float* data, const StripeTokens<X>& range, int64_t lanes, float* copy) {
+  if (lanes == W) return leave(plan, data, range);
+  leave(plan, data, StripeTokens<float>{copy, W, range.low, range.count});
+  for (int64_t n = 0; n < range.count; ++n)
+    for (int64_t c = 0; c < lanes; ++c) ::put(range.data + n * range.token + c, copy[n * W + c]);
 }
 
 // All levels of a stripe, forward or backward, over the rows [begin, end).
@@ -541,13 +541,13 @@ void stripe(const Call<X, K>& a, const Plan& plan, int64_t c, int64_t begin, int
   for (int64_t r = begin; r < end; ++r) {
     const Row& row = a.rows[r];
     s.first = r == begin, s.last = r + 1 == end;
-    enter(plan, s.x, span(a.x, row, c, 0), lanes, copy);
-    if (gradients) enter(plan, s.grad, span(a.grad, row, c, a.centre), lanes, copy);
+    enter(plan, s.x, range(a.x, row, c, 0), lanes, copy);
+    if (gradients) enter(plan, s.grad, range(a.grad, row, c, a.centre), lanes, copy);
     for (int k = 0; k < plan.levels[0].radix; ++k) convolve<gradients>(plan, 1, k, s);
     if (gradients)
-      leave(plan, s.grad, span(a.out, row, c, 0), lanes, copy);
+      leave(plan, s.grad, range(a.out, row, c, 0), lanes, copy);
     else
-      leave(plan, s.x, span(a.out, row, c, a.centre), lanes, copy);
+      leave(plan, s.x, range(a.out, row, c, a.centre), lanes, copy);
   }
   if (gradients) leave(plan, s.sum, Taps<float>{a.dtaps + c * a.dtaps_channel, a.dtaps_channel, a.taps, lanes}, a.add);
 }
@@ -590,7 +590,7 @@ extern "C" void long_conv_fft(int x_is_bf16, int kernel_is_bf16, const int64_t* 
 // Channels in a stripe.
 extern "C" int64_t lanes() { return W; }
 
-// For memory that nobody has touched yet: thousands of page faults take as long as a transform.
+// For memory not yet accessed: thousands of page faults take as long as a transform.
 extern "C" void use_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t huge = uintptr_t(1) << 21;
   const uintptr_t first = ((uintptr_t)data + huge - 1) / huge * huge, last = ((uintptr_t)data + bytes) / huge * huge;

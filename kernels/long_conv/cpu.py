@@ -1,10 +1,11 @@
-"""Free-form long convolution in C++ for CPUs (`cpu.cpp`): FFTs of neighbouring channels side by side in vectors."""
+"""Long convolution in C++ for CPUs (`cpu.cpp`): one FFT of as many channels as a vector has lanes."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ def unsupported_reason(device: str, dtype: torch.dtype, kernel_dtype: torch.dtyp
 
 def forward(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: Tensor | None, centre: int) -> Tensor:
     """As `chunked.forward`, for x and kernel in fp32 or bf16."""
-    y = _room(x, x.shape[1], ids)
-    _call(None, x, kernel, skip, past, ids, centre, y, None)
+    y = _output(x, x.shape[1], ids)
+    if not is_traced(x):
+        library = native.load(SOURCE)
+        for arguments in _arguments(library.lanes(), None, x, kernel, skip, past, ids, centre, y, None):
+            library.long_conv_fft(*arguments)
     return y
 
 
@@ -33,21 +37,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """As `chunked.backward`: the gradients of x, kernel, skip and past."""
     num_past = past.shape[1]
-    dtokens = _room(x, num_past + x.shape[1], ids)
+    dtokens = _output(x, num_past + x.shape[1], ids)
     dtaps = _empty(kernel, kernel.shape, torch.float32)
-    _call(grad, x, kernel, skip, past, ids, centre, dtokens, dtaps)
+    if not is_traced(x):
+        library = native.load(SOURCE)
+        for arguments in _arguments(library.lanes(), grad, x, kernel, skip, past, ids, centre, dtokens, dtaps):
+            library.long_conv_fft(*arguments)
     dskip = None if skip is None else dtaps[:, centre].to(skip.dtype)
-    dpast = dtokens[:, :num_past].clone()  # in memory of its own, as a custom op must
+    dpast = dtokens[:, :num_past].clone()  # outputs of a custom op may not share memory
     return dtokens[:, num_past:], dtaps.to(kernel.dtype), dskip, dpast.to(past.dtype)
 
 
-def _room(x: Tensor, length: int, ids: Tensor | None) -> Tensor:
-    """For what belongs to tokens; where there are ids, nothing is put to positions that hold none."""
-    room = _empty(x, (x.shape[0], length, x.shape[2]), x.dtype)
-    return room if ids is None else room.zero_()
+def _output(x: Tensor, length: int, ids: Tensor | None) -> Tensor:
+    """``[B, length, D]`` in the dtype of x; with ids zeroed, as nothing is written at positions without a token."""
+    made = _empty(x, (x.shape[0], length, x.shape[2]), x.dtype)
+    return made if ids is None else made.zero_()
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor in huge pages, on the device of ``like``."""
     made = like.new_empty(shape, dtype=dtype)
     if not is_traced(like):
         pointer, size = ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.numel() * made.element_size())
@@ -56,12 +64,13 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def points(least: int) -> int:
-    """The least of 2^n, 3 2^n and 5 2^n, n >= 3, that is at least that many: sizes of real FFTs in `cpu.cpp`."""
+    """The size of the real FFT in `cpu.cpp`: the least of 2^n, 3 2^n and 5 2^n, n >= 3, that is at least ``least``."""
     size = 1 << max(3, (least - 1).bit_length())
     return min(n for n in (size, size // 4 * 3, size // 8 * 5) if n >= least and n % 8 == 0)
 
 
-def _call(
+def _arguments(
+    lanes: int,
     grad: Tensor | None,
     x: Tensor,
     kernel: Tensor,
@@ -71,37 +80,38 @@ def _call(
     centre: int,
     out: Tensor,
     dtaps: Tensor | None,
-) -> None:
-    """Run `cpu.cpp`, see there, for all rows of a size at a time."""
-    if is_traced(x):
-        return
-    library, width, num_past = native.load(SOURCE), x.shape[2], past.shape[1]
-    tokens, upstream, taps = native.rows(torch.cat([past.to(x.dtype), x], dim=1) if num_past else x, grad, kernel)
+) -> Iterator[tuple[Any, ...]]:
+    """The arguments of each call of `long_conv_fft` in `cpu.cpp`: one call for all rows of an FFT size.
+
+    Forward ``out`` is y. Given ``grad`` and ``dtaps [D, K]`` fp32, backward, it is the gradient of ``(past, x)``.
+    """
+    width, num_past = x.shape[2], past.shape[1]
+    joined = torch.cat([past.to(x.dtype), x], dim=1) if num_past else x
+    tokens, upstream, taps = native.last_dim_contiguous(joined, grad, kernel)
     assert tokens is not None and taps is not None
     bias = None if skip is None else skip.to(torch.float32).contiguous()
-    lanes = library.lanes()
     stripes = -(-width // lanes)
     batches = list(_batches(x, num_past, ids)) if stripes else []
     whole = len(batches) == 1 and fit(kernel.shape[1], centre, *batches[0][1:])[0] == slice(0, kernel.shape[1])
     if dtaps is not None and not whole:
         dtaps.zero_()
     for rows, length, before in batches:
-        some, current, least = fit(kernel.shape[1], centre, length, before)
+        used, used_centre, least = fit(kernel.shape[1], centre, length, before)
         size = points(least)
         threads = min(torch.get_num_threads(), stripes * (len(rows) if dtaps is None else 1))
         buffers = 2 if dtaps is None else 3 if len(rows) == 1 else 4
         room = buffers * size * lanes + (length + before) * lanes * (width % lanes > 0)
         workspace = _empty(x, (threads * room + 16,), torch.float32)
-        workspace = workspace[-workspace.data_ptr() % 64 // 4 :]  # whole cache lines
-        parts = [taps[:, some], None if dtaps is None else dtaps[:, some]]
-        library.long_conv_fft(
+        workspace = workspace[-workspace.data_ptr() % 64 // 4 :]  # aligned to cache lines
+        parts = [taps[:, used], None if dtaps is None else dtaps[:, used]]
+        yield (
             x.dtype == torch.bfloat16,
             kernel.dtype == torch.bfloat16,
             native.integers(
                 size // 2,
                 width,
-                some.stop - some.start,
-                current,
+                used.stop - used.start,
+                used_centre,
                 len(rows),
                 *native.strides(tokens, upstream, out),
                 num_past,
@@ -110,13 +120,16 @@ def _call(
                 threads,
                 room,
             ),
-            native.pointers(rows, tokens, upstream, out, parts[0], bias, parts[1], workspace),
+            native.Pointers(rows, tokens, upstream, out, parts[0], bias, parts[1], workspace),
         )
 
 
 def _batches(x: Tensor, num_past: int, ids: Tensor | None) -> Iterator[tuple[Tensor, int, int]]:
-    """What is convolved alike: rows (row of the batch, first token, number of tokens), the past among them; the tokens
-    of the longest, and how many tokens before those have no output.
+    """The rows that share an FFT size.
+
+    Returns:
+        For each size: the rows ``[R, 3]`` int64 (row of the batch, first token, number of tokens; ``num_past`` tokens
+        of past included), the number of tokens of the longest, and the number of tokens before those without an output.
     """
     count = num_past + x.shape[1]
     if ids is None:

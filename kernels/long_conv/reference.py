@@ -1,4 +1,4 @@
-"""Long convolutions by their definitions: the truth that every backend is tested against."""
+"""Long convolution by its definition: what every backend is tested against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scan import NO_TOKENS, Carry
+from ..state import NO_TOKENS, Carry
 
 
 def reference_long_conv(
@@ -58,43 +58,3 @@ def reference_long_conv(
         y = y + skip.double() * x.double()
     after = Carry(tokens[:, length:], None if all_ids is None else all_ids[:, length:])
     return y.to(x.dtype), after
-
-
-def reference_modal_conv(
-    x: Tensor,
-    log_decay: Tensor,
-    angle: Tensor,
-    re: Tensor,
-    im: Tensor,
-    *,
-    carry: Carry | None = None,
-    segments: Tensor | None = None,
-) -> tuple[Tensor, Carry]:
-    """The recurrence ``s_i = lambda s_{i-1} + x_i``, ``y_i = sum_n Re((re + i im) s_i)``, from zero in every document.
-
-    ``lambda = exp(-exp(log_decay) + i angle)``. Computed in fp64, token by token.
-
-    Args:
-        x: ``[B, L, D]``, any floating dtype.
-        log_decay, angle, re, im: ``[D, N]``.
-        carry: state ``[B, D, N]`` complex before the first token, and its documents ``[B]`` (None: the first of x).
-        segments: ``[B, L]`` document ids, or None.
-
-    Returns:
-        ``y [B, L, D]`` in x's dtype, and the carry behind the last token, complex128.
-    """
-    decay = torch.exp(torch.complex(-log_decay.double().exp(), angle.double()))
-    amplitude = torch.complex(re.double(), im.double())
-    state, ids = carry if carry is not None else (decay.new_zeros(x.shape[0], *decay.shape), None)
-    if segments is not None and carry is None:
-        ids = segments.new_full(segments.shape[:1], NO_TOKENS)
-    rows = []
-    for i in range(x.shape[1]):
-        if segments is not None:
-            if ids is not None:
-                state = state * (segments[:, i] == ids).view(-1, 1, 1)
-            ids = segments[:, i]
-        state = decay * state + x[:, i].double().unsqueeze(-1)
-        rows.append((amplitude * state).real.sum(-1))
-    y = torch.stack(rows, dim=1) if rows else x.double()
-    return y.to(x.dtype), Carry(state, ids)

@@ -1,4 +1,4 @@
-"""Free-form long convolution on GPUs: what `chunked` needs around the FFTs, which are the FFT library's.
+"""Long convolution on GPUs: Triton kernels for the passes of `chunked` around the FFTs, which are the FFT library's.
 
 1. ``_pack_kernel``: tokens to rows in fp32, transposed through shared memory, with the zeros that pad them.
 2. ``_unpack_kernel``: rows to tokens in their dtype, and the division by the size, which else is a pass of its own.
@@ -43,7 +43,7 @@ TILINGS = tuple(
 POINTS = 512
 # Programs that keep the memory of a large GPU busy. Only where there are more, one sums several rows.
 PROGRAMS = 2048
-MAX_RUN = 64  # rows whose sum is fp32 one after the other
+MAX_ROWS = 64  # rows that one program sums, in fp32
 
 
 @triton.jit
@@ -153,29 +153,29 @@ def _unpack_kernel(
 
 @triton.jit
 def _complex(spectrum, place, mask, POINTS: tl.constexpr):
-    """The real and the imaginary parts of numbers that lie there in pairs."""
+    """The real and the imaginary parts of interleaved complex numbers."""
     return tl.split(tl.reshape(tl.load(spectrum + place, mask=mask, other=0.0), (POINTS, 2)))
 
 
 @triton.jit
 def _correlate_kernel(
-    tokens,  # [R, D, F, 2] fp32: spectra; in a run's first row, the run's sum of ~tokens upstream instead
+    tokens,  # [R, D, F, 2] fp32: spectra; a program's sum of ~tokens upstream replaces the first of its rows
     upstream,  # [R, D, F, 2] fp32, which becomes ~taps upstream
     taps,  # [D, F, 2] fp32
     num_points,  # 2 D F
     num_rows,
-    run,
+    rows_per_program,
     POINTS: tl.constexpr,
 ):
-    """A run of rows, so that ``taps`` are read once and the sum stays in registers."""
-    blocks = tl.cdiv(num_points, 2 * POINTS)
-    place = (tl.program_id(0) % blocks).to(tl.int64) * (2 * POINTS) + tl.arange(0, 2 * POINTS)
-    first = (tl.program_id(0) // blocks).to(tl.int64) * run
+    """Several rows per program, so that ``taps`` are read once and the sum stays in registers."""
+    num_tiles = tl.cdiv(num_points, 2 * POINTS)
+    place = (tl.program_id(0) % num_tiles).to(tl.int64) * (2 * POINTS) + tl.arange(0, 2 * POINTS)
+    first = (tl.program_id(0) // num_tiles).to(tl.int64) * rows_per_program
     mask = place < num_points
     taps_re, taps_im = _complex(taps, place, mask, POINTS)
     sum_re = tl.zeros([POINTS], tl.float32)
     sum_im = tl.zeros([POINTS], tl.float32)
-    for row in range(first, tl.minimum(first + run, num_rows)):
+    for row in range(first, tl.minimum(first + rows_per_program, num_rows)):
         here = row * num_points + place
         re, im = _complex(upstream, here, mask, POINTS)
         token_re, token_im = _complex(tokens, here, mask, POINTS)
@@ -212,12 +212,12 @@ class Triton(Spectra):
             _launch(_unpack_kernel, batch, rows, first, past, x, first, first + batch.longest)
 
     def correlate(self, tokens: Tensor, upstream: Tensor, taps: Tensor) -> Tensor:
-        num_rows, blocks = len(tokens), triton.cdiv(taps.numel(), POINTS)
-        run = min(MAX_RUN, max(1, num_rows * blocks // PROGRAMS))
-        runs = triton.cdiv(num_rows, run)
+        num_rows, num_tiles = len(tokens), triton.cdiv(taps.numel(), POINTS)
+        rows = min(MAX_ROWS, max(1, num_rows * num_tiles // PROGRAMS))
+        sums = triton.cdiv(num_rows, rows)
         spectra = [torch.view_as_real(x) for x in (tokens, upstream, taps)]
-        launch(_correlate_kernel, blocks * runs, *spectra, 2 * taps.numel(), num_rows, run, POINTS, num_warps=4)
-        return tokens[0] if runs == 1 else tokens[::run].sum(dim=0)
+        launch(_correlate_kernel, num_tiles * sums, *spectra, 2 * taps.numel(), num_rows, rows, POINTS, num_warps=4)
+        return tokens[0] if sums == 1 else tokens[::rows].sum(dim=0)
 
 
 def _launch(

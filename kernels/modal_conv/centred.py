@@ -1,6 +1,4 @@
-"""Modal long convolution over both sides: one causal convolution from the left and one, with its own amplitudes,
-from the right.
-"""
+"""Bidirectional modal convolution: a causal one over the tokens, and one over the tokens in reverse order."""
 
 from __future__ import annotations
 
@@ -9,30 +7,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..scan import StatefulOp
-from .chunked import ModalConv
+from ..state import StatefulOp
 
 
-class CentredModalConv(StatefulOp):
-    """The operator for `span.scan`: inputs ``x [B, L, D]``, ``log_decay, angle [D, N]`` and ``re, im [2, D, N]``.
+class Centred(StatefulOp):
+    """The passes of `CentredModalConv`, each as two passes of a causal implementation.
 
-    ``y_i = sum_{m>=0} h_0[m] x_{i-m} + h_1[m] x_{i+m}``, with the kernels of `ModalConv` for ``re[0], im[0]`` and
-    ``re[1], im[1]``. States ``[2, B, D, N]`` complex: from the left, from the right.
+    Args:
+        one_way: an implementation of `ModalConv`.
     """
 
     causal = False
     plain_sum = False
 
-    def __init__(self, one_way: StatefulOp | None = None) -> None:
-        self._one_way = one_way or ModalConv()
-
-    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        return CentredModalConv(self._one_way.resolve_backend(inputs))
+    def __init__(self, one_way: StatefulOp) -> None:
+        self._one_way = one_way
 
     def _sides(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None
     ) -> list[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Inputs and documents of the causal convolution of each side; the right one reads backwards."""
+        """Inputs and document ids of the causal convolution from the left, and of the one from the right, reversed."""
         x, log_decay, angle, re, im = inputs
         from_left = (x, log_decay, angle, re[0], im[0])
         from_right = (x.flip(1), log_decay, angle, re[1], im[1])
@@ -45,11 +39,11 @@ class CentredModalConv(StatefulOp):
         return decay, torch.stack([to_right, to_left])
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (left, left_saved), (right, right_saved) = (
             self._one_way.apply_state(*side, start)
-            for side, start in zip(self._sides(inputs, segments), past, strict=True)
+            for side, start in zip(self._sides(inputs, segments), initial, strict=True)
         )
         return left + right.flip(1), (*left_saved, *right_saved)
 
@@ -57,15 +51,15 @@ class CentredModalConv(StatefulOp):
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
+        initial: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
         return torch.stack(
             [
-                self._one_way.incoming_state_grad(*side, start, (kept,), upstream)
-                for side, start, kept, upstream in zip(
-                    self._sides(inputs, segments), past, saved, (grad, grad.flip(1)), strict=True
+                self._one_way.incoming_state_grad(*side, start, (states,), upstream)
+                for side, start, states, upstream in zip(
+                    self._sides(inputs, segments), initial, saved, (grad, grad.flip(1)), strict=True
                 )
             ]
         )
@@ -74,15 +68,15 @@ class CentredModalConv(StatefulOp):
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
+        initial: Tensor,
+        final_grad: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (dx, *ways), (dx_flipped, *back) = (
-            cast(tuple[Tensor, ...], self._one_way.input_grads(*side, start, end, (kept,), upstream))
-            for side, start, end, kept, upstream in zip(
-                self._sides(inputs, segments), past, future, saved, (grad, grad.flip(1)), strict=True
+            cast(tuple[Tensor, ...], self._one_way.input_grads(*side, start, end, (states,), upstream))
+            for side, start, end, states, upstream in zip(
+                self._sides(inputs, segments), initial, final_grad, saved, (grad, grad.flip(1)), strict=True
             )
         )
         ddecay, dangle = ways[0] + back[0], ways[1] + back[1]

@@ -3,11 +3,11 @@
     h[m] = sum_n Re(c_n lambda_n^m),    c = re + i im,    lambda = exp(-exp(log_decay) + i angle), |lambda| < 1
     s_i = lambda s_{i-1} + x_i,         y_i = sum_n Re(c_n s_i)
 
-In blocks of C tokens: a token sees those of its block through the taps h[0..C-1], and earlier ones through the
-state that enters the block; both are matrix products per channel. A piece is walked in stretches of blocks, so that
-only a bounded workspace is held beside inputs and outputs. README.md has the formulas. Axes of what is computed with:
+A shard is cut into chunks of C tokens. Tokens of a chunk reach each other through the taps h[0..C-1], and earlier
+tokens through the state before the chunk; both are matrix products per channel. A few consecutive chunks, a slab, are
+processed at once, so that the workspace does not grow with the shard. README.md has the formulas. Axes:
 
-    D channels,  B rows of the batch,  M blocks of all rows,  C tokens of a block,  N modes (2N: real, imaginary)
+    D channels,  B rows of the batch,  M = B n chunks of a slab,  C tokens of a chunk,  N modes (2N: real, imaginary)
 """
 
 from __future__ import annotations
@@ -22,69 +22,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import InputError
-from ..backends import Backends, Option
 from ..chunks import Documents
-from ..scan import StatefulOp, exclusive_chunk_scan
+from ..state import StatefulOp
+from ..transition import exclusive_chunk_scan
 
-BLOCK_LEN = 64
-# Elements of a stretch of tokens: few enough for a processor's cache, or enough to keep a GPU busy.
-CPU_STRETCH, GPU_STRETCH = 1 << 21, 1 << 26
+CHUNK_LEN = 64
+# Elements of a slab of tokens: few enough for a processor's cache, or enough to keep a GPU busy.
+CPU_SLAB, GPU_SLAB = 1 << 21, 1 << 26
 
 
-@dataclass(frozen=True)
-class ModalConv(StatefulOp):
-    """The operator for `span.scan`: inputs ``x [B, L, D]`` and ``log_decay, angle, re, im``, each ``[D, N]``.
+class Chunked(StatefulOp):
+    """The passes of `ModalConv` in chunks of `CHUNK_LEN` tokens.
 
-    Computed in fp32 (powers of lambda in fp64), or in fp64 where an input is. State ``[B, D, N]`` in complex64
-    (complex128); ``A = lambda^L``, ``[1, D, N]``. A decoding step (L = 1) costs O(D N), whatever came before.
-
-    Args:
-        causal: must be True.
-        backend: "auto", or the name of an implementation.
-
-    Raises:
-        InputError: ``causal`` is False, or (when it is run) shapes do not fit together.
+    Computed in fp32 (powers of lambda in fp64), or in fp64 where an input is. Saved for the backward pass: the state
+    before each slab.
     """
-
-    causal: bool = True
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.causal:
-            fix = "for both directions run CentredModalConv"
-            raise InputError("ModalConv: causal", self.causal, "True", fix)
-
-    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        x, log_decay = inputs[:2]
-        return BACKENDS.choose(self.backend, x.device, x.dtype, log_decay.dtype)(backend=self.backend)
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         x, *parameters = inputs
-        check(x, parameters)
         modes = Modes.of(x, parameters)
         state = modes.state(x.shape[0])
-        if x.shape[1] == 1:  # decoding: what the blocks come down to, without their tables
+        if x.shape[1] == 1:  # decoding: the recurrence itself, without tables
             return modes.power(1).to(state.dtype).unsqueeze(0), state + x[:, 0].unsqueeze(-1)
-        for stretch in _stretches(x, segments):
-            sent = stretch.written(stretch.rows(x, modes.dtype), modes.write(stretch))
-            _, state = stretch.enter(sent, modes.powers(stretch), state)
+        for slab in _slabs(x, segments):
+            chunk_states = slab.chunk_states(slab.rows(x, modes.dtype), modes.token_to_state(slab))
+            _, state = slab.scan(chunk_states, modes.chunk_decays(slab), state)
         return modes.power(x.shape[1]).to(state.dtype).unsqueeze(0), state
 
     def apply_state(
-        self, inputs: tuple[Tensor, ...], segments: Tensor | None, past: Tensor
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, *parameters = inputs
         modes = Modes.of(x, parameters)
         if x.shape[1] == 1:
-            state = modes.power(1) * past + x[:, 0].unsqueeze(-1)
+            state = modes.power(1) * initial + x[:, 0].unsqueeze(-1)
             y = (modes.amplitude * state).real.sum(-1).to(x.dtype).unsqueeze(1)
-            return y, (torch.stack([past, state.to(past.dtype)]),)
+            return y, (torch.stack([initial, state.to(initial.dtype)]),)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        starts = [past]
-        for stretch in _stretches(x, segments):
-            out, state = stretch.walk(stretch.rows(x, modes.dtype), modes.tables(stretch), starts[-1])
-            y[:, stretch.tokens] = stretch.tokens_of(out)
+        starts = [initial]
+        for slab in _slabs(x, segments):
+            out, state = slab.forward(slab.rows(x, modes.dtype), modes.tables(slab), starts[-1])
+            y[:, slab.tokens] = slab.tokens_of(out)
             starts.append(state)
         return y, (torch.stack(starts),)
 
@@ -92,28 +70,28 @@ class ModalConv(StatefulOp):
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
+        initial: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
         x, *parameters = inputs
         modes = Modes.of(x, parameters)
-        future = torch.zeros_like(past)
-        for stretch in reversed(list(_stretches(x, segments))):
+        initial_grad = torch.zeros_like(initial)
+        for slab in reversed(list(_slabs(x, segments))):
             with torch.enable_grad():
-                start = torch.zeros_like(past).requires_grad_()
-                entering, leaving = stretch.enter(None, modes.powers(stretch), start)
-                out = stretch.read(entering, modes.read(stretch))
-            upstream = stretch.rows(grad, modes.dtype)
-            (future,) = torch.autograd.grad([out, leaving], [start], [upstream, future])
-        return future
+                start = torch.zeros_like(initial).requires_grad_()
+                initial_states, final_state = slab.scan(None, modes.chunk_decays(slab), start)
+                out = slab.state_outputs(initial_states, modes.state_to_token(slab))
+            upstream = slab.rows(grad, modes.dtype)
+            (initial_grad,) = torch.autograd.grad([out, final_state], [start], [upstream, initial_grad])
+        return initial_grad
 
     def input_grads(
         self,
         inputs: tuple[Tensor, ...],
         segments: Tensor | None,
-        past: Tensor,
-        future: Tensor,
+        initial: Tensor,
+        final_grad: Tensor,
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
@@ -123,51 +101,36 @@ class ModalConv(StatefulOp):
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in parameters]
             modes = Modes.of(x, leaves)
-        stretches = list(_stretches(x, segments))
+        slabs = list(_slabs(x, segments))
         tables: dict[int, _Tables] = {}
         to_tables: dict[int, list[Tensor]] = {}
-        for stretch, start in zip(reversed(stretches), reversed(starts[:-1])):
-            block_len = stretch.block_len
+        for slab, start in zip(reversed(slabs), reversed(starts[:-1])):
+            chunk_len = slab.chunk_len
             with torch.enable_grad():
-                if block_len not in tables:
-                    tables[block_len] = modes.tables(stretch)
-                    to_tables[block_len] = [torch.zeros_like(t) for t in tables[block_len]]
-                rows = stretch.rows(x, modes.dtype).requires_grad_()
+                if chunk_len not in tables:
+                    tables[chunk_len] = modes.tables(slab)
+                    to_tables[chunk_len] = [torch.zeros_like(t) for t in tables[chunk_len]]
+                rows = slab.rows(x, modes.dtype).requires_grad_()
                 start = start.detach().requires_grad_()
-                used = _Tables(*(t.detach().requires_grad_() for t in tables[block_len]))
-                out, state = stretch.walk(rows, used, start)
-            upstream = stretch.rows(grad, modes.dtype)
-            to_rows, future, *parts = torch.autograd.grad([out, state], [rows, start, *used], [upstream, future])
-            dx[:, stretch.tokens] = stretch.tokens_of(to_rows)
-            for total, part in zip(to_tables[block_len], parts, strict=True):
+                used = _Tables(*(t.detach().requires_grad_() for t in tables[chunk_len]))
+                out, state = slab.forward(rows, used, start)
+            upstream = slab.rows(grad, modes.dtype)
+            to_rows, final_grad, *parts = torch.autograd.grad(
+                [out, state], [rows, start, *used], [upstream, final_grad]
+            )
+            dx[:, slab.tokens] = slab.tokens_of(to_rows)
+            for total, part in zip(to_tables[chunk_len], parts, strict=True):
                 total += part
         pairs = [
             (table, part)
-            for block_len, some in tables.items()
-            for table, part in zip(some, to_tables[block_len], strict=True)
-            if table.requires_grad  # not the 1 with which a single token is written
+            for chunk_len, some in tables.items()
+            for table, part in zip(some, to_tables[chunk_len], strict=True)
+            if table.requires_grad  # for chunks of one token, token_to_state is the constant 1
         ]
         if not pairs:
             return dx, *(torch.zeros_like(p) for p in parameters)
         made, upstreams = zip(*pairs, strict=True)
         return dx, *torch.autograd.grad(made, leaves, upstreams)
-
-
-def _native() -> type[ModalConv]:
-    from .cpu import Native
-
-    return Native
-
-
-def _native_unsupported(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
-    from .cpu import unsupported_reason
-
-    return unsupported_reason(device, dtype, parameter_dtype)
-
-
-BACKENDS: Backends[type[ModalConv]] = Backends(
-    "modal_conv", {"cpu": Option(_native, _native_unsupported), "chunked": Option(lambda: ModalConv)}
-)
 
 
 def modal_kernel(log_decay: Tensor, angle: Tensor, re: Tensor, im: Tensor, length: int) -> Tensor:
@@ -191,19 +154,19 @@ def modal_kernel(log_decay: Tensor, angle: Tensor, re: Tensor, im: Tensor, lengt
 
 
 class _Tables(NamedTuple):
-    """What a stretch is multiplied with.
+    """The matrices by which the tokens and states of a slab are multiplied.
 
     Attributes:
-        inside: ``[D, C, C]``, of token j of a block for its token i.
-        write: ``[D, C, 2N]``, of a token in what leaves its block.
-        read: ``[D, 2N, C]``, of what enters a block for each of its tokens.
-        powers: ``[D, G + 1, N]`` complex, of 0 to G blocks' ``A``.
+        token_to_token: ``[D, C, C]``, row j, column i: ``h[i - j]`` for i >= j, else 0 (Toeplitz).
+        token_to_state: ``[D, C, 2N]``, row j: ``lambda^(C-1-j)``.
+        state_to_token: ``[D, 2N, C]``, column i: ``c lambda^(i+1)``.
+        chunk_decays: ``[D, G + 1, N]`` complex, ``lambda^(C g)`` for g = 0..G.
     """
 
-    inside: Tensor
-    write: Tensor
-    read: Tensor
-    powers: Tensor
+    token_to_token: Tensor
+    token_to_state: Tensor
+    state_to_token: Tensor
+    chunk_decays: Tensor
 
 
 @dataclass(frozen=True)
@@ -214,13 +177,13 @@ class Modes:
         rate: ``[D, N]``, the logarithm of lambda.
         amplitude: ``[D, N]``.
         dtype: of the computation with tokens, fp32 or fp64.
-        _found: what several stretches use.
+        _cache: powers and tables that several slabs use.
     """
 
     rate: Tensor
     amplitude: Tensor
     dtype: torch.dtype
-    _found: dict[tuple[str | int, ...], Tensor] = field(default_factory=dict)
+    _cache: dict[tuple[str | int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, x: Tensor, parameters: list[Tensor]) -> Modes:
@@ -232,7 +195,7 @@ class Modes:
 
     def power(self, exponent: int) -> Tensor:
         """``lambda^exponent``, ``[D, N]``."""
-        return self._once(("power", exponent), lambda: torch.exp(self.rate * exponent))
+        return self._cached(("power", exponent), lambda: torch.exp(self.rate * exponent))
 
     def to_step(self, count: int, step: int) -> Tensor:
         """``lambda^(step m)`` for ``m < count``, ``[D, count, N]``."""
@@ -243,195 +206,202 @@ class Modes:
                 table = torch.cat([table, table * self.power(step * table.shape[1]).unsqueeze(1)], dim=1)
             return table[:, :count]
 
-        return self._once(("step", count, step), make)
+        return self._cached(("step", count, step), make)
 
     def state(self, batch: int) -> Tensor:
-        """The state ``[B, D, N]`` of no tokens."""
+        """The state ``[B, D, N]`` before any token: zeros."""
         return self.rate.new_zeros(batch, *self.rate.shape, dtype=self.dtype.to_complex())
 
-    def tables(self, stretch: _Stretch) -> _Tables:
-        """The tables of stretches with such blocks."""
-        return _Tables(self.inside(stretch), self.write(stretch), self.read(stretch), self.powers(stretch))
+    def tables(self, slab: _Slab) -> _Tables:
+        """The tables for the chunks of ``slab``."""
+        return _Tables(
+            self.token_to_token(slab), self.token_to_state(slab), self.state_to_token(slab), self.chunk_decays(slab)
+        )
 
-    def inside(self, stretch: _Stretch) -> Tensor:
+    def token_to_token(self, slab: _Slab) -> Tensor:
         def make() -> Tensor:
-            length = stretch.block_len
+            length = slab.chunk_len
             taps = (self.to_step(length, 1) * self.amplitude.unsqueeze(1)).real.sum(-1).to(self.dtype)
-            # Row j is the taps moved j places to the right.
+            # Row j is the taps shifted by j to the right.
             return F.pad(taps, (length - 1, 0)).unfold(1, length, 1).flip(1)
 
-        return self._once(("inside", stretch.block_len), make)
+        return self._cached(("token_to_token", slab.chunk_len), make)
 
-    def write(self, stretch: _Stretch) -> Tensor:
+    def token_to_state(self, slab: _Slab) -> Tensor:
         def make() -> Tensor:
-            return _as_real(self.to_step(stretch.block_len, 1).flip(1)).to(self.dtype)
+            return _as_real(self.to_step(slab.chunk_len, 1).flip(1)).to(self.dtype)
 
-        return self._once(("write", stretch.block_len), make)
+        return self._cached(("token_to_state", slab.chunk_len), make)
 
-    def read(self, stretch: _Stretch) -> Tensor:
+    def state_to_token(self, slab: _Slab) -> Tensor:
         def make() -> Tensor:
-            taken = self.to_step(stretch.block_len, 1) * (self.amplitude * self.power(1)).unsqueeze(1)
+            taken = self.to_step(slab.chunk_len, 1) * (self.amplitude * self.power(1)).unsqueeze(1)
             return _as_real(taken.conj()).mT.to(self.dtype).contiguous()
 
-        return self._once(("read", stretch.block_len), make)
+        return self._cached(("state_to_token", slab.chunk_len), make)
 
-    def powers(self, stretch: _Stretch) -> Tensor:
+    def chunk_decays(self, slab: _Slab) -> Tensor:
         def make() -> Tensor:
-            return self.to_step(stretch.group_len + 1, stretch.block_len).to(self.dtype.to_complex())
+            return self.to_step(slab.group_len + 1, slab.chunk_len).to(self.dtype.to_complex())
 
-        return self._once(("powers", stretch.block_len), make)
+        return self._cached(("chunk_decays", slab.chunk_len), make)
 
-    def _once(self, key: tuple[str | int, ...], make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+    def _cached(self, key: tuple[str | int, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Some neighbouring blocks of all rows of a piece.
+class _Slab:
+    """Consecutive chunks of all rows of a shard.
 
     Attributes:
-        tokens: which tokens of a row.
+        tokens: the tokens of each row.
         num_rows: B.
-        block_len: C; it divides the stretch, so no token is ever padding.
-        group_len: G, how many blocks make up a group, see `enter`.
-        documents: of the blocks, or None.
-        gate: ``[B, n]``, whether a block takes what the block before it (of the stretch before, too) left, or None.
+        chunk_len: C; it divides the slab's length, so there is no padding.
+        group_len: G, the chunks of a group, see `scan`.
+        documents: the documents of the chunks, or None.
+        gate: ``[B, n]``, whether a chunk continues the document of the chunk before it, that of the slab before
+            included; None for one document.
     """
 
     tokens: slice
     num_rows: int
-    block_len: int
+    chunk_len: int
     group_len: int
     documents: Documents | None
     gate: Tensor | None
 
     @property
-    def num_blocks(self) -> int:
-        return (self.tokens.stop - self.tokens.start) // self.block_len
+    def num_chunks(self) -> int:
+        return (self.tokens.stop - self.tokens.start) // self.chunk_len
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Channels first: ``x [B, L, D]`` -> ``[D, M, C]``."""
+        """``x [B, L, D]`` -> the slab's tokens ``[D, M, C]``, channels first, in ``dtype``."""
         tokens = x[:, self.tokens].to(dtype).reshape(-1, x.shape[2])
-        return tokens.t().contiguous().view(x.shape[2], -1, self.block_len)
+        return tokens.t().contiguous().view(x.shape[2], -1, self.chunk_len)
 
     def tokens_of(self, rows: Tensor) -> Tensor:
-        """The reverse: ``[D, M, C]`` -> ``[B, tokens, D]``."""
+        """Inverse of `rows`: ``[D, M, C]`` -> ``[B, tokens, D]``."""
         return rows.flatten(1).t().unflatten(0, (self.num_rows, -1))
 
-    def walk(self, rows: Tensor, tables: _Tables, past: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs ``[D, M, C]`` and the state ``[B, D, N]`` behind the stretch."""
-        entering, leaving = self.enter(self.written(rows, tables.write), tables.powers, past)
-        out = torch.bmm(rows, tables.inside)
+    def forward(self, rows: Tensor, tables: _Tables, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs ``[D, M, C]`` and the state ``[B, D, N]`` after the slab; ``initial`` is the state before it."""
+        chunk_states = self.chunk_states(rows, tables.token_to_state)
+        initial_states, final_state = self.scan(chunk_states, tables.chunk_decays, initial)
+        out = torch.bmm(rows, tables.token_to_token)
         if self.documents is not None:
             ids = self.documents.ids.flatten(0, 1)
             mixed = (ids[:, 0] != ids[:, -1]).nonzero().squeeze(1)
             if mixed.numel():
-                out = out.index_copy(1, mixed, _within_documents(rows[:, mixed], tables.inside, ids[mixed]))
-        return out + self.read(entering, tables.read), leaving
+                out = out.index_copy(1, mixed, _within_documents(rows[:, mixed], tables.token_to_token, ids[mixed]))
+        return out + self.state_outputs(initial_states, tables.state_to_token), final_state
 
-    def written(self, rows: Tensor, write: Tensor) -> Tensor:
-        """What each block adds to the state: ``[D, B, n, N]``."""
+    def chunk_states(self, rows: Tensor, token_to_state: Tensor) -> Tensor:
+        """Each chunk's own contribution to the state after it: ``[D, B, n, N]``."""
         if self.documents is not None:
             rows = rows * self.documents.tail.flatten(0, 1).to(rows.dtype)
-        return _as_complex(torch.bmm(rows, write)).unflatten(1, (self.num_rows, -1))
+        return _as_complex(torch.bmm(rows, token_to_state)).unflatten(1, (self.num_rows, -1))
 
-    def read(self, entering: Tensor, read: Tensor) -> Tensor:
-        """What the tokens see of the states ``[D, B, n, N]`` that enter their blocks: ``[D, M, C]``."""
-        out = torch.bmm(_as_real(entering).flatten(1, 2), read)
+    def state_outputs(self, initial_states: Tensor, state_to_token: Tensor) -> Tensor:
+        """The outputs ``[D, M, C]`` of the states before the chunks, ``[D, B, n, N]``."""
+        out = torch.bmm(_as_real(initial_states).flatten(1, 2), state_to_token)
         if self.documents is not None:
             out = out * self.documents.head.flatten(0, 1).to(out.dtype)
         return out
 
-    def enter(self, written: Tensor | None, powers: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """The states that enter the blocks ``[D, B, n, N]``, and the one ``[B, D, N]`` behind the last block.
+    def scan(self, chunk_states: Tensor | None, chunk_decays: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before the chunks ``[D, B, n, N]``, and the state ``[B, D, N]`` after the last chunk.
 
-        By groups of G blocks: first from zero within all groups at once, then from group to group.
+        In groups of G chunks: first a scan from zero within all groups in parallel, then a scan over the groups.
 
         Args:
-            written: ``[D, B, n, N]`` as of `written`, None for zeros.
-            powers: ``[D, G + 1, N]``.
-            past: ``[B, D, N]``.
+            chunk_states: ``[D, B, n, N]`` of `chunk_states`, None for zeros.
+            chunk_decays: ``[D, G + 1, N]``.
+            initial: ``[B, D, N]``, the state before the first chunk.
         """
-        missing = -self.num_blocks % self.group_len
-        if written is None:
-            written = powers.new_zeros(powers.shape[0], self.num_rows, self.num_blocks, powers.shape[2])
-        groups = F.pad(written, (0, 0, 0, missing)).unflatten(2, (-1, self.group_len))
-        decay, passes, gates = powers[:, 1, None, None], None, None
+        missing = -self.num_chunks % self.group_len
+        if chunk_states is None:
+            chunk_states = chunk_decays.new_zeros(
+                chunk_decays.shape[0], self.num_rows, self.num_chunks, chunk_decays.shape[2]
+            )
+        groups = F.pad(chunk_states, (0, 0, 0, missing)).unflatten(2, (-1, self.group_len))
+        decay, whole, gates = chunk_decays[:, 1, None, None], None, None
         if self.documents is not None and self.gate is not None:
             real = decay.real.dtype
             gates = F.pad(self.gate, (0, missing)).to(real).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
-            passes = F.pad(self.documents.whole, (0, missing)).to(real).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
+            whole = F.pad(self.documents.whole, (0, missing)).to(real).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
         state = torch.zeros_like(groups[:, :, :, 0])
-        from_group = []
-        for block in range(self.group_len):
+        local_states = []  # before each chunk of a group, from zero before the group
+        for chunk in range(self.group_len):
             if gates is not None:
-                state = state * gates[:, :, block]
-            from_group.append(state)
-            state = decay * (state if passes is None else state * passes[:, :, block]) + groups[:, :, :, block]
-        through = powers[:, -1, None, None]
-        since = powers[:, None, None, :-1]
-        if gates is not None and passes is not None:
-            reach = (gates * torch.cat([torch.ones_like(passes[:, :, :1]), passes[:, :, :-1]], dim=2)).cumprod(2)
-            since, through = since * reach, through * (reach[:, :, -1] * passes[:, :, -1])
-        starts = exclusive_chunk_scan(
-            through.expand(-1, *state.shape[1:3], -1).permute(1, 2, 0, 3), state.permute(1, 2, 0, 3), past
+                state = state * gates[:, :, chunk]
+            local_states.append(state)
+            state = decay * (state if whole is None else state * whole[:, :, chunk]) + groups[:, :, :, chunk]
+        decay_over_group = chunk_decays[:, -1, None, None]
+        decay_in_group = chunk_decays[:, None, None, :-1]
+        if gates is not None and whole is not None:
+            reach = (gates * torch.cat([torch.ones_like(whole[:, :, :1]), whole[:, :, :-1]], dim=2)).cumprod(2)
+            decay_in_group = decay_in_group * reach
+            decay_over_group = decay_over_group * (reach[:, :, -1] * whole[:, :, -1])
+        group_starts = exclusive_chunk_scan(
+            decay_over_group.expand(-1, *state.shape[1:3], -1).permute(1, 2, 0, 3), state.permute(1, 2, 0, 3), initial
         )[:, :-1]
-        starts = starts.to(past.dtype).permute(2, 0, 1, 3)
-        entering = torch.stack(from_group, dim=3) + since * starts.unsqueeze(3)
-        entering = entering.flatten(2, 3)[:, :, : self.num_blocks]
-        last = entering[:, :, -1]
+        group_starts = group_starts.to(initial.dtype).permute(2, 0, 1, 3)
+        initial_states = torch.stack(local_states, dim=3) + decay_in_group * group_starts.unsqueeze(3)
+        initial_states = initial_states.flatten(2, 3)[:, :, : self.num_chunks]
+        last = initial_states[:, :, -1]
         if self.documents is not None:
             last = last * self.documents.whole[:, -1:].to(last.real.dtype)
-        leaving = powers[:, 1, None] * last + written[:, :, -1]
-        return entering, leaving.transpose(0, 1)
+        final_state = chunk_decays[:, 1, None] * last + chunk_states[:, :, -1]
+        return initial_states, final_state.transpose(0, 1)
 
 
-def _stretches(x: Tensor, segments: Tensor | None) -> Iterator[_Stretch]:
-    """Cuts a piece into stretches of blocks; a last block that is shorter is a stretch of its own."""
+def _slabs(x: Tensor, segments: Tensor | None) -> Iterator[_Slab]:
+    """Cut a shard into slabs; a shorter last chunk is a slab of its own."""
     batch, length, width = x.shape
-    elements = CPU_STRETCH if x.device.type == "cpu" else GPU_STRETCH
-    num_blocks = max(1, min(elements // max(1, batch * width), length) // BLOCK_LEN)
-    aligned = length - length % BLOCK_LEN
-    edges = [*range(0, aligned, num_blocks * BLOCK_LEN), aligned]
+    elements = CPU_SLAB if x.device.type == "cpu" else GPU_SLAB
+    num_chunks = max(1, min(elements // max(1, batch * width), length) // CHUNK_LEN)
+    aligned = length - length % CHUNK_LEN
+    edges = [*range(0, aligned, num_chunks * CHUNK_LEN), aligned]
     if aligned < length:
         edges.append(length)
     for start, stop in pairwise(edges):
         whole = stop <= aligned
-        group_len = math.isqrt(num_blocks - 1) + 1 if whole else 1
+        group_len = math.isqrt(num_chunks - 1) + 1 if whole else 1
         documents = gate = None
         if segments is not None:
-            documents = Documents.of(segments[:, start:stop], BLOCK_LEN if whole else stop - start)
+            documents = Documents.of(segments[:, start:stop], CHUNK_LEN if whole else stop - start)
             gate = documents.continues
             if start:
-                goes_on = segments[:, start : start + 1] == segments[:, start - 1 : start]
-                gate = torch.cat([goes_on, gate[:, 1:]], dim=1)
-        yield _Stretch(slice(start, stop), batch, BLOCK_LEN if whole else stop - start, group_len, documents, gate)
+                continues = segments[:, start : start + 1] == segments[:, start - 1 : start]
+                gate = torch.cat([continues, gate[:, 1:]], dim=1)
+        yield _Slab(slice(start, stop), batch, CHUNK_LEN if whole else stop - start, group_len, documents, gate)
 
 
-def _within_documents(rows: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
-    """``rows inside`` for blocks in which documents begin, ``[D, M', C]``.
+def _within_documents(rows: Tensor, token_to_token: Tensor, ids: Tensor) -> Tensor:
+    """``rows token_to_token`` for chunks in which documents begin, ``[D, M', C]``.
 
-    Halves of 1, 2, 4, ... tokens: what crosses from a left to a right one is of the document that the left ends with.
+    By halves of 1, 2, 4, ... tokens: only the last document of a left half reaches its right half.
 
     Args:
         rows: ``[D, M', C]``.
-        inside: ``[D, C, C]``.
+        token_to_token: ``[D, C, C]``.
         ids: ``[M', C]``.
     """
     length = rows.shape[2]
-    out = rows * inside[:, :1, :1]
+    out = rows * token_to_token[:, :1, :1]
     missing = (1 << (length - 1).bit_length()) - length
     if missing:
-        rows, out, inside = F.pad(rows, (0, missing)), F.pad(out, (0, missing)), F.pad(inside, (0, missing))
+        rows, out, token_to_token = (F.pad(t, (0, missing)) for t in (rows, out, token_to_token))
         ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], dim=1)
     half = 1
     while half < length:
         left, right = ids.unflatten(1, (-1, 2, half)).flatten(0, 1).unbind(1)
-        crosses = left[:, -1:]
-        pairs = (rows.flatten(1).unflatten(1, (-1, 2, half))[:, :, 0]) * (left == crosses).to(rows.dtype)
-        seen = torch.bmm(pairs, inside[:, :half, half : 2 * half]) * (right == crosses).to(rows.dtype)
+        last_id = left[:, -1:]
+        pairs = (rows.flatten(1).unflatten(1, (-1, 2, half))[:, :, 0]) * (left == last_id).to(rows.dtype)
+        seen = torch.bmm(pairs, token_to_token[:, :half, half : 2 * half]) * (right == last_id).to(rows.dtype)
         out = out + F.pad(seen, (half, 0)).view(out.shape)
         half *= 2
     return out[:, :, :length]
@@ -444,10 +414,3 @@ def _as_real(x: Tensor) -> Tensor:
 
 def _as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def check(x: Tensor, parameters: list[Tensor]) -> None:
-    shape = parameters[0].shape
-    if x.dim() != 3 or len(shape) != 2 or shape[0] != x.shape[2] or any(p.shape != shape for p in parameters):
-        given = [list(t.shape) for t in (x, *parameters)]
-        raise InputError("ModalConv: inputs", given, "x [B, L, D] and log_decay, angle, re, im, each [D, N]")

@@ -1,17 +1,17 @@
 // Modal long convolution on CPUs: the recurrence s_i = lambda s_(i-1) + x_i itself, in fp64, a few channels at a time.
 //
-// fp64, because lambda^m of a slow mode needs more digits than fp32 has, and because it lets the recurrence run over any
-// length as it is written. Modes go in groups whose states and factors stay in registers, over blocks of tokens that stay
-// in the first-level cache. Backward walks the blocks from the right with t_i = conj(c) g_i + conj(lambda) t_(i+1); the
-// states of a block are made again from those saved every SAVED tokens. README.md has the formulas.
+// In fp64, because lambda^m of a slow mode needs more digits than fp32 has; then the recurrence is exact enough over any
+// length. Groups of modes, with states and factors in registers, run over chunks of tokens in the first-level cache.
+// Backward runs over the chunks from right to left with t_i = conj(c) g_i + conj(lambda) t_(i+1); the states of a chunk are
+// recomputed from those saved every SAVED tokens. README.md has the formulas.
 #include "native.h"
 
 namespace {
 
 constexpr int LANES = W / 2;                   // channels at a time
 constexpr int GROUP = 4;                       // modes in registers
-constexpr int BLOCK = 32;                      // tokens whose states are kept while walking back
-constexpr int SAVED = 256;                     // tokens between the states that forward saves; a multiple of BLOCK
+constexpr int CHUNK = 32;                      // tokens whose states are held at once backward
+constexpr int SAVED = 256;                     // tokens between the states that forward saves; a multiple of CHUNK
 
 typedef double num __attribute__((vector_size(8 * LANES)));
 typedef float fvec __attribute__((vector_size(4 * LANES)));
@@ -90,11 +90,11 @@ struct Call {
   int64_t x_row, x_token, grad_row, grad_token;
   X *y, *dx;                                           // [B, L, D]
   const double *lambda, *c;                            // [2, N, D]
-  const uint8_t* begins;                               // [B, L], or null
-  const double *past, *future;                         // [B, 2, N, D]; null for zeros
-  double *end, *saved, *dlambda, *dc;                  // end as past; saved [B, S, 2, N, D]; the others as past
+  const uint8_t* document_starts;                      // [B, L], or null
+  const double *initial, *final_grad;                  // [B, 2, N, D]; null for zeros
+  double *final, *saved, *dlambda, *dc;                // final as initial; saved [B, S, 2, N, D]; the others as initial
 
-  bool begin(int64_t b, int64_t i) const { return begins && begins[b * L + i]; }
+  bool starts_document(int64_t b, int64_t i) const { return document_starts && document_starts[b * L + i]; }
   int64_t num_saved() const { return (L + SAVED - 1) / SAVED; }
 };
 
@@ -110,10 +110,11 @@ template <class X>
 void forward(const Call<X>& a, int64_t b, int64_t c) {
   const int64_t size = 2 * a.N * a.D;
   std::vector<Modes> states(a.N / GROUP);
-  for (int64_t n = 0; n < a.N; n += GROUP) states[n / GROUP] = load_or_zero(a.past, b * size + n * a.D + c, a.N, a.D);
-  for (int64_t first = 0; first < a.L; first += BLOCK) {
-    const int count = int(std::min<int64_t>(BLOCK, a.L - first));
-    num x[BLOCK], y[BLOCK] = {};
+  for (int64_t n = 0; n < a.N; n += GROUP)
+    states[n / GROUP] = load_or_zero(a.initial, b * size + n * a.D + c, a.N, a.D);
+  for (int64_t first = 0; first < a.L; first += CHUNK) {
+    const int count = int(std::min<int64_t>(CHUNK, a.L - first));
+    num x[CHUNK], y[CHUNK] = {};
     for (int i = 0; i < count; ++i) x[i] = wide(a.x + b * a.x_row + (first + i) * a.x_token + c);
     for (int64_t n = 0; n < a.N; n += GROUP) {
       const Modes lambda = Modes::load(a.lambda + n * a.D + c, a.N, a.D), amplitude = Modes::load(a.c + n * a.D + c, a.N, a.D);
@@ -121,7 +122,7 @@ void forward(const Call<X>& a, int64_t b, int64_t c) {
       if (a.saved && first % SAVED == 0)
         s.store(a.saved + (b * a.num_saved() + first / SAVED) * size + n * a.D + c, a.N, a.D);
       for (int i = 0; i < count; ++i) {
-        if (a.begin(b, first + i)) s.clear();
+        if (a.starts_document(b, first + i)) s.clear();
         s.step(lambda, x[i]);
 #pragma GCC unroll 8
         for (int m = 0; m < GROUP; ++m) y[i] += amplitude.re[m] * s.re[m] - amplitude.im[m] * s.im[m];
@@ -131,53 +132,54 @@ void forward(const Call<X>& a, int64_t b, int64_t c) {
     if (a.y)
       for (int i = 0; i < count; ++i) put(a.y + (b * a.L + first + i) * a.D + c, y[i]);
   }
-  if (a.end)
-    for (int64_t n = 0; n < a.N; n += GROUP) states[n / GROUP].store(a.end + b * size + n * a.D + c, a.N, a.D);
+  if (a.final)
+    for (int64_t n = 0; n < a.N; n += GROUP) states[n / GROUP].store(a.final + b * size + n * a.D + c, a.N, a.D);
 }
 
-// Writes what `past` receives to `end`; dx and the parameters' gradients unless dx is null.
+// Writes the gradient of the initial state to `final`, and dx and the gradients of the parameters unless dx is null.
 template <class X>
 void backward(const Call<X>& a, int64_t b, int64_t c) {
   const int64_t size = 2 * a.N * a.D, groups = a.N / GROUP;
-  std::vector<Modes> ahead(groups), to_lambda(groups), to_c(groups), starts(groups * (SAVED / BLOCK));
+  std::vector<Modes> ahead(groups), to_lambda(groups), to_c(groups), starts(groups * (SAVED / CHUNK));
   for (int64_t g = 0; g < groups; ++g) {
-    ahead[g] = load_or_zero(a.future, b * size + g * GROUP * a.D + c, a.N, a.D);
+    ahead[g] = load_or_zero(a.final_grad, b * size + g * GROUP * a.D + c, a.N, a.D);
     to_lambda[g].clear(), to_c[g].clear();
   }
-  for (int64_t super = a.num_saved() - 1; super >= 0; --super) {
-    const int64_t begin = super * SAVED, end = std::min(a.L, begin + SAVED), blocks = (end - begin + BLOCK - 1) / BLOCK;
+  for (int64_t section = a.num_saved() - 1; section >= 0; --section) {
+    const int64_t begin = section * SAVED, end = std::min(a.L, begin + SAVED);
+    const int64_t chunks = (end - begin + CHUNK - 1) / CHUNK;
     if (a.dx)
       for (int64_t g = 0; g < groups; ++g) {
         const Modes lambda = Modes::load(a.lambda + g * GROUP * a.D + c, a.N, a.D);
-        Modes s = Modes::load(a.saved + (b * a.num_saved() + super) * size + g * GROUP * a.D + c, a.N, a.D);
+        Modes s = Modes::load(a.saved + (b * a.num_saved() + section) * size + g * GROUP * a.D + c, a.N, a.D);
         for (int64_t i = begin; i < end; ++i) {
-          if ((i - begin) % BLOCK == 0) starts[(i - begin) / BLOCK * groups + g] = s;
-          if (a.begin(b, i)) s.clear();
+          if ((i - begin) % CHUNK == 0) starts[(i - begin) / CHUNK * groups + g] = s;
+          if (a.starts_document(b, i)) s.clear();
           s.step(lambda, wide(a.x + b * a.x_row + i * a.x_token + c));
         }
       }
-    for (int64_t block = blocks - 1; block >= 0; --block) {
-      const int64_t first = begin + block * BLOCK;
-      const int count = int(std::min<int64_t>(BLOCK, end - first));
-      num x[BLOCK], grad[BLOCK], dx[BLOCK] = {};
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      const int64_t first = begin + chunk * CHUNK;
+      const int count = int(std::min<int64_t>(CHUNK, end - first));
+      num x[CHUNK], grad[CHUNK], dx[CHUNK] = {};
       for (int i = 0; i < count; ++i) grad[i] = wide(a.grad + b * a.grad_row + (first + i) * a.grad_token + c);
       if (a.dx)
         for (int i = 0; i < count; ++i) x[i] = wide(a.x + b * a.x_row + (first + i) * a.x_token + c);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t n = g * GROUP;
         const Modes lambda = Modes::load(a.lambda + n * a.D + c, a.N, a.D), amplitude = Modes::load(a.c + n * a.D + c, a.N, a.D);
-        Modes before[BLOCK], t = ahead[g], dlambda = to_lambda[g], dc = to_c[g];  // the states before each token
+        Modes before[CHUNK], t = ahead[g], dlambda = to_lambda[g], dc = to_c[g];  // the states before each token
         if (a.dx) {
-          Modes s = starts[block * groups + g];
+          Modes s = starts[chunk * groups + g];
           for (int i = 0; i < count; ++i) {
-            if (a.begin(b, first + i)) s.clear();
+            if (a.starts_document(b, first + i)) s.clear();
             before[i] = s;
             s.step(lambda, x[i]);
           }
         }
         for (int i = count - 1; i >= 0; --i) {
-          // t holds what the state behind this token receives.
-          if (first + i + 1 < a.L && a.begin(b, first + i + 1)) t.clear();
+          // Here t is the gradient of this token's state through the later tokens.
+          if (first + i + 1 < a.L && a.starts_document(b, first + i + 1)) t.clear();
 #pragma GCC unroll 8
           for (int m = 0; m < GROUP; ++m) {
             t.re[m] += amplitude.re[m] * grad[i];
@@ -205,7 +207,7 @@ void backward(const Call<X>& a, int64_t b, int64_t c) {
   }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t place = b * size + g * GROUP * a.D + c;
-    if (a.end) ahead[g].store(a.end + place, a.N, a.D);
+    if (a.final) ahead[g].store(a.final + place, a.N, a.D);
     if (a.dx) to_lambda[g].store(a.dlambda + place, a.N, a.D), to_c[g].store(a.dc + place, a.N, a.D);
   }
 }
@@ -228,8 +230,8 @@ void run(const int64_t* n, const void* const* p) {
 
 }  // namespace
 
-// n: B L D N, strides over rows and tokens of x and of grad. p: x grad y dx lambda c begins past future end saved dlambda
-// dc; grad is null forward.
+// n: B L D N, strides over rows and tokens of x and of grad. p: x grad y dx lambda c document_starts initial final_grad
+// final saved dlambda dc; grad is null forward. Backward, final receives the gradient of the initial state.
 extern "C" void modal_conv(int is_bf16, const int64_t* n, const void* const* p) {
   if (is_bf16)
     run<bf16>(n, p);

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .. import gpu
-from ..backends import Backends, Option
 from ..conv_carry import check_tokens, reach
-from ..scan import Carry
-from . import chunked, cpu
-from .autograd import Local
+from ..state import Carry
+from . import compiled
+from .backends import BACKENDS
 from .reference import reference_short_conv
 
 __all__ = ["reach", "reference_short_conv", "short_conv"]
-
-
-def _triton() -> Local:
-    from . import triton
-
-    return Local(triton.forward, triton.backward)
-
-
-def _triton_unsupported(device: str, x: torch.dtype, weight: torch.dtype, taps: int) -> str:
-    return gpu.unsupported_reason(device, x, weight) or ("" if 2 <= taps <= 8 else f"2 to 8 taps, not {taps}")
-
-
-BACKENDS: Backends[Callable[..., tuple[Tensor, Carry]]] = Backends(
-    "short_conv",
-    {
-        "cpu": Option(lambda: Local(cpu.forward, cpu.backward), cpu.unsupported_reason),
-        "triton": Option(_triton, _triton_unsupported),
-        "chunked": Option(lambda: Local(chunked.forward, chunked.backward)),
-        "reference": Option(lambda: reference_short_conv),
-    },
-)
 
 
 def short_conv(
@@ -84,9 +59,7 @@ def short_conv(
     if activation not in (None, "silu"):
         raise InputError("short_conv: activation", activation, "None or 'silu'")
     if torch.compiler.is_compiling() and backend != "reference":
-        from ..library import short_conv_by  # which eager code can do without
-
-        convolution = short_conv_by(backend)
+        convolution = compiled.traced(backend)
     else:
         convolution = BACKENDS.choose(backend, x.device, x.dtype, weight.dtype, weight.shape[1])
     return convolution(x, weight, bias, activation=activation, causal=causal, carry=carry, segments=segments)

@@ -1,4 +1,4 @@
-"""The autograd Function that every implementation of the short convolution runs behind."""
+"""The autograd Function of the short convolution, around any implementation of its two passes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..conv_carry import reach, read_carry, write_carry
-from ..scan import Carry
+from ..state import Carry
 
 
-class Piece(NamedTuple):
-    """Tokens, the taps that are to run over them, and the tokens before them.
+class ConvInputs(NamedTuple):
+    """The arguments of a short convolution of one shard.
 
     Attributes:
-        x: ``[B, L, D]``.
+        x: ``[B, L, D]``, the shard's tokens.
         weight: ``[D, W]``.
         bias: ``[D]`` or None.
         past: ``[B, T, D]``, the T tokens before x.
-        past_ids: ``[B, T]`` int64, their documents, -1 where there was no token, or None.
-        segments: ``[B, L]`` int64, the documents of x, or None.
-        left: taps before the token itself.
-        silu: whether the activation is SiLU rather than none.
+        past_ids: ``[B, T]`` int64, their document ids, -1 where there is no token, or None.
+        segments: ``[B, L]`` int64, the document ids of x, or None.
+        left: the number of taps before the current token's.
+        silu: whether the activation is SiLU; otherwise there is none.
     """
 
     x: Tensor
@@ -40,19 +40,19 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Local:
-    """An implementation: the maths of one piece.
+class ConvBackend:
+    """An implementation of the short convolution of one shard.
 
     Attributes:
-        forward: the output ``[B, L, D]``, in x's dtype.
-        backward: given the output's gradient too, the gradients of x, weight, bias (or None) and past.
+        forward: ``inputs -> y``, ``[B, L, D]`` in the dtype of x.
+        backward: ``(grad, inputs)``, grad that of y, to the gradients of x, weight, bias (or None) and past.
     """
 
-    forward: Callable[[Piece], Tensor]
-    backward: Callable[[Tensor, Piece], tuple[Tensor, Tensor, Tensor | None, Tensor]]
+    forward: Callable[[ConvInputs], Tensor]
+    backward: Callable[[Tensor, ConvInputs], tuple[Tensor, Tensor, Tensor | None, Tensor]]
 
     def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, Carry]:
-        """The arguments and results of `reference_short_conv`, in fp32 or better; saves nothing but its inputs."""
+        """Arguments and results as of `reference_short_conv`, computed in fp32 or better. Saves only its inputs."""
         return run(partial(_ShortConv.apply, self), *arguments, **options)
 
 
@@ -67,7 +67,7 @@ def run(
     carry: Carry | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Carry]:
-    """`reference_short_conv` by ``convolve``, whose arguments are those of `Piece`."""
+    """Arguments and results as of `reference_short_conv`; ``convolve`` takes the fields of `ConvInputs`."""
     num_taps = weight.shape[1]
     past = read_carry(x, carry, segments, num_taps - 1)
     left, _ = reach(num_taps, causal)
@@ -77,13 +77,13 @@ def run(
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Local, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: ConvBackend, *arguments: Any) -> Tensor:
         ctx.save_for_backward(*arguments[:6])
-        ctx.local, ctx.rest = local, arguments[6:]
-        return local.forward(Piece(*arguments))
+        ctx.backend, ctx.rest = backend, arguments[6:]
+        return backend.forward(ConvInputs(*arguments))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx, dweight, dbias, dpast = ctx.local.backward(grad, Piece(*ctx.saved_tensors, *ctx.rest))
+        dx, dweight, dbias, dpast = ctx.backend.backward(grad, ConvInputs(*ctx.saved_tensors, *ctx.rest))
         return None, dx, dweight, dbias, dpast, None, None, None, None

@@ -1,4 +1,4 @@
-"""Portable PyTorch: W shifted multiplies over blocks of tokens that stay in the cache."""
+"""Short convolution in portable PyTorch: W shifted multiply-adds, over chunks of tokens that stay in the cache."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv_carry import window
-from ..scan import NO_TOKENS
-from .autograd import Piece
+from ..state import NO_TOKENS
+from .autograd import ConvInputs
 
-# Elements of a block of tokens: 2 MB in fp32, which the passes over it find in the cache, or enough to keep a GPU busy.
-CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
+# Elements of a chunk: 2 MB in fp32, which stays in the cache between the taps, or enough to keep a GPU busy.
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 25
 
 
-def forward(piece: Piece) -> Tensor:
-    """See `function.Local`."""
-    wide = _Wide.of(piece)
-    y = torch.empty_like(piece.x, memory_format=torch.contiguous_format)
-    for start, stop in wide.blocks():
+def forward(inputs: ConvInputs) -> Tensor:
+    """See `autograd.ConvBackend`."""
+    wide = _Wide.of(inputs)
+    y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    for start, stop in wide.chunks():
         z = wide.linear(start, stop)
-        y[:, start:stop] = F.silu(z, inplace=True) if piece.silu else z
+        y[:, start:stop] = F.silu(z, inplace=True) if inputs.silu else z
     return y
 
 
-def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """See `function.Local`."""
-    x, weight, bias, past, _, _, left, silu = piece
-    wide = _Wide.of(piece)
+def backward(grad: Tensor, inputs: ConvInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """See `autograd.ConvBackend`."""
+    x, weight, bias, past, _, _, left, silu = inputs
+    wide = _Wide.of(inputs)
     num_past, right = past.shape[1], weight.shape[1] - 1 - left
     mirrored = wide.taps.flip(0)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dpast = torch.empty_like(past, memory_format=torch.contiguous_format)
-    # Blocks add up in fp64, so that the sum over a million tokens loses nothing.
+    # Chunks are added in fp64: a sum over a million tokens keeps its digits.
     dtaps = torch.zeros_like(wide.taps, dtype=torch.float64)
     dbias = torch.zeros_like(wide.taps[0], dtype=torch.float64)
-    for start, stop in [(-num_past, 0), *wide.blocks()] if num_past else wide.blocks():
+    for start, stop in [(-num_past, 0), *wide.chunks()] if num_past else wide.chunks():
         # Token j is seen by the tokens [j - right, j + left].
         first, last = start - right, stop + left
         g = window(grad, grad[:, :0], first, last, wide.taps.dtype)
@@ -60,7 +60,7 @@ def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None,
 
 @dataclass(frozen=True)
 class _Wide:
-    """A piece with its past, its taps ``[W, D]`` and ``bias [D]`` in the dtype of the computation."""
+    """A shard with the tokens before it; ``taps [W, D]`` and ``bias [D]`` are in the dtype of the computation."""
 
     x: Tensor
     past: Tensor
@@ -71,26 +71,26 @@ class _Wide:
     left: int
 
     @classmethod
-    def of(cls, piece: Piece) -> _Wide:
-        x, weight, bias, past, past_ids, segments, left, _ = piece
+    def of(cls, inputs: ConvInputs) -> _Wide:
+        x, weight, bias, past, past_ids, segments, left, _ = inputs
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         taps = weight.t().to(dtype).contiguous()
         return cls(x, past, past_ids, segments, taps, None if bias is None else bias.to(dtype), left)
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """The piece's tokens in blocks ``(start, stop)``."""
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """The shard's tokens in chunks ``[start, stop)``."""
         batch, length, width = self.x.shape
-        elements = CPU_BLOCK if self.x.device.type == "cpu" else GPU_BLOCK
-        block_len = max(64, elements // max(1, batch * width))
-        for start in range(0, length, block_len):
-            yield start, min(start + block_len, length)
+        elements = CPU_CHUNK if self.x.device.type == "cpu" else GPU_CHUNK
+        chunk_len = max(64, elements // max(1, batch * width))
+        for start in range(0, length, chunk_len):
+            yield start, min(start + chunk_len, length)
 
     def tokens(self, start: int, stop: int) -> Tensor:
-        """Tokens ``[start, stop)``, counted from the piece's first; zeros where there are none."""
+        """Tokens ``[start, stop)``, counted from the shard's first; zeros where there are none."""
         return window(self.x, self.past, start, stop, self.taps.dtype)
 
     def ids(self, start: int, stop: int) -> Tensor | None:
-        """Their document ids, or None where the piece has no documents."""
+        """Their document ids, or None where the shard has no documents."""
         if self.segments is None or self.past_ids is None:
             return None
         return window(self.segments, self.past_ids, start, stop, torch.int64, NO_TOKENS)
@@ -103,7 +103,7 @@ class _Wide:
 
 
 def _convolve(tokens: Tensor, taps: Tensor, ids: Tensor | None, left: int) -> Tensor:
-    """``sum_j taps[j] tokens_{i + j - left}``, ``[B, n, D]``, for the tokens that have all their neighbours.
+    """``sum_j taps[j] tokens_{i + j - left}``, ``[B, n, D]``, for the tokens whose neighbours are all given.
 
     Args:
         tokens: ``[B, n + W - 1, D]``.
@@ -120,7 +120,7 @@ def _convolve(tokens: Tensor, taps: Tensor, ids: Tensor | None, left: int) -> Te
 
 
 def _seen(tokens: Tensor, ids: Tensor | None, tap: int, left: int, length: int) -> Tensor:
-    """What each of ``length`` tokens sees through ``tap``, ``[B, length, D]``: zero where it is another document's."""
+    """The token under ``tap`` for each of ``length`` tokens, ``[B, length, D]``; zero for another document's."""
     seen = tokens[:, tap : tap + length]
     if ids is None or tap == left:
         return seen

@@ -1,15 +1,16 @@
 // Short convolution on CPUs: token by token, all channels of a row at once, so that every tensor is read and written once.
 //
-// Backward goes by chunks of tokens: the gradient before the activation stays in the second-level cache, where dx and the
-// taps' gradients find it. What a chunk adds to those is kept apart and summed outside, in an order that no number of
-// threads changes. Rows out of reach (of another document, or no token at all) are a row of zeros.
+// Backward works on some tokens at a time: the gradient before the activation stays in the second-level cache until dx and
+// the gradients of the taps are computed from it. Those of the taps are summed over ranges of tokens here, and over the
+// ranges by the caller, in an order that does not depend on the number of threads. Tokens of another document, or beyond
+// the ends, are a row of zeros.
 #include <cmath>
 
 #include "native.h"
 
 namespace {
 
-constexpr int64_t SCRATCH = 1 << 15;  // floats of the gradients of a chunk, which has at most 64 tokens: sums in fp32
+constexpr int64_t SCRATCH = 1 << 15;  // floats of the gradients of some tokens, at most 64: sums in fp32
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 static inline vec sigmoid(vec x) { return 1.0f / (1.0f + vexp(-x)); }
@@ -22,7 +23,7 @@ struct Call {
   const float *weight, *bias;             // [taps, D], [D] or null
   const int64_t *segments, *past_ids;     // [B, L], [B, T], or null
   X *y, *dx, *dpast;                      // [B, L, D], [B, L, D], [B, T, D]
-  double* partial;                        // [B, chunks, taps + 1, D]
+  double* partial;                        // [B, num_sums, taps + 1, D]
   const X* zeros;                         // [D]
 
   int64_t id(int64_t b, int64_t i) const { return i < 0 ? past_ids[b * T + T + i] : segments[b * L + i]; }
@@ -30,7 +31,7 @@ struct Call {
   const X* token(int64_t b, int64_t i) const {
     return i < 0 ? past + (b * T + T + i) * D : x + b * x_row + i * x_token;
   }
-  // What token i sees through a tap.
+  // The token under a tap of token i.
   const X* seen(int64_t b, int64_t i, int64_t tap) const {
     int64_t j = i + tap - left;
     return j >= -T && j < L && together(b, i, j) ? token(b, j) : zeros;
@@ -69,7 +70,7 @@ void forward(const Call<X>& a, int64_t b, int64_t first, int64_t last) {
   }
 }
 
-// The gradients of the tokens [first, last), past ones where negative, and what they add to the taps' and the bias'.
+// The gradients of the tokens [first, last), of the past where negative, and their contribution to those of taps and bias.
 template <int N, class X>
 void backward(const Call<X>& a, int64_t b, int64_t first, int64_t last, double* partial, float* scratch, float* sums) {
   const int64_t right = a.taps - 1 - a.left, D = a.D;
@@ -121,10 +122,10 @@ void backward(const Call<X>& a, int64_t b, int64_t first, int64_t last, double* 
 }
 
 template <int N, class X>
-void run(const Call<X>& a, int64_t chunk, int64_t chunks) {
+void run(const Call<X>& a, int64_t sum_len, int64_t num_sums) {
 #pragma omp parallel for schedule(static)
-  for (int64_t task = 0; task < a.B * chunks; ++task) {
-    const int64_t b = task / chunks, first = task % chunks * chunk, last = std::min(a.L, first + chunk);
+  for (int64_t task = 0; task < a.B * num_sums; ++task) {
+    const int64_t b = task / num_sums, first = task % num_sums * sum_len, last = std::min(a.L, first + sum_len);
     if (a.y) {
       forward<N>(a, b, first, last);
       continue;
@@ -153,7 +154,7 @@ void run(const int64_t* n, const void* const* p) {
 
 }  // namespace
 
-// n: B L D T taps left silu, strides over rows and tokens of x and of grad, tokens in a chunk, chunks.
+// n: B L D T taps left silu, strides over rows and tokens of x and of grad, sum_len, num_sums.
 // p: x past grad weight bias segments past_ids, y (forward) or null and dx dpast partial (backward, zeroed).
 extern "C" void short_conv(int is_bf16, const int64_t* n, const void* const* p) {
   if (is_bf16)

@@ -1,4 +1,4 @@
-"""Short convolution by its definition: the truth that every backend is tested against."""
+"""Short convolution by its definition: what every backend is tested against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scan import NO_TOKENS, Carry
+from ..state import NO_TOKENS, Carry
 
 
 def reference_short_conv(

@@ -1,8 +1,8 @@
-"""Short convolution in Triton: each program walks along a run of tokens with a window of them in registers.
+"""Short convolution in Triton: each program reads a chunk of tokens in order, a sliding window of them in registers.
 
-Every token is read once, but for the W - 1 beside a run (backward 2 (W - 1)). With runs of R tokens, in bf16, forward
-takes ``4 + 2 (W - 1) / R`` bytes per token and channel, backward ``6 + 6 (W - 1) / R`` and ``8 (W + 1) / R`` for the
-runs' sums of the gradients of weight and bias. Those are fp32 inside a run and fp64 between runs.
+Every token is read once, except the W - 1 beside a chunk (backward 2 (W - 1)). With chunks of C tokens, in bf16,
+forward moves ``4 + 2 (W - 1) / C`` bytes per token and channel, backward ``6 + 6 (W - 1) / C`` and ``8 (W + 1) / C``
+for the chunks' sums of the gradients of weight and bias. Those are fp32 inside a chunk and fp64 between chunks.
 """
 
 # Kernels have Triton's types, which mypy does not know.
@@ -19,18 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import TYPES, Tiling, Variant, launch_fastest
-from .autograd import Piece
+from .autograd import ConvInputs
 
 MIN_TAPS, MAX_TAPS = 2, 8
 CHANNELS = 256
-# Programs that keep the memory of a large GPU busy; a piece with fewer runs than that has shorter ones.
+# Programs that keep the memory of a large GPU busy; a shard with fewer chunks than that has shorter ones.
 PROGRAMS = 4096
-MIN_RUN, MAX_RUN = 32, 512
+MIN_CHUNK, MAX_CHUNK = 32, 512
 
 
 @triton.jit
 def _where(condition, column, width):
-    """The columns that there are, if ``condition``, a number, holds."""
+    """The mask of existing columns, all False unless ``condition`` (a scalar) holds."""
     return column < tl.where(condition, width, 0)
 
 
@@ -75,23 +75,23 @@ def _forward_kernel(
     num_past,
     length,
     width,
-    run,
-    num_runs,
+    chunk_len,
+    num_chunks,
     LEFT: tl.constexpr,
     TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    blocks = (width + BLOCK - 1) // BLOCK
+    num_tiles = (width + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
-    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = program % num_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
-    batch = (program // blocks // num_runs).to(tl.int64)
-    first = program // blocks % num_runs * run
-    last = tl.minimum(first + run, length)
+    batch = (program // num_tiles // num_chunks).to(tl.int64)
+    first = program // num_tiles % num_chunks * chunk_len
+    last = tl.minimum(first + chunk_len, length)
     x += batch * x_batch
     past += batch * past_batch
     y += batch * length * width
@@ -101,7 +101,7 @@ def _forward_kernel(
     taps = ()
     for tap in tl.static_range(TAPS):
         taps += (tl.load(weight + column * weight_channel + tap * weight_tap, mask=mask, other=0).to(tl.float32),)
-    offset = tl.zeros([BLOCK], tl.float32)
+    offset = tl.zeros([BLOCK_D], tl.float32)
     if BIAS:
         offset += tl.load(bias + column, mask=mask, other=0).to(tl.float32)
 
@@ -160,25 +160,25 @@ def _backward_kernel(
     num_past,
     length,
     width,
-    run,
-    num_runs,
+    chunk_len,
+    num_chunks,
     LEFT: tl.constexpr,
     TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """``sums [B, runs, W + 1, D]`` are the runs' gradients of the taps and of the bias. The first run has the past."""
-    blocks = (width + BLOCK - 1) // BLOCK
+    """``sums [B, N, W + 1, D]``: each chunk's gradients of the taps and the bias. The first chunk includes the past."""
+    num_tiles = (width + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
-    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = program % num_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
-    place = (program // blocks).to(tl.int64)
-    batch = place // num_runs
-    first = program // blocks % num_runs * run
-    last = tl.minimum(first + run, length)
+    place = (program // num_tiles).to(tl.int64)
+    batch = place // num_chunks
+    first = program // num_tiles % num_chunks * chunk_len
+    last = tl.minimum(first + chunk_len, length)
     first = tl.where(first == 0, -num_past, first)
     grad += batch * grad_batch
     x += batch * x_batch
@@ -192,9 +192,9 @@ def _backward_kernel(
     totals = ()
     for tap in tl.static_range(TAPS):
         taps += (tl.load(weight + column * weight_channel + tap * weight_tap, mask=mask, other=0).to(tl.float32),)
-        totals += (tl.zeros([BLOCK], tl.float32),)
-    total = tl.zeros([BLOCK], tl.float32)
-    offset = tl.zeros([BLOCK], tl.float32)
+        totals += (tl.zeros([BLOCK_D], tl.float32),)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    offset = tl.zeros([BLOCK_D], tl.float32)
     if BIAS:
         offset += tl.load(bias + column, mask=mask, other=0).to(tl.float32)
 
@@ -204,7 +204,7 @@ def _backward_kernel(
     window, ids, upstream, upstream_ids = (), (), (), ()
     for tap in tl.static_range(TAPS - 1):
         window += (_read(x, past, start - LEFT + tap, x_token, past_token, num_past, length, column, width),)
-        upstream += (tl.zeros([BLOCK], tl.float32),)
+        upstream += (tl.zeros([BLOCK_D], tl.float32),)
         if SEGMENTS:
             ids += (_read_id(segments, past_ids, start - LEFT + tap, segment_token, past_id_token, num_past, length),)
             upstream_ids += (tl.full([], -1, tl.int64),)
@@ -232,11 +232,11 @@ def _backward_kernel(
             upstream += (g,)
             if SEGMENTS:
                 upstream_ids += (ids[step + LEFT],)
-            # Neighbouring runs compute the gradients at a run's edge again, and count them once.
+            # Gradients at a chunk's edge are computed by both neighbours, and summed by one.
             g = tl.where((begin + step >= first) & (begin + step < last), g, 0.0)
             total += g
             more = ()
-            to_token = tl.zeros([BLOCK], tl.float32)
+            to_token = tl.zeros([BLOCK_D], tl.float32)
             for tap in tl.static_range(TAPS):
                 seen = window[step + tap].to(tl.float32)
                 back = upstream[step + TAPS - 1 - tap]
@@ -262,22 +262,22 @@ def _backward_kernel(
     tl.store(sums + TAPS * width, total, mask=mask)
 
 
-def forward(piece: Piece) -> Tensor:
-    """See `function.Local`."""
-    launch = _Launch(piece)
-    y = torch.empty_like(piece.x, memory_format=torch.contiguous_format)
+def forward(inputs: ConvInputs) -> Tensor:
+    """See `autograd.ConvBackend`."""
+    launch = _Launch(inputs)
+    y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
     if y.numel():
         launch(_forward_kernel, (), (y,))
     return y
 
 
-def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """See `function.Local`."""
-    launch = _Launch(piece)
-    x, weight, bias, past, *_ = piece
+def backward(grad: Tensor, inputs: ConvInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """See `autograd.ConvBackend`."""
+    launch = _Launch(inputs)
+    x, weight, bias, past, *_ = inputs
     dx, dpast = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, past))
     width, taps = weight.shape
-    sums = torch.empty(x.shape[0] * launch.num_runs, taps + 1, width, dtype=torch.float32, device=x.device)
+    sums = torch.empty(x.shape[0] * launch.num_chunks, taps + 1, width, dtype=torch.float32, device=x.device)
     if sums.numel():
         launch(_backward_kernel, (_rows(grad),), (dx, dpast, sums))
     total = sums.sum(0, dtype=torch.float64)
@@ -285,10 +285,10 @@ def backward(grad: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None,
 
 
 class _Launch:
-    """How both kernels are launched on a piece."""
+    """The arguments and the grid with which both kernels are launched on a shard."""
 
-    def __init__(self, piece: Piece) -> None:
-        x, weight, bias, past, past_ids, segments, self.left, silu = piece
+    def __init__(self, inputs: ConvInputs) -> None:
+        x, weight, bias, past, past_ids, segments, self.left, silu = inputs
         batch, length, width = x.shape
         x, past = _rows(x), _rows(past.to(x.dtype))
         documents = segments is not None and past_ids is not None
@@ -300,13 +300,13 @@ class _Launch:
             *past.stride()[:2],
             *(stride for t in ids for stride in ((0, 0) if t is None else t.stride())),
         ]
-        blocks = triton.cdiv(width, CHANNELS)
-        run = MIN_RUN
-        while run < MAX_RUN and batch * blocks * length >= 2 * run * PROGRAMS:
-            run *= 2
-        self.num_runs = max(1, triton.cdiv(length, run))  # one for the past alone
-        self.programs = batch * self.num_runs * blocks
-        self.sizes = past.shape[1], length, width, run, self.num_runs
+        num_tiles = triton.cdiv(width, CHANNELS)
+        chunk_len = MIN_CHUNK
+        while chunk_len < MAX_CHUNK and batch * num_tiles * length >= 2 * chunk_len * PROGRAMS:
+            chunk_len *= 2
+        self.num_chunks = max(1, triton.cdiv(length, chunk_len))  # one for the past alone
+        self.programs = batch * self.num_chunks * num_tiles
+        self.sizes = past.shape[1], length, width, chunk_len, self.num_chunks
         self.flags = {"BIAS": bias is not None, "SILU": silu, "SEGMENTS": documents}
         self.taps, self.itemsize = weight.shape[1], x.element_size()
 
@@ -316,7 +316,7 @@ class _Launch:
         launch_fastest(
             kernel, _tilings(kernel, self.itemsize, self.taps), lambda _: self.programs,
             *upstream, *self.tensors, *outputs, *strides, *self.strides, *self.sizes,
-            LEFT=self.left, TAPS=self.taps, BLOCK=CHANNELS, **self.flags,
+            LEFT=self.left, TAPS=self.taps, BLOCK_D=CHANNELS, **self.flags,
         )  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def variants() -> Iterator[Variant]:
     for dtype, taps in ((torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float32, 4), (torch.float32, 8)):
         for everything in (False, True):
             flags = {"BIAS": everything, "SILU": everything, "SEGMENTS": everything}
-            constants = {"LEFT": taps - 1, "TAPS": taps, "BLOCK": CHANNELS} | flags
+            constants = {"LEFT": taps - 1, "TAPS": taps, "BLOCK_D": CHANNELS} | flags
             types = dict.fromkeys(("grad", "x", "weight", "bias", "past", "y", "dx", "dpast"), TYPES[dtype])
             types |= {"past_ids": "*i64", "segments": "*i64", "sums": "*fp32", "STEP": "constexpr"}
             types |= dict.fromkeys(constants, "constexpr")

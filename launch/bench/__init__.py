@@ -1,4 +1,5 @@
-"""`longreach bench NAME`: measurements of this machine. Here is what they share; each is a module beside this one.
+"""`longreach bench NAME`: measurements on this machine, a module with a function ``run`` each. This one has what they
+share.
 
 Every report names the machine, the commit and the date. benchmarks/README.md says how to read them.
 """
@@ -28,12 +29,13 @@ PACKAGES = ("torch", "triton", "deepspeed", "flash-linear-attention")
 
 @dataclass(frozen=True)
 class Bound:
-    """A figure and what it should be; NaN is never right.
+    """A figure and the limit that it should keep; NaN breaks every limit.
 
     Attributes:
         what: what was measured, and its unit.
         found: the figure.
-        sign, limit: "<", "<=" or ">=", and the number beside it.
+        sign: "<", "<=" or ">=".
+        limit: the number to the right of the sign.
     """
 
     what: str
@@ -53,7 +55,7 @@ class Bound:
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
-    """What the figures belong to.
+    """The machine, the versions and the commit that figures were measured with.
 
     Args:
         device: "cpu" or "cuda".
@@ -76,15 +78,15 @@ def cpu_only(**more: str) -> dict[str, str]:
 
 
 def last_line(path: Path) -> str:
-    """The last line of what a process said."""
+    """The last line of the output of a process, from the file that it was written to."""
     return ([line for line in path.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"])[-1]
 
 
 def check_out(out: Path) -> None:
-    """Make the folder of the results.
+    """Create the directory of the results.
 
     Raises:
-        InputError: nothing can be written there.
+        InputError: it cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -105,11 +107,13 @@ def table_header(names: Sequence[str]) -> str:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, in which NaN and infinities are null."""
-    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n")
 
 
-def verdict(bounds: Sequence[Bound]) -> int:
-    """Print all bounds, and those that do not hold in one line on standard error; returns the exit code."""
+def report_bounds(bounds: Sequence[Bound]) -> int:
+    """Print all bounds, and those that do not hold in one line on standard error; returns the exit code, 1 if there are
+    any.
+    """
     for bound in bounds:
         print(f"  {bound}{'' if bound.holds else ' (out of bounds)'}")
     broken = [str(bound) for bound in bounds if not bound.holds]
@@ -119,15 +123,15 @@ def verdict(bounds: Sequence[Bound]) -> int:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one of some values, the upper of the middle two."""
+    """The median; of an even number of values, the upper one of the middle two."""
     return sorted(values)[len(values) // 2]
 
 
-def _finite(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _without_nan(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -135,7 +139,7 @@ def _commit() -> str:
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:  # git
+    except FileNotFoundError:  # git is not installed
         return "unknown"
 
 

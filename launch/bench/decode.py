@@ -1,10 +1,10 @@
-"""`longreach bench decode`: tokens a second and bytes of state against the position at which a text is continued.
+"""`longreach bench decode`: tokens per second and bytes of state against the position at which a text is continued.
 
-Models of two blocks with one mixer each. Those with a state read that many tokens; then decoders that stand at all the
-positions write in turns, so that what else the machine does slows all of them alike. Softmax attention is measured
-twice: as this package's mixer, whose carry grows by a copy a token, and with a cache of keys and values that is
-allocated once, which is the least that it can cost. Their pasts are random numbers: a step takes as long whatever they
-are, and reading so many tokens would take days.
+Models of two blocks with one mixer each. Those with a state read as many tokens as the position says; then the decoders
+of all positions generate in turns, so that other load on the machine slows all of them alike. Softmax attention is
+measured twice: as this package's mixer, whose carry is copied with every token, and with a cache of keys and values
+that is allocated once, which is the least that it can cost. Both begin with random keys and values: the time of a step
+does not depend on them, and a prefill of so many tokens would take days.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...framework.data.progress import progress
-from ...framework.inference.carry_file import Bookmark
-from ...framework.inference.generate import PROMPT_BLOCK, Decoder
+from ...framework.inference.carry_file import SavedCarry
+from ...framework.inference.generate import PREFILL_BLOCK_LEN, Decoder
 from ...framework.mixers.softmax import Softmax, rotate
 from ...framework.model import Block, Model, ModelConfig, build_model
 from ...kernels.scan import Carry
 from ...parallel.span import Span
-from . import Bound, check_out, environment, median, table_header, table_line, verdict, write_report
+from . import Bound, check_out, environment, median, report_bounds, table_header, table_line, write_report
 
 SHORTEST = 1024  # the first position; each next one is four times as far
 LONGEST = 2**20
 WIDTH, DEPTH = 128, 2  # of the models, as in the quickstart
 STATES = ("elementwise", "chela", "feedforward_kernel")
 OWN, CACHED = "softmax, its carry", "softmax, cache allocated once"
-WAYS = (*STATES, OWN, CACHED)
-TURNS = 20  # in which every position is measured once
-TOKENS = 10  # of a turn, after one that is not counted
-TURN_SECONDS = 1.0  # after which a turn ends sooner
-BATCHES = (1, 4, 16)  # texts that elementwise continues side by side
+METHODS = (*STATES, OWN, CACHED)
+TURNS = 20  # in each, every position is measured once
+TOKENS = 10  # in a turn, after one that is not counted
+TURN_SECONDS = 1.0  # after which a turn ends before its last token
+BATCHES = (1, 4, 16)  # sizes of the batches that elementwise continues
 RATIO = (0.9, 1.1)  # tokens/s at the last position over those at the first
 HEADER = table_header(["mixer", "position", "tokens/s", "ms a token", "bytes of state"])
 
@@ -47,11 +47,11 @@ class Row:
     """Decoding at one position.
 
     Attributes:
-        way: a name in `WAYS`.
-        position: tokens that came before.
+        way: a name in `METHODS`.
+        position: number of tokens before.
         seconds: of a token, the median.
-        carry_bytes: what is kept of those tokens.
-        num_tokens: how many were timed.
+        carry_bytes: size of the state, or of the cache, after those tokens.
+        num_tokens: how many were time_tokens.
     """
 
     way: str
@@ -66,10 +66,10 @@ class Row:
 
 
 class CachedSoftmax(nn.Module):
-    """`Softmax` that decodes with its keys and values in one place, which is written to and never copied.
+    """`Softmax` that decodes with a cache of keys and values, which is allocated once and never copied.
 
     Attributes:
-        mixer: whose weights it has.
+        mixer: the weights.
         keys, values: ``[1, H, capacity, K]``.
     """
 
@@ -81,8 +81,8 @@ class CachedSoftmax(nn.Module):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """One token ``[1, 1, D]`` -> ``[1, 1, D]``."""
         q, k, v = self.mixer.qkv(x).unflatten(-1, (3, self.mixer.heads, -1)).unbind(2)
-        place = torch.tensor([span.position])
-        q, k = (rotate(part, place, self.mixer.base) for part in (q, k))
+        position = torch.tensor([span.position])
+        q, k = (rotate(part, position, self.mixer.base) for part in (q, k))
         self.keys[:, :, span.position], self.values[:, :, span.position] = k[:, 0], v[:, 0]
         stop = span.position + 1
         y = F.scaled_dot_product_attention(q.transpose(1, 2), self.keys[:, :, :stop], self.values[:, :, :stop])
@@ -90,17 +90,18 @@ class CachedSoftmax(nn.Module):
 
 
 def model_of(mixer: str) -> Model:
-    """A model with one mixer in all blocks, weights drawn from a seed."""
+    """A model with the same mixer in all blocks and random weights from a fixed seed."""
     torch.manual_seed(0)
     return build_model(ModelConfig(vocab=256, width=WIDTH, depth=DEPTH, mixers=[mixer])).eval()
 
 
-def standing(way: str, positions: Sequence[int], memory_bytes: float) -> tuple[dict[int, Decoder], dict[int, int]]:
-    """Decoders that stand at each position, and the bytes that each keeps of its past; both empty of positions at which
-    these would take more than ``memory_bytes``.
+def decoders_at(way: str, positions: Sequence[int], memory_bytes: float) -> tuple[dict[int, Decoder], dict[int, int]]:
+    """A decoder at each position, and the bytes of its state or cache, by position.
+
+    Positions where these would take more than ``memory_bytes`` are left out.
     """
     if way in STATES:
-        decoders = _read(model_of(way), way, positions)
+        decoders = _prefilled_decoders(model_of(way), way, positions)
         return decoders, {position: decoder.carry_bytes for position, decoder in decoders.items()}
     model = model_of("softmax")
     per_token = DEPTH * WIDTH * next(model.parameters()).element_size()
@@ -111,37 +112,39 @@ def standing(way: str, positions: Sequence[int], memory_bytes: float) -> tuple[d
         for block in model.blocks:
             assert isinstance(block, Block) and isinstance(block.mixer, Softmax)
             block.mixer = CachedSoftmax(block.mixer, WIDTH, some[-1] + TOKENS + 2)
-    return {position: _given(model, position) for position in some}, {position: position * kept for position in some}
+    return {position: _decoder_with_random_carry(model, position) for position in some}, {
+        position: position * kept for position in some
+    }
 
 
-def _read(model: Model, name: str, positions: Sequence[int]) -> dict[int, Decoder]:
-    """Decoders that have read random tokens."""
+def _prefilled_decoders(model: Model, name: str, positions: Sequence[int]) -> dict[int, Decoder]:
+    """Decoders after a prefill with random tokens, by position."""
     decoder, found, draws = Decoder(model), {}, torch.Generator().manual_seed(0)
     with progress(f"reading for {name}", positions[-1], unit="tokens") as advance:
         for before, position in zip([0, *positions], positions):
-            for length in torch.arange(position - before).split(PROMPT_BLOCK):
-                decoder.read(torch.randint(0, 256, (1, len(length)), generator=draws), advance)
+            for length in torch.arange(position - before).split(PREFILL_BLOCK_LEN):
+                decoder.prefill(torch.randint(0, 256, (1, len(length)), generator=draws), advance)
             found[position] = decoder.fork()
     return found
 
 
-def _given(model: Model, position: int) -> Decoder:
-    """A decoder whose past is random numbers of the right shapes."""
+def _decoder_with_random_carry(model: Model, position: int) -> Decoder:
+    """A decoder at ``position`` whose carry holds random numbers in the shapes of a real one."""
     one = Decoder(model)
-    one.read(torch.zeros(1, 1, dtype=torch.int64))
+    one.prefill(torch.zeros(1, 1, dtype=torch.int64))
     assert one.span is not None
     carry = {key: Carry(torch.randn(1, position, *past.state.shape[2:])) for key, past in one.span.carry.items()}
     span = Span(start=position, carry=carry, keep_carry=True)
-    return Decoder(model, mark=Bookmark(span, torch.zeros(1, 256), torch.Generator().get_state()))
+    return Decoder(model, saved=SavedCarry(span, torch.zeros(1, 256), torch.Generator().get_state()))
 
 
-def timed(decoders: dict[int, Decoder]) -> dict[int, list[float]]:
-    """Seconds of single tokens that each decoder writes; the decoders take turns and stay where they are."""
+def time_tokens(decoders: dict[int, Decoder]) -> dict[int, list[float]]:
+    """Seconds of single tokens that each decoder generates; the decoders take turns and keep their positions."""
     seconds: dict[int, list[float]] = {key: [] for key in decoders}
     for turn in range(TURNS):
         for key in list(decoders)[:: 1 if turn % 2 else -1]:
-            tokens = decoders[key].fork().write(TOKENS + 2)
-            next(tokens)  # drawn from logits that are there already
+            tokens = decoders[key].fork().generate(TOKENS + 2)
+            next(tokens)  # sampled from logits that were computed already
             next(tokens)
             ends = time.perf_counter() + TURN_SECONDS
             for _ in range(TOKENS):
@@ -154,10 +157,10 @@ def timed(decoders: dict[int, Decoder]) -> dict[int, list[float]]:
     return seconds
 
 
-def side_by_side(decoder: Decoder) -> dict[int, float]:
-    """Tokens a second of all texts together, for each of `BATCHES`."""
+def batched_speeds(decoder: Decoder) -> dict[int, float]:
+    """Tokens per second of a whole batch, for each size in `BATCHES`."""
     stacks = {size: Decoder.stack([decoder] * size) for size in BATCHES}
-    seconds = timed({size: stack for size, stack in stacks.items() if stack is not None})
+    seconds = time_tokens({size: stack for size, stack in stacks.items() if stack is not None})
     return {size: size / median(some) for size, some in seconds.items()}
 
 
@@ -168,13 +171,13 @@ def as_line(row: Row) -> str:
 
 
 def ratio(rows: Sequence[Row], way: str) -> float:
-    """Tokens a second at the last position over those at the first."""
+    """Tokens per second at the last position over those at the first."""
     some = [row.tokens_per_second for row in rows if row.way == way]
     return some[-1] / some[0]
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Tokens a second, and bytes of state, against the position."""
+    """Plot tokens per second, and bytes of state, against the position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,7 +190,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         panels[0].loglog(positions, [row.tokens_per_second for row in some], style, label=way)
         panels[1].loglog(positions, [row.carry_bytes for row in some], style, label=way)
     ticks = sorted({row.position for row in rows})
-    for axes, label in zip(panels, ("tokens a second", "bytes of state"), strict=True):
+    for axes, label in zip(panels, ("tokens per second", "bytes of state"), strict=True):
         axes.set(xlabel="position", ylabel=label)
         axes.set_xticks(ticks, [f"{tick / 1024:g}k" for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -198,14 +201,14 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def decode(out: Path, threads: int = 1, longest: int = LONGEST, memory_gib: float = 4.0) -> int:
+def run(out: Path, threads: int = 1, longest: int = LONGEST, memory_gib: float = 4.0) -> int:
     """Decode at every position; writes ``decode-cpu.json`` and ``.png`` into ``out``.
 
     Args:
-        out: folder of the results.
-        threads: processor threads, as a token is little work; 0 takes all.
+        out: directory of the results.
+        threads: number of CPU threads, 1 by default, as a token is little work; 0 takes all.
         longest: the last position is at most this.
-        memory_gib: what the past of softmax attention may take.
+        memory_gib: limit of the keys and values of softmax attention.
 
     Returns:
         The exit code: 1 where a bound does not hold.
@@ -221,13 +224,13 @@ def decode(out: Path, threads: int = 1, longest: int = LONGEST, memory_gib: floa
     print(HEADER)
     rows: list[Row] = []
     batches: dict[int, float] = {}
-    for way in WAYS:
-        decoders, kept = standing(way, positions, memory_gib * 2**30)
-        for position, seconds in timed(decoders).items():
+    for way in METHODS:
+        decoders, kept = decoders_at(way, positions, memory_gib * 2**30)
+        for position, seconds in time_tokens(decoders).items():
             rows.append(Row(way, position, median(seconds), kept[position], len(seconds)))
             print(as_line(rows[-1]), flush=True)
         if way == STATES[0]:
-            batches = side_by_side(decoders[SHORTEST])
+            batches = batched_speeds(decoders[SHORTEST])
     print(table_header([f"{STATES[0]}, texts side by side", "tokens/s of all"]))
     for size, speed in batches.items():
         print(table_line([size, f"{speed:,.1f}"]))
@@ -239,7 +242,7 @@ def decode(out: Path, threads: int = 1, longest: int = LONGEST, memory_gib: floa
         "depth": DEPTH,
         "rows": [{**asdict(row), "tokens_per_second": row.tokens_per_second} for row in rows],
         "left_out": {
-            way: [p for p in positions if (way, p) not in {(r.way, r.position) for r in rows}] for way in WAYS
+            way: [p for p in positions if (way, p) not in {(r.way, r.position) for r in rows}] for way in METHODS
         },
         "texts_side_by_side": {str(size): speed for size, speed in batches.items()},
         "bounds": [bound.as_json() for bound in bounds],
@@ -248,7 +251,7 @@ def decode(out: Path, threads: int = 1, longest: int = LONGEST, memory_gib: floa
     write_report(report, path)
     plot(rows, path.with_suffix(".png"), where["device"])
     print(f"written: {path}, {path.with_suffix('.png')}")
-    return verdict(bounds)
+    return report_bounds(bounds)
 
 
 def _bounds(rows: Sequence[Row]) -> list[Bound]:

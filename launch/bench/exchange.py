@@ -1,7 +1,7 @@
 """One rank of `longreach bench parallel`: what a layer of each kind exchanges, and how long it takes.
 
-``python -m longreach.launch.bench.exchange DIRECTORY RANK RANKS`` joins the ranks of that folder, where ``job.json``
-holds a `Job`; the first rank writes ``found.json``.
+``python -m longreach.launch.bench.exchange DIRECTORY RANK RANKS`` joins the other ranks by a file in that directory.
+There, ``job.json`` holds a `Job`; the first rank writes ``found.json``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...framework.deepspeed.ulysses import init_deepspeed_world
 from ...framework.mixers.chela import ChelaConfig, ModalKernel, TapKernel
 from ...kernels.elementwise import ElementwiseAttention
 from ...kernels.linear_attention import LinearAttention
 from ...kernels.scan import StatefulOp
-from ...parallel import cost
-from ...parallel import link_benchmark as links
+from ...parallel import cost, link_benchmark
 from ...parallel.mesh import Axis, all_gather, gather_values, init_mesh
 from ...parallel.recorder import Event, Recorder
 from ...parallel.span import Span
 from . import median
 from .kernels import softmax_attention
-from .peers import ring, show_world_to_deepspeed, ulysses
+from .peers import ring, ulysses
 
 BY_PIPELINE = ", by pipeline"
 STATES = ("elementwise", "linear_attention, chela", "linear_attention, feedforward_kernel")
@@ -42,14 +42,14 @@ PEERS = ("Ulysses", "ring attention")
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         tokens: of the sequence, over all ranks.
         width: D.
         heads: of attention.
-        checked: tokens of the sequence on which every layer is compared with one rank first.
-        budget: seconds that a measurement may repeat for; at least one call, and three if they fit.
+        checked: tokens of the sequence on which the result of every layer is first compared with that of one rank.
+        budget: seconds for which a measurement is repeated, at least once.
         timeout: seconds that an exchange may take.
     """
 
@@ -63,16 +63,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """A layer's forward and backward pass, by the rank that took or handed over the most in each.
+    """A layer's forward and backward pass; of times and bytes, those of the rank with the most.
 
     Attributes:
         layer: its name.
         ranks: that share the sequence.
         seconds: of both passes.
-        exchange_seconds: of the same exchanges made again without what is computed between them.
+        exchange_seconds: of the same exchanges, replayed without the computation between them.
         predicted_seconds: of these, by `parallel.cost` and the link that was measured between these ranks.
-        forward_bytes, backward_bytes: that a rank hands over.
-        received_bytes: that reach a rank in both passes: of a gather, what all others hand over.
+        forward_bytes, backward_bytes: that a rank sends.
+        received_bytes: that a rank receives in both passes: of a gather, what all others send.
         error: largest relative RMS error against one rank, of the output and all gradients.
     """
 
@@ -93,13 +93,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Layer:
-    """What mixes tokens.
+    """A sequence mixer to measure.
 
     Attributes:
         shapes: of a token in each input.
-        run: the output of this rank's tokens ``[1, n, *shape]``, given the axis and the inputs.
-        parameters: that have gradients too.
-        alone: what one rank would run over the whole sequence; None for ``run``.
+        run: computes the output of this rank's shard ``[1, n, *shape]``, given the axis and the inputs.
+        parameters: whose gradients are computed too.
+        alone: computes the same over the whole sequence on one rank; None for ``run``.
     """
 
     shapes: Sequence[tuple[int, ...]]
@@ -109,7 +109,7 @@ class Layer:
 
 
 def layers(width: int, heads: int) -> dict[str, Layer]:
-    """The state of every mixer of this package, a free convolution, and what would be run instead.
+    """The layers: the stateful operator of every mixer of this package, a free convolution, and both peers.
 
     Args:
         width: D.
@@ -120,7 +120,7 @@ def layers(width: int, heads: int) -> dict[str, Layer]:
     torch.manual_seed(1)
     modal, free = ModalKernel(width, chela.modes, True), TapKernel(width, chela.long_len, "free", True)
 
-    def positive(axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def normalized(axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _scan(LinearAttention(normalize=True, eps=1e-6), axis, F.softplus(q), F.softplus(k), v)
 
     def convolved(module: nn.Module, axis: Axis, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def layers(width: int, heads: int) -> dict[str, Layer]:
     ours = [
         Layer([(width,)] * 3, partial(_scan, ElementwiseAttention())),
         Layer([shared, shared, values], partial(_scan, gated)),
-        Layer([per_head] * 3, positive),
+        Layer([per_head] * 3, normalized),
     ]
     states = dict(zip(STATES, ours, strict=True))
     return {
@@ -160,14 +160,14 @@ def error(layer: Layer, axis: Axis, tokens: int) -> float:
     """Largest relative RMS error against one rank: output, gradients of inputs, and of parameters summed over ranks."""
     torch.manual_seed(2)
     whole = [torch.randn(1, tokens, *shape) * 0.5 for shape in layer.shapes]
-    pieces = [x.chunk(axis.size, dim=1)[axis.rank] for x in whole]
+    shards = [x.chunk(axis.size, dim=1)[axis.rank] for x in whole]
     results = []
-    for run, inputs in ((partial(layer.run, axis), pieces), (layer.alone or partial(layer.run, Axis()), whole)):
+    for run, inputs in ((partial(layer.run, axis), shards), (layer.alone or partial(layer.run, Axis()), whole)):
         leaves = [x.clone().requires_grad_() for x in inputs]
         y = run(*leaves)
         torch.manual_seed(3)
         grad = torch.randn(1, tokens, *y.shape[2:])
-        grad = grad.chunk(axis.size, dim=1)[axis.rank] if inputs is pieces else grad
+        grad = grad.chunk(axis.size, dim=1)[axis.rank] if inputs is shards else grad
         grads = torch.autograd.grad(y, [*leaves, *layer.parameters], grad)
         results.append(([y.detach(), *grads[: len(leaves)]], list(grads[len(leaves) :])))
     (mine, partial_sums), (truth, sums) = results
@@ -181,8 +181,8 @@ def error(layer: Layer, axis: Axis, tokens: int) -> float:
 
 
 def measure(name: str, layer: Layer, axis: Axis, job: Job, link: cost.Link) -> Found:
-    """Check a layer, record what it exchanges, then time it; a collective. ``link`` is what lies between the ranks."""
-    wrong = error(layer, axis, job.checked)
+    """Check a layer, record what it exchanges, then time it; a collective. ``link`` is that between the ranks."""
+    largest_error = error(layer, axis, job.checked)
     torch.manual_seed(4 + axis.rank)
     inputs = [(torch.randn(1, job.tokens // axis.size, *shape) * 0.5).requires_grad_() for shape in layer.shapes]
     upstream: list[Tensor] = []
@@ -201,36 +201,36 @@ def measure(name: str, layer: Layer, axis: Axis, job: Job, link: cost.Link) -> F
     seconds = first if first > job.budget else _seconds(partial(both, nothing, nothing), axis, job.budget)
     everyone: list[list[Event]] = [[] for _ in range(axis.size)]
     dist.all_gather_object(everyone, [*forward.events, *backward.events], group=axis.group)
-    given = gather_values([float(sum(one.num_bytes for one in some.events)) for some in (forward, backward)], axis)
-    most = [max(row[number] for row in given) for number in range(2)]
+    sent = gather_values([float(sum(one.num_bytes for one in some.events)) for some in (forward, backward)], axis)
+    most = [max(row[number] for row in sent) for number in range(2)]
     received = max(_received(everyone, rank) for rank in axis.ranks)
-    again = _seconds(again_alone(everyone, axis), axis, job.budget)
+    replayed = _seconds(replay(everyone, axis), axis, job.budget)
     predicted = max(
         sum(cost.seconds(event.kind, event.num_bytes, len(event.ranks), link) for event in events)
         for events in everyone
     )
-    return Found(name, axis.size, seconds, again, predicted, int(most[0]), int(most[1]), received, wrong)
+    return Found(name, axis.size, seconds, replayed, predicted, int(most[0]), int(most[1]), received, largest_error)
 
 
 def _seconds(run: Callable[[], object], axis: Axis, budget: float) -> float:
     """Median time of ``run`` after a first, untimed call; that of the slowest rank each time."""
     _once(run, axis)
     times: list[float] = []
-    # What is compared is the same on all ranks, so they stop together.
+    # The times are the same on all ranks, so all stop after the same number of calls.
     while not times or (sum(times) < budget and len(times) < 100):
         times.append(_once(run, axis))
     return median(times)
 
 
 def _once(run: Callable[[], object], axis: Axis) -> float:
-    gather_values([0.0], axis)  # so that all ranks begin together
+    gather_values([0.0], axis)  # a barrier: all ranks begin together
     started = time.perf_counter()
     run()
     return max(row[0] for row in gather_values([time.perf_counter() - started], axis))
 
 
 def _received(everyone: list[list[Event]], rank: int) -> int:
-    """Bytes that reach a rank, told from what all others hand over."""
+    """Bytes that a rank receives, from the recorded events of all others."""
     total = 0
     for other, events in enumerate(everyone):
         for event in events if other != rank else []:
@@ -239,13 +239,13 @@ def _received(everyone: list[list[Event]], rank: int) -> int:
     return total
 
 
-def again_alone(everyone: list[list[Event]], axis: Axis) -> Callable[[], None]:
-    """What makes the recorded exchanges of this rank again, with nothing between them.
+def replay(everyone: list[list[Event]], axis: Axis) -> Callable[[], None]:
+    """A function that replays the recorded exchanges of this rank, without computation between them.
 
-    Collectives follow one another; messages from rank to rank are waited for at the end.
+    Collectives follow one another; point-to-point messages are waited for at the end.
 
     Args:
-        everyone: events of each rank, in its order; all of ``axis``.
+        everyone: the events of each rank of ``axis``, in order.
         axis: all ranks of the world.
     """
     sent = {
@@ -284,25 +284,25 @@ def _bytes(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8)
 
 
-def main(directory: Path, rank: int, ranks: int) -> None:
-    """Measure every layer as one of ``ranks`` ranks of one thread."""
+def main(directory: Path, rank: int, num_ranks: int) -> None:
+    """Measure every layer as one of ``num_ranks`` ranks with one thread each."""
     job = Job(**json.loads((directory / "job.json").read_text()))
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/store",
         rank=rank,
-        world_size=ranks,
+        world_size=num_ranks,
         timeout=timedelta(seconds=job.timeout),
     )
-    show_world_to_deepspeed()
-    mesh = init_mesh(ranks)
-    axis, link = mesh.sequence, links.measure(mesh)
+    init_deepspeed_world()
+    mesh = init_mesh(num_ranks)
+    axis, link = mesh.sequence, link_benchmark.measure(mesh)
     found = [measure(name, layer, axis, job, link) for name, layer in layers(job.width, job.heads).items()]
     if rank == 0:
         report = {"link": asdict(link), "found": [asdict(one) for one in found]}
         (directory / "found.json").write_text(json.dumps(report))
-    gather_values([0.0], axis)  # none leaves while another still needs it
+    gather_values([0.0], axis)  # a barrier: no rank leaves while another still needs it
     dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """`longreach bench kernels`: checks the operators, then times them against what bounds them and what they replace.
 
-Every figure is a median and a ratio to something that was timed in the same run: a copy of the bytes that must be
-touched, the matrix products or FFTs inside, or what a user would run instead. benchmarks/README.md says how to read it.
+Every figure is a median, and its ratio to something that was timed in the same run: a copy of the bytes that the
+operator must read and write, the matrix products or FFTs that it is made of, or what a user would run instead.
+benchmarks/README.md says how to read it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from ...kernels.long_conv.chunked import fft_size
 from ...kernels.short_conv import short_conv
 from . import check_out, environment, median, table_header, table_line, write_report
 
-BUDGET = 2.0  # seconds that a measurement may repeat for
+BUDGET = 2.0  # seconds for which a measurement is repeated
 LENGTHS = [2**n for n in range(10, 21)]
 GRADIENT = "forward + backward"
 
 
 @dataclass
 class Sizes:
-    """What is timed on a kind of device: tokens, channels, heads and their width, and the dtype."""
+    """Sizes of the inputs on a kind of device: tokens, channels, heads and their width, and the dtype."""
 
     length: int
     width: int
@@ -49,7 +50,7 @@ SIZES = {"cpu": Sizes(16_384, 512, 8, 64, torch.float32), "cuda": Sizes(131_072,
 
 @dataclass
 class Row:
-    """One comparison: ``ratio = seconds / other_seconds``; ``wanted`` is what it should be, if something is."""
+    """One comparison: ``ratio = seconds / other_seconds``; ``wanted`` is a limit of the ratio, or empty."""
 
     operator: str
     what: str
@@ -94,7 +95,7 @@ class Bench:
         return (torch.randn(shape, device=self.device) * scale).to(self.sizes.dtype)
 
     def copy(self, num_tensors: float) -> float:
-        """Seconds to copy what reading and writing ``num_tensors`` tensors ``[L, D]`` moves."""
+        """Seconds of a copy that reads and writes as many bytes as ``num_tensors`` tensors ``[L, D]`` have."""
         elements = int(num_tensors * self.sizes.length * self.sizes.width / 2)
         source = self.random(elements)
         target = torch.empty_like(source)
@@ -116,7 +117,7 @@ class Bench:
         upstream = torch.randn_like(run(*leaves))
         return self.seconds(lambda: torch.autograd.grad(run(*leaves), leaves, upstream))
 
-    # What is compared, operator by operator.
+    # The comparisons, operator by operator.
 
     def elementwise(self) -> None:
         s = self.sizes
@@ -198,7 +199,9 @@ class Bench:
         x, kernel = self.random(1, s.length, width), self.random(width, s.length, scale=0.01)
         forward, gradient = self.both(lambda *a: long_conv(*a)[0], x, kernel)
         size = fft_size(2 * s.length - 1)
-        rows = torch.randn(min(width, 128), size, device=self.device)  # as many as a cache holds: more take longer each
+        rows = torch.randn(
+            min(width, 128), size, device=self.device
+        )  # as many as fit the cache: with more, each takes longer
         part = width / len(rows)
         to = self.seconds(lambda: torch.fft.rfft(rows)) * part
         spectrum = torch.fft.rfft(rows)
@@ -206,8 +209,8 @@ class Bench:
         self.add("long_conv", "forward", forward, "its 3 FFTs", 2 * to + back, "<= 1.2")
         self.add("long_conv", GRADIENT, gradient, "its 8 FFTs", 5 * to + 3 * back, "<= 1.2")
 
-    def stretched(self, longest: int) -> None:
-        """Whether a token of a long sequence takes as long as one of a short sequence; both are timed in turns."""
+    def long_sequence(self, longest: int) -> None:
+        """Compare the time per token of a long sequence with that of a short one; both are timed in turns."""
         lengths = self.sizes.length, longest
         runs = [
             partial(elementwise_attention, *(self.random(1, n, self.sizes.width) for _ in range(3))) for n in lengths
@@ -222,7 +225,7 @@ class Bench:
         self.add("elementwise", f"forward, {longest:,} tokens", long, against, short, "<= 1.15")
 
     def by_length(self, longest: int) -> dict[str, list[tuple[int, float]]]:
-        """Seconds of a forward pass at each length, softmax attention only as long as it takes seconds."""
+        """Seconds of a forward pass at each length; softmax attention only up to the first that exceeds `BUDGET`."""
         s = self.sizes
         found: dict[str, list[tuple[int, float]]] = {"elementwise": [], "linear_attention": [], "softmax attention": []}
         for length in [n for n in LENGTHS if n <= longest]:
@@ -260,7 +263,9 @@ def paper_formulation(q: Tensor, k: Tensor, v: Tensor, order: int = 6) -> Tensor
 
 
 def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Each operator's preferred implementation against its definition in fp64: relative RMS error, gradients too."""
+    """Relative RMS error of each operator's default backend against its reference in fp64, the largest of output and
+    gradients.
+    """
     from ...kernels.linear_attention import reference_linear_attention
     from ...kernels.long_conv import reference_long_conv
     from ...kernels.short_conv import reference_short_conv
@@ -281,10 +286,10 @@ def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     for name, (run, reference, inputs) in runs.items():
         upstream = r(*inputs[0].shape)
         results = []
-        for fn, place, wide in ((run, device, dtype), (reference, "cpu", torch.float64)):
-            leaves = [x.to(place, wide).requires_grad_() for x in inputs]
+        for fn, where, wide in ((run, device, dtype), (reference, "cpu", torch.float64)):
+            leaves = [x.to(where, wide).requires_grad_() for x in inputs]
             y, _ = fn(*leaves)
-            results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(place, wide))])
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(where, wide))])
         yield name, _worst(results)
 
 
@@ -292,7 +297,7 @@ def accuracy(device: str, dtype: torch.dtype, length: int = 2**20) -> dict[str, 
     """Relative RMS errors over a long sequence, against fp64 on the same device."""
     q, k, v, g = (torch.randn(1, length, 16, device=device).mul_(0.5).to(dtype) for _ in range(4))
     v, g = v + 1, g + 1  # sums that grow
-    k = k + 0.2 * v  # keys that tell of values: else dq is 0 but for noise
+    k = k + 0.2 * v  # correlated with the values: else dq is 0 but for noise
     errors = {}
     for name in ("elementwise", "linear_attention"):
         results = []
@@ -319,7 +324,7 @@ def _error(x: Tensor, truth: Tensor) -> float:
 
 
 def memory(device: str) -> float:
-    """Peak memory of `elementwise`, forward and backward, beyond its inputs: in tensors ``[B, L, D]``."""
+    """Peak memory of element-wise attention, forward and backward, beyond its inputs, in tensors ``[B, L, D]``."""
     length, width, dtype = (65_536, 512, torch.float32) if device == "cpu" else (131_072, 2_048, torch.bfloat16)
     tensor = length * width * dtype.itemsize
     if device == "cuda":
@@ -328,7 +333,7 @@ def memory(device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
         return (torch.cuda.max_memory_allocated() - before) / tensor
-    # A process of its own: the peak of this one is long past.
+    # In a process of its own: the peak of this one was reached before.
     code = f"from longreach.launch.bench.kernels import _resident; print(_resident({length}, {width}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout) / tensor
@@ -342,7 +347,7 @@ def _memory_inputs(length: int, width: int, dtype: torch.dtype, device: str) -> 
 def _resident(length: int, width: int) -> int:
     """Bytes by which the resident memory of this process grows in forward and backward."""
     small, grad = _memory_inputs(128, width, torch.float32, "cpu")
-    torch.autograd.grad(elementwise_attention(*small)[0], small, grad)  # what the first call loads
+    torch.autograd.grad(elementwise_attention(*small)[0], small, grad)  # loads libraries
     leaves, upstream = _memory_inputs(length, width, torch.float32, "cpu")
     before = _peak_resident()
     torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
@@ -356,7 +361,7 @@ def _peak_resident() -> int:
 
 
 def slope(points: list[tuple[int, float]], start: int = 8192) -> float | None:
-    """The exponent p of ``seconds ~ tokens^p``, over the lengths from ``start`` on; None for fewer than two."""
+    """The exponent p of ``seconds ~ tokens^p``, fitted to the lengths from ``start`` on; None for fewer than two."""
     some = [point for point in points if point[0] >= start]
     if len(some) < 2:
         return None
@@ -371,7 +376,7 @@ def _law(points: list[tuple[int, float]]) -> str:
 
 
 def plot(lengths: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
-    """Seconds against length, on logarithmic axes, with the fitted slopes."""
+    """Plot seconds against length, on logarithmic axes, with the fitted exponents."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -414,8 +419,20 @@ def _optional(module: str):  # type: ignore[no-untyped-def]
         return None
 
 
-def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
-    """Check and time every operator; writes ``kernels-DEVICE.json`` and ``.png`` into ``out``; the exit code."""
+def run(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
+    """Check and time every operator; writes ``kernels-DEVICE.json`` and ``.png`` into ``out``.
+
+    Args:
+        out: directory of the results.
+        threads: number of CPU threads; 0 takes all.
+        longest: tokens of the longest sequence.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: an operator is wrong; nothing is timed.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
@@ -432,7 +449,7 @@ def kernels(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     for measure in (bench.elementwise, bench.linear, bench.short, bench.long):
         measure()
     with torch.no_grad():
-        bench.stretched(longest)
+        bench.long_sequence(longest)
         lengths = bench.by_length(longest)
     for name, points in lengths.items():
         print(f"  {name}: seconds ~ {_law(points)}")

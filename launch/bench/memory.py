@@ -1,8 +1,8 @@
-"""`longreach bench memory`: peak memory of a training step against the length of its sequence, for three ways.
+"""`longreach bench memory`: peak memory of a training step against the length of its sequence, by three methods.
 
 ``softmax`` is softmax attention over the whole sequence, ``whole`` the quickstart's model over the whole sequence, and
 ``streamed`` the same model block by block. Each trial is a real `longreach train` of one step in a process of its own.
-Then `longreach evaluate` reads a file of the greatest length, and `longreach generate` a prompt.
+Then `longreach evaluate` reads a file of the greatest length, and `longreach generate` a prompt of that length.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
-from . import Bound, check_out, cpu_only, environment, last_line, table_header, table_line, verdict, write_report
+from . import Bound, check_out, cpu_only, environment, last_line, report_bounds, table_header, table_line, write_report
 
 if TYPE_CHECKING:
     import torch
 
-SHORTEST = 8192  # tokens of the first trial; each next one has twice as many
+SHORTEST = 8192  # tokens of the first trial; each further one has twice as many
 LONGEST = 2**20
 BLOCK_LEN = 16_384  # tokens of a streamed block
-FITTED_FROM = 8  # blocks: by then the allocator has seen all that it will see
-REPEATS = 3  # of the trials to which growth is fitted: the same step peaks some percent higher or lower
-WAYS = {
+FITTED_FROM = 8  # blocks: from here on, the allocator has reached its steady state
+REPEATS = 3  # of the trials to which growth is fitted: the peak of the same step varies by some percent
+METHODS = {
     "softmax": ["model.mixers=[softmax]"],
     "whole": [],
     "streamed": ["parallel.block_len={block_len}"],
 }
 START_SECONDS = 60.0  # that a trial may take beside its step
 STREAMED_SECONDS = 3600.0  # that a streamed trial may take
-COMPARED = (16_384, 4096)  # tokens, and those of a block, of the comparison of all gradients
-DATA_BYTES = 16  # of a token: its id and its label, int64 each, which are there however the model is run
-GROWTH_LIMIT = 64.0  # bytes a token and layer
+COMPARED = (16_384, 4096)  # for the comparison of gradients: tokens of the sequence, and of a block
+DATA_BYTES = 16  # per token: its id and its label, int64 each, which every method holds
+GROWTH_LIMIT = 64.0  # bytes per token and layer
 PEAK_LIMIT = 3 * 2**30  # bytes, at LONGEST tokens
 AGREEMENT = 1e-5  # of loss and gradient norm, relative
 READ_SECONDS = 3600.0  # that reading a file or a prompt may take
@@ -54,7 +54,7 @@ class Trial:
     """One training step over one sequence.
 
     Attributes:
-        way: a name in `WAYS`.
+        way: a name in `METHODS`.
         tokens: length of the sequence.
         memory_bytes: peak resident memory of the process.
         seconds: of the step.
@@ -78,7 +78,7 @@ class Reading:
         tokens: bytes of the file.
         memory_bytes: peak resident memory of the process.
         seconds: of the process.
-        progress: lines that it printed meanwhile.
+        progress: lines of progress that it printed.
     """
 
     command: str
@@ -90,14 +90,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a trial may take of softmax attention and of the whole sequence: seconds of its step, and bytes."""
+    """What a trial may take: seconds of its step, and bytes of resident memory."""
 
     seconds: float
     memory_bytes: float
 
 
 def overrides(way: str, tokens: int, packed: Path, threads: int) -> list[str]:
-    """What makes the quickstart a trial."""
+    """The overrides that make the config ``quickstart`` a trial."""
     return [
         f"data.source={packed}",
         f"data.seq_len={tokens}",
@@ -111,30 +111,30 @@ def overrides(way: str, tokens: int, packed: Path, threads: int) -> list[str]:
         "monitor.sample_len=0",
         "monitor.plot=false",
         "monitor.tensorboard=false",
-        *(word.format(block_len=BLOCK_LEN) for word in WAYS[way]),
+        *(word.format(block_len=BLOCK_LEN) for word in METHODS[way]),
     ]
 
 
 def trial(way: str, tokens: int, packed: Path, threads: int, limits: Limits) -> Trial | str:
-    """Train one step; what it ran out of, "time" or "memory", if it did.
+    """Train one step; returns what it ran out of, "time" or "memory", if it did.
 
     Raises:
         InputError: it failed in another way.
     """
     with tempfile.TemporaryDirectory() as directory:
-        run_dir, said = Path(directory) / "run", Path(directory) / "said"
+        run_dir, log = Path(directory) / "run", Path(directory) / "log"
         words = ["train", "quickstart", f"run.dir={run_dir}", *overrides(way, tokens, packed, threads)]
-        with open(said, "wb") as file:
+        with open(log, "wb") as file:
             command = [sys.executable, "-m", "longreach", *words]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
-        lacks = _watch(process, limits)
-        if lacks:
-            return lacks
+        exceeded = _watch(process, limits)
+        if exceeded:
+            return exceeded
         if process.returncode == -signal.SIGKILL:
-            return "memory"  # the system ends who takes too much
+            return "memory"  # the kernel kills a process that takes too much
         if process.returncode:
             what = f"exit code of the trial {way}, {tokens} tokens"
-            raise InputError(what, process.returncode, f"must be 0; it said: {last_line(said)}")
+            raise InputError(what, process.returncode, f"must be 0; it said: {last_line(log)}")
         row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
     if row["step_seconds"] > limits.seconds:
         return "time"
@@ -144,13 +144,13 @@ def trial(way: str, tokens: int, packed: Path, threads: int, limits: Limits) -> 
 
 
 def readings(source: Path, packed: Path, threads: int) -> Iterator[Reading]:
-    """``longreach evaluate`` of a file and ``longreach generate`` from it, by a model that was trained for one step.
+    """``longreach evaluate`` of a file and ``longreach generate`` with it as the prompt, by a model after one step.
 
     Raises:
         InputError: one of them failed.
     """
     with tempfile.TemporaryDirectory() as directory:
-        run_dir, said = Path(directory) / "run", Path(directory) / "said"
+        run_dir, log = Path(directory) / "run", Path(directory) / "log"
         commands = {
             "train": ["quickstart", f"run.dir={run_dir}", *overrides("whole", SHORTEST, packed, threads)],
             "evaluate": [str(run_dir), "--source", str(source)],
@@ -158,21 +158,19 @@ def readings(source: Path, packed: Path, threads: int) -> Iterator[Reading]:
         }
         for command, words in commands.items():
             started = time.monotonic()
-            with open(said, "wb") as file:
+            with open(log, "wb") as file:
                 whole = [sys.executable, "-m", "longreach", command, *words]
                 process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
                 peak = _peak(process)
             if process.returncode:
-                raise InputError(
-                    f"exit code of {command}", process.returncode, f"must be 0; it said: {last_line(said)}"
-                )
+                raise InputError(f"exit code of {command}", process.returncode, f"must be 0; it said: {last_line(log)}")
             if command != "train":
-                lines = sum(line.startswith("reading ") for line in said.read_text().splitlines())
+                lines = sum(line.startswith("reading ") for line in log.read_text().splitlines())
                 yield Reading(command, source.stat().st_size, peak, time.monotonic() - started, lines)
 
 
 def _peak(process: subprocess.Popen[bytes]) -> float:
-    """Wait until a process ends; the most memory that it had, as the system counted it."""
+    """Wait until a process ends; returns its peak resident memory in bytes."""
     peak, deadline = 0, time.monotonic() + READ_SECONDS
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -185,7 +183,7 @@ def _peak(process: subprocess.Popen[bytes]) -> float:
 
 
 def _watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
-    """Wait until a process ends; what it ran out of if it had to be ended, else nothing."""
+    """Wait until a process ends, or end it at a limit; returns what it ran out of, or an empty string."""
     deadline = time.monotonic() + limits.seconds + START_SECONDS
     try:
         while True:
@@ -199,12 +197,12 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
             if _memory(process.pid, "VmRSS") > limits.memory_bytes:
                 return "memory"
     finally:
-        process.kill()  # nothing to a process that has ended
+        process.kill()  # does nothing if the process has ended
         process.wait()
 
 
 def _memory(pid: int, kind: str) -> int:
-    """Bytes of resident memory of a process, now ("VmRSS") or at most so far ("VmHWM"); 0 where nobody tells."""
+    """Bytes of resident memory of a process, now ("VmRSS") or at its peak so far ("VmHWM"); 0 if unknown."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -213,16 +211,16 @@ def _memory(pid: int, kind: str) -> int:
 
 
 def trials(way: str, lengths: Sequence[int], packed: Path, threads: int, limits: Limits) -> Iterator[Trial | str]:
-    """A trial of each length, up to the first that runs out of something, which comes last.
+    """A trial of each length; the first that runs out of time or memory is the last one.
 
-    Of streamed lengths to which growth is fitted, the one with the median memory of `REPEATS`.
+    Of the streamed lengths to which growth is fitted, the trial with the median memory of `REPEATS`.
     """
     for tokens in lengths:
         repeats = REPEATS if way == "streamed" and tokens >= FITTED_FROM * BLOCK_LEN else 1
         several = [trial(way, tokens, packed, threads, limits) for _ in range(repeats)]
-        lacks = [one for one in several if isinstance(one, str)]
+        exceeded = [one for one in several if isinstance(one, str)]
         good = sorted((one for one in several if isinstance(one, Trial)), key=lambda one: one.memory_bytes)
-        done = lacks[0] if lacks else good[len(good) // 2]
+        done = exceeded[0] if exceeded else good[len(good) // 2]
         if isinstance(done, Trial):
             print(as_line(done), flush=True)
         else:
@@ -233,19 +231,19 @@ def trials(way: str, lengths: Sequence[int], packed: Path, threads: int, limits:
 
 
 def pack_corpus(directory: Path, num_bytes: int) -> Path:
-    """A packed corpus of random bytes, one document, the same everywhere."""
+    """A packed corpus of random bytes from a fixed seed, one document."""
     source, packed = directory / "corpus.bin", directory / "packed"
     source.write_bytes(random.Random(0).randbytes(num_bytes))
-    # A process of its own, because the peak of this one is where that of its trials would begin.
+    # In a process of its own: the peak of this one is where those of its trials would begin.
     command = [sys.executable, "-m", "longreach", "pack", str(source), str(packed), "--valid-fraction", "0"]
     subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600, check=True)
     return packed
 
 
 def growth(done: Sequence[Trial], depth: int) -> float:
-    """Bytes a token and layer by which memory grows, beyond the data, over the lengths from `FITTED_FROM` blocks on.
+    """Bytes per token and layer by which memory grows, without the data, over the lengths from `FITTED_FROM` blocks on.
 
-    The slope of the straight line of least squares; NaN for fewer than two lengths.
+    The slope of a least-squares line; NaN for fewer than two lengths.
     """
     points = [(one.tokens, one.memory_bytes) for one in done if one.tokens >= FITTED_FROM * BLOCK_LEN]
     if len(points) < 2:
@@ -256,7 +254,10 @@ def growth(done: Sequence[Trial], depth: int) -> float:
 
 
 def agreement(whole: Sequence[Trial], streamed: Sequence[Trial]) -> dict[str, float]:
-    """Relative differences of loss and gradient norm at the longest length of both; empty without one of two blocks."""
+    """Relative differences of loss and gradient norm at the longest length that both trained.
+
+    Empty if there is none of two blocks or more.
+    """
     by_length = {one.tokens: one for one in streamed}
     shared = [(one, by_length[one.tokens]) for one in whole if one.tokens in by_length and one.tokens > BLOCK_LEN]
     if not shared:
@@ -270,7 +271,8 @@ def agreement(whole: Sequence[Trial], streamed: Sequence[Trial]) -> dict[str, fl
 
 
 def gradient_errors(tokens: int, block_len: int, dtype: torch.dtype) -> dict[str, float]:
-    """Relative RMS difference of each parameter's gradient, streamed and whole: the quickstart's model, two documents.
+    """Relative RMS difference of each parameter's gradient, streamed against whole; the quickstart's model, two
+    documents in the sequence.
 
     Args:
         tokens: length of the sequence.
@@ -317,7 +319,7 @@ def as_line(one: Trial) -> str:
 
 
 def plot(done: dict[str, list[Trial]], path: Path, title: str) -> None:
-    """Peak memory against length, on logarithmic axes."""
+    """Plot peak memory against length, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -339,16 +341,15 @@ def plot(done: dict[str, list[Trial]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def memory(
-    out: Path, threads: int = 0, longest: int = LONGEST, seconds: float = 300.0, memory_gib: float = 12.0
-) -> int:
+def run(out: Path, threads: int = 0, longest: int = LONGEST, seconds: float = 300.0, memory_gib: float = 12.0) -> int:
     """Train a step at every length; writes ``memory-cpu.json`` and ``.png`` into ``out``.
 
     Args:
-        out: folder of the results.
-        threads: processor threads; 0 takes all.
+        out: directory of the results.
+        threads: number of CPU threads; 0 takes all.
         longest: tokens of the longest streamed trial.
-        seconds, memory_gib: what the step of another trial may take; that way ends with the first that takes more.
+        seconds: limit of a step that is not streamed; a method ends with its first trial that takes more.
+        memory_gib: limit of the resident memory of such a trial.
 
     Returns:
         The exit code: 1 where a bound does not hold.
@@ -356,7 +357,7 @@ def memory(
     least = 2 * FITTED_FROM * BLOCK_LEN
     if longest < least:
         raise InputError(
-            "--longest", longest, f"at least {least}: growth is told from two lengths of {FITTED_FROM} blocks or more"
+            "--longest", longest, f"at least {least}: growth is fitted to two lengths of {FITTED_FROM} blocks or more"
         )
     check_out(out)
     threads = threads or len(os.sched_getaffinity(0))
@@ -369,7 +370,7 @@ def memory(
     stopped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as directory:
         packed = pack_corpus(Path(directory), 2 * longest)
-        for way in WAYS:
+        for way in METHODS:
             done[way] = []
             for one in trials(way, lengths, packed, threads, streamed if way == "streamed" else others):
                 if isinstance(one, Trial):
@@ -385,7 +386,7 @@ def memory(
             gib = f"{reading.memory_bytes / 2**30:.2f} GiB"
             words = [reading.command, f"{reading.tokens:,}", gib, f"{reading.seconds:.1f}", reading.progress]
             print(table_line(words), flush=True)
-    bounds, found = _judge(done, longest, threads)
+    bounds, found = _bounds(done, longest, threads)
     for reading in read:
         what = f"{reading.command}, bytes at {reading.tokens:,} tokens"
         bounds.append(Bound(what, reading.memory_bytes, "<", float(PEAK_LIMIT)))
@@ -403,11 +404,11 @@ def memory(
     write_report(report, path)
     plot(done, path.with_suffix(".png"), where["device"])
     print(f"written: {path}, {path.with_suffix('.png')}")
-    return verdict(bounds)
+    return report_bounds(bounds)
 
 
-def _judge(done: dict[str, list[Trial]], longest: int, threads: int) -> tuple[list[Bound], dict[str, object]]:
-    """What the trials should show, and the figures that it is told from."""
+def _bounds(done: dict[str, list[Trial]], longest: int, threads: int) -> tuple[list[Bound], dict[str, object]]:
+    """The limits that the trials should keep, and further figures for the report."""
     import torch
 
     from ...framework.config import load

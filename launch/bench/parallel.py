@@ -1,8 +1,9 @@
-"""`longreach bench parallel`: what ranks cost and what they exchange, on CPUs over gloo.
+"""`longreach bench parallel`: training speed and communication of several ranks, on CPUs over gloo.
 
 First the quickstart's training on two ranks of one thread against one rank of two threads, in turns. Then, on 2, 4 and
 8 ranks of one thread, what each kind of layer exchanges over one long sequence, beside DeepSpeed's Ulysses and ring
-attention. All of it runs in real processes on this machine; more ranks than processors are said to be emulated.
+attention. All of it runs in real processes on this machine; ranks that are more than its cores are marked as
+emulated.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from . import (
     environment,
     last_line,
     median,
+    report_bounds,
     table_header,
     table_line,
-    verdict,
     write_report,
 )
 from .exchange import BY_PIPELINE, PEERS, STATES, Found, Job
@@ -43,7 +44,7 @@ LAYOUTS = {
     "1 rank of 2 threads": ["parallel.ranks=1", "parallel.sequence=1", "train.threads=2"],
 }
 TURNS = 5
-STEPS, WARM_UP = 40, 10  # of a run, and those of them that are not counted
+STEPS, WARM_UP = 40, 10  # steps of a run, and how many of them are not counted
 RUN_SECONDS = 900.0  # that a run of training may take
 RANKS_SECONDS = 3600.0  # that all layers together may take on some ranks
 SPEED_LIMIT = 0.95
@@ -67,7 +68,7 @@ HEADER = table_header(
 
 
 def training_speeds(turns: int, steps: int) -> dict[str, list[float]]:
-    """Tokens a second of each run, by layout; the layouts take turns, so that what slows the machine meets both."""
+    """Tokens per second of each run, by layout; the layouts take turns, so that other load slows both alike."""
     speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as directory:
         packed = Path(directory) / "packed"
@@ -100,8 +101,8 @@ def _run(words: list[str], directory: Path) -> None:
     Raises:
         InputError: it failed, or took more than `RUN_SECONDS`.
     """
-    said = directory / "said"
-    with open(said, "wb") as file:
+    log = directory / "log"
+    with open(log, "wb") as file:
         command = [sys.executable, "-m", "longreach", *words]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
     try:
@@ -111,11 +112,11 @@ def _run(words: list[str], directory: Path) -> None:
     finally:
         _end([process])
     if code:
-        raise InputError(f"exit code of longreach {words[0]}", code, f"must be 0; it said: {last_line(said)}")
+        raise InputError(f"exit code of longreach {words[0]}", code, f"must be 0; it said: {last_line(log)}")
 
 
 def exchanges(ranks: int, job: Job) -> tuple[Link, list[Found]]:
-    """What lies between so many ranks, each a process of one thread, and every layer on them.
+    """The link between so many ranks, each a process of one thread, and what was found of every layer on them.
 
     Raises:
         InputError: a rank failed, or all took more than `RANKS_SECONDS`.
@@ -127,7 +128,7 @@ def exchanges(ranks: int, job: Job) -> tuple[Link, list[Found]]:
         try:
             for rank in range(ranks):
                 command = [sys.executable, "-m", f"{__package__}.exchange", name, str(rank), str(ranks)]
-                with open(directory / f"said{rank}", "wb") as file:
+                with open(directory / f"log{rank}", "wb") as file:
                     environ = cpu_only(OMP_NUM_THREADS="1")
                     processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environ))
             failed = _first_failure(processes)
@@ -135,14 +136,14 @@ def exchanges(ranks: int, job: Job) -> tuple[Link, list[Found]]:
             _end(processes)
         if failed is not None:
             rank, code = failed
-            said = last_line(directory / f"said{rank}")
+            said = last_line(directory / f"log{rank}")
             raise InputError(f"exit code of rank {rank} of {ranks}", code, f"must be 0; it said: {said}")
         report = json.loads((directory / "found.json").read_text())
         return Link(**report["link"]), [Found(**one) for one in report["found"]]
 
 
 def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | str] | None:
-    """Wait until all ranks have ended; the first that failed, with its exit code, or one that is late."""
+    """Wait until all ranks have ended; returns the first that failed, with its exit code, or one that is late."""
     deadline = time.monotonic() + RANKS_SECONDS
     while True:
         codes = [process.poll() for process in processes]
@@ -157,7 +158,7 @@ def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, i
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: politely, because a launcher then ends its ranks too."""
+    """End the processes that still run, by SIGTERM first, after which a launcher ends its ranks too."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -168,15 +169,15 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def shard_lengths(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, float]]:
-    """Each layer's bytes over those of either peer on as many ranks."""
+def bytes_over_peers(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, float]]:
+    """The bytes of each layer, by name and ranks, as a ratio to those of each peer on as many ranks."""
     peers = {(one.layer, one.ranks): one.num_bytes for one in found if one.layer in PEERS}
     return {(one.layer, one.ranks): {peer: one.num_bytes / peers[peer, one.ranks] for peer in PEERS} for one in found}
 
 
-def as_line(one: Found, share: dict[str, float], cores: int) -> str:
+def as_line(one: Found, over_peers: dict[str, float], cores: int) -> str:
     """A row of the Markdown table."""
-    ratios = [f"1/{1 / share[peer]:,.0f}" if share[peer] < 0.5 else f"{share[peer]:.2f}" for peer in PEERS]
+    ratios = [f"1/{1 / ratio:,.0f}" if ratio < 0.5 else f"{ratio:.2f}" for ratio in map(over_peers.__getitem__, PEERS)]
     return table_line(
         [
             one.layer,
@@ -193,7 +194,7 @@ def as_line(one: Found, share: dict[str, float], cores: int) -> str:
 
 
 def plot(found: Sequence[Found], path: Path, title: str, cores: int) -> None:
-    """Bytes and seconds of the exchanges of each layer, against the number of ranks."""
+    """Plot bytes and seconds of the exchanges of each layer against the number of ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +208,7 @@ def plot(found: Sequence[Found], path: Path, title: str, cores: int) -> None:
         panels[0].loglog(ranks, [one.num_bytes for one in some], style, label=name)
         panels[1].loglog(ranks, [one.exchange_seconds for one in some], style, label=name)
     ticks = sorted({one.ranks for one in found})
-    for axes, label in zip(panels, ("bytes that a rank hands over", "seconds of the exchanges alone"), strict=True):
+    for axes, label in zip(panels, ("bytes that a rank sends", "seconds of the exchanges alone"), strict=True):
         axes.set(xlabel=f"ranks (more than {cores} are emulated)", ylabel=f"{label}, forward + backward")
         axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
@@ -218,8 +219,15 @@ def plot(found: Sequence[Found], path: Path, title: str, cores: int) -> None:
     pyplot.close(figure)
 
 
-def parallel(out: Path) -> int:
-    """Measure ranks; writes ``parallel-cpu.json`` and ``.png`` into ``out``; the exit code, 1 if a bound is broken."""
+def run(out: Path) -> int:
+    """Train and exchange on several ranks; writes ``parallel-cpu.json`` and ``.png`` into ``out``.
+
+    Args:
+        out: directory of the results.
+
+    Returns:
+        The exit code: 1 where a bound does not hold.
+    """
     check_out(out)
     cores = len(os.sched_getaffinity(0))
     where = environment("cpu", cores)
@@ -236,7 +244,7 @@ def parallel(out: Path) -> int:
     for ranks in RANKS:
         links[ranks], layers = exchanges(ranks, JOB)
         found += layers
-        by_layer = shard_lengths(layers)
+        by_layer = bytes_over_peers(layers)
         for one in layers:
             print(as_line(one, by_layer[one.layer, ranks], cores), flush=True)
     bounds = [Bound("tokens/s on 2 ranks of 1 thread over those on 1 rank of 2", two / one_rank, ">=", SPEED_LIMIT)]
@@ -249,7 +257,7 @@ def parallel(out: Path) -> int:
         "sizes": asdict(JOB),
         "links": {str(ranks): asdict(link) for ranks, link in links.items()},
         "rows": [
-            {**asdict(one), "emulated": one.ranks > cores, "bytes_over": shard_lengths(found)[one.layer, one.ranks]}
+            {**asdict(one), "emulated": one.ranks > cores, "bytes_over": bytes_over_peers(found)[one.layer, one.ranks]}
             for one in found
         ],
         "bounds": [bound.as_json() for bound in bounds],
@@ -257,18 +265,18 @@ def parallel(out: Path) -> int:
     write_report(report, path)
     plot(found, path.with_suffix(".png"), f"{JOB.tokens:,} tokens, {where['device']}", cores)
     print(f"written: {path}, {path.with_suffix('.png')}")
-    return verdict(bounds)
+    return report_bounds(bounds)
 
 
 def _bounds(found: Sequence[Found]) -> list[Bound]:
-    by_layer = shard_lengths(found)
+    by_layer = bytes_over_peers(found)
     bounds = []
     for ranks in dict.fromkeys(one.ranks for one in found):
         errors = [one.error for one in found if one.ranks == ranks]
         worst = max(errors, key=lambda x: (math.isnan(x), x))
         bounds.append(Bound(f"error of any layer on {ranks} ranks against one", worst, "<=", ERROR_LIMIT))
         for name in STATES:
-            layer = name + BY_PIPELINE  # the way of the least bytes; `auto` takes that of the least time
+            layer = name + BY_PIPELINE  # the exchange of the fewest bytes; `auto` takes that of the least time
             most = max(by_layer[layer, ranks].values())
             what = f"bytes of {layer} on {ranks} ranks over those of either peer"
             bounds.append(Bound(what, most, "<=", BYTES_LIMIT))

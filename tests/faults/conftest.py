@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_helpers import Place, make_place, mounted
+from fault_helpers import JobDirectory, make_job_directory, mounted
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("place"))
+def job_dir(tmp_path_factory: pytest.TempPathFactory) -> JobDirectory:
+    return make_job_directory(tmp_path_factory.mktemp("job_dir"))
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
-from fault_helpers import CONFIG, Place, files_below, told
+from fault_helpers import CONFIG, JobDirectory, error_line, files_below
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from programs import longreach
 
 from longreach.errors import InputError
 from longreach.framework.config import MAX_BYTES, load
-from longreach.framework.deepspeed.engine import deepspeed_settings
+from longreach.framework.deepspeed.settings import deepspeed_settings
 from longreach.launch.cli import main
 
 MISTAKE = 2
@@ -27,25 +27,25 @@ SECONDS = 20.0  # on a machine that has other things to do
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_made(place: Place) -> Iterator[None]:
+def nothing_is_made(job_dir: JobDirectory) -> Iterator[None]:
     """No case leaves a file, or changes one, where the program ran."""
-    before = files_below(place.directory)
+    before = files_below(job_dir.directory)
     yield
-    for path, content in files_below(place.directory).items():
+    for path, content in files_below(job_dir.directory).items():
         assert path.startswith("runs/") or before.get(path) == content, path
 
 
 def refused(done: CompletedProcess[str], *words: str) -> None:
     assert done.returncode == MISTAKE and done.stdout == ""
-    told(done, *words)
+    error_line(done, *words)
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def here(place: Place, capsys: pytest.CaptureFixture[str], *words: str) -> CompletedProcess[str]:
+def here(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str], *words: str) -> CompletedProcess[str]:
     """What a process of its own would do, without the seconds that it takes to start."""
     with mock.patch.dict(os.environ):
         before = Path.cwd()
-        os.chdir(place.directory)
+        os.chdir(job_dir.directory)
         try:
             code = main(["train", *words])
         except SystemExit as ended:  # as argparse ends
@@ -55,8 +55,8 @@ def here(place: Place, capsys: pytest.CaptureFixture[str], *words: str) -> Compl
     return CompletedProcess(words, code, *capsys.readouterr())
 
 
-def config(place: Place, tail: str, text: str = CONFIG) -> str:
-    path = place.directory / "runs/case.yaml"
+def config(job_dir: JobDirectory, tail: str, text: str = CONFIG) -> str:
+    path = job_dir.directory / "runs/case.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text + tail)
     return str(path)
@@ -101,15 +101,15 @@ WORDS = {  # what is said on the command line
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_01_to_14_in_a_file(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_01_to_14_in_a_file(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str], name: str) -> None:
     tail, words = FILES[name]
-    refused(here(place, capsys, config(place, tail)), *words)
+    refused(here(job_dir, capsys, config(job_dir, tail)), *words)
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_01_to_15_on_the_command_line(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_01_to_15_on_the_command_line(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str], name: str) -> None:
     given, words = WORDS[name]
-    refused(here(place, capsys, "endless.yaml", *given), *words)
+    refused(here(job_dir, capsys, "endless.yaml", *given), *words)
 
 
 REAL = {
@@ -129,60 +129,60 @@ REAL = {
 
 
 @pytest.mark.parametrize("number", REAL)
-def test_01_to_14_in_a_process(place: Place, number: str) -> None:
+def test_01_to_14_in_a_process(job_dir: JobDirectory, number: str) -> None:
     """One case of each number as a user meets it."""
     name = REAL[number]
     given, words = (WORDS if name in WORDS else FILES)[name]
-    command = ["endless.yaml", *given] if name in WORDS else [config(place, str(given))]
-    refused(longreach("train", *command, cwd=place.directory), *words)
+    command = ["endless.yaml", *given] if name in WORDS else [config(job_dir, str(given))]
+    refused(longreach("train", *command, cwd=job_dir.directory), *words)
 
 
-def test_03_missing_fields_are_named_at_once(place: Place) -> None:
-    path = config(place, "model: {vocab: 256}\n", "")
-    refused(longreach("train", path, cwd=place.directory), "data.batch_size, data.seq_len, train.steps")
+def test_03_missing_fields_are_named_at_once(job_dir: JobDirectory) -> None:
+    path = config(job_dir, "model: {vocab: 256}\n", "")
+    refused(longreach("train", path, cwd=job_dir.directory), "data.batch_size, data.seq_len, train.steps")
 
 
-def test_04_text_is_what_was_written(place: Place) -> None:
+def test_04_text_is_what_was_written(job_dir: JobDirectory) -> None:
     """Where a field is text, 012 is a name like any other."""
-    done = place.train("runs/012", "data.name=012", "train.steps=1")
+    done = job_dir.train("runs/012", "data.name=012", "train.steps=1")
     assert done.returncode == 0, done.stderr
-    assert "name: '012'" in (place.directory / "runs/012/config.yaml").read_text()
+    assert "name: '012'" in (job_dir.directory / "runs/012/config.yaml").read_text()
 
 
-def test_06_and_10_hostile_files(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_06_and_10_hostile_files(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     """Tags that call, bombs, depth, numbers without end, wrong encodings: nothing runs, and one line says why."""
     files = sorted(HOSTILE.iterdir())
     assert len(files) > 90
     for file in files:
         began = time.monotonic()
         if file.suffix == ".yaml":
-            done = here(place, capsys, str(file))
+            done = here(job_dir, capsys, str(file))
         else:
-            done = here(place, capsys, "endless.yaml", f"deepspeed={file}", "run.dir=runs/hostile")
+            done = here(job_dir, capsys, "endless.yaml", f"deepspeed={file}", "run.dir=runs/hostile")
         assert done.returncode == MISTAKE, file
         refused(done)
         assert len(done.stderr) < 1500 and done.stderr[:-1].isprintable(), file
         assert time.monotonic() - began < SECONDS, file
-        assert not (place.directory / "canary").exists() and not Path("canary").exists(), file
+        assert not (job_dir.directory / "canary").exists() and not Path("canary").exists(), file
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_10_a_file_that_is_too_large(place: Place, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
-    file = place.directory / f"runs/large.{suffix}"
+def test_10_a_file_that_is_too_large(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    file = job_dir.directory / f"runs/large.{suffix}"
     file.parent.mkdir(exist_ok=True)
     file.write_text("[" * (MAX_BYTES + 1))
     words = [str(file)] if suffix == "yaml" else ["endless.yaml", f"deepspeed={file}"]
-    refused(here(place, capsys, *words), f"must be at most {MAX_BYTES} bytes")
+    refused(here(job_dir, capsys, *words), f"must be at most {MAX_BYTES} bytes")
     file.write_text("[" * MAX_BYTES)
     began = time.monotonic()
-    refused(here(place, capsys, *words), "nested")
+    refused(here(job_dir, capsys, *words), "nested")
     assert time.monotonic() - began < SECONDS
 
 
-def test_11_a_secret_is_in_no_file_of_a_run(place: Place) -> None:
+def test_11_a_secret_is_in_no_file_of_a_run(job_dir: JobDirectory) -> None:
     """Nor in what is printed; as a path, inside of a text, and among DeepSpeed's keys."""
-    (place.directory / "runs").mkdir(exist_ok=True)
-    (place.directory / "runs" / SECRET).symlink_to(place.directory / "packed")
+    (job_dir.directory / "runs").mkdir(exist_ok=True)
+    (job_dir.directory / "runs" / SECRET).symlink_to(job_dir.directory / "packed")
     given = [
         "data.source=runs/${oc.env:LONGREACH_SECRET}",
         "data.cache=${oc.env:LONGREACH_SECRET}",
@@ -192,20 +192,20 @@ def test_11_a_secret_is_in_no_file_of_a_run(place: Place) -> None:
         "train.steps=2",
     ]
     with mock.patch.dict(os.environ, {"LONGREACH_SECRET": SECRET}):
-        done = place.train("runs/secret", *given, "parallel.ranks=2")
+        done = job_dir.train("runs/secret", *given, "parallel.ranks=2")
     assert done.returncode == 0, done.stderr
-    files = files_below(place.directory / "runs/secret")
+    files = files_below(job_dir.directory / "runs/secret")
     assert any("tfevents" in path for path in files) and any("safetensors" in path for path in files)
     assert not [path for path, content in files.items() if SECRET.encode() in content]
     assert b"${oc.env:LONGREACH_SECRET}" in files["config.yaml"]
     assert SECRET not in done.stdout + done.stderr
     with mock.patch.dict(os.environ, {"LONGREACH_SECRET": f"{SECRET}-gone"}):
-        done = place.train("runs/other", *given)
+        done = job_dir.train("runs/other", *given)
     refused(done, "data.source = 'runs/${oc.env:LONGREACH_SECRET}'", "No such file")
 
 
-def test_12_to_14_in_a_json_of_deepspeed(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    file = place.directory / "runs/mine.json"
+def test_12_to_14_in_a_json_of_deepspeed(job_dir: JobDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    file = job_dir.directory / "runs/mine.json"
     file.parent.mkdir(exist_ok=True)
     for text, words in [
         ('{"zero_optimisation": {}}', ["mine.json: zero_optimisation", "did you mean zero_optimization?"]),
@@ -213,7 +213,7 @@ def test_12_to_14_in_a_json_of_deepspeed(place: Place, capsys: pytest.CaptureFix
         ('{"gradient_clipping": 3}', ["mine.json: gradient_clipping = 3", "optim.clip = 1.0"]),
     ]:
         file.write_text(text)
-        refused(here(place, capsys, "endless.yaml", f"deepspeed={file}"), *words)
+        refused(here(job_dir, capsys, "endless.yaml", f"deepspeed={file}"), *words)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_12_to_14_in_a_json_of_deepspeed(place: Place, capsys: pytest.CaptureFix
         ("source", ["source", "Is a directory"]),
     ],
 )
-def test_15_a_config_that_is_none(place: Place, path: str, words: list[str]) -> None:
-    (place.directory / "empty.yaml").write_text("# nothing\n")
+def test_15_a_config_that_is_none(job_dir: JobDirectory, path: str, words: list[str]) -> None:
+    (job_dir.directory / "empty.yaml").write_text("# nothing\n")
     try:
-        refused(longreach("train", path, cwd=place.directory), *words)
+        refused(longreach("train", path, cwd=job_dir.directory), *words)
     finally:
-        (place.directory / "empty.yaml").unlink()
+        (job_dir.directory / "empty.yaml").unlink()
 
 
 MARKS = [
@@ -284,8 +284,8 @@ def test_10_any_text_is_a_configuration_or_a_mistake(tmp_path_factory: pytest.Te
 @given(
     word=TEXTS | st.builds("{}={}".format, st.sampled_from(["deepspeed", "run.dir", "optim.lr", "model.mixers"]), TEXTS)
 )
-def test_10_any_override_is_one_or_a_mistake(place: Place, word: str) -> None:
-    only_input_errors(place.directory / "endless.yaml", [word])
+def test_10_any_override_is_one_or_a_mistake(job_dir: JobDirectory, word: str) -> None:
+    only_input_errors(job_dir.directory / "endless.yaml", [word])
 
 
 JSON = '{"zero_optimization": {"stage": 2}, "train_batch_size": 2, "fp16": {"enabled": "auto"}, "steps_per_print": 3}'

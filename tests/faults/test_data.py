@@ -18,7 +18,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from fault_helpers import FAILED, MISTAKE, Place, ranks_of, told
+from fault_helpers import FAILED, MISTAKE, JobDirectory, error_line, ranks_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import finish, longreach, python
@@ -41,9 +41,9 @@ FUZZ = settings(
 )
 
 
-def copy_of(place: Place, name: str) -> Path:
+def copy_of(job_dir: JobDirectory, name: str) -> Path:
     """A copy of the packed corpus that may be damaged."""
-    return Path(shutil.copytree(place.directory / "packed", place.directory / name))
+    return Path(shutil.copytree(job_dir.directory / "packed", job_dir.directory / name))
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> Path:
@@ -68,12 +68,12 @@ def tokens_of(directory: Path) -> dict[str, bytes]:
 # Shards of ours
 
 
-def test_23_a_missing_shard(place: Place) -> None:
-    (copy_of(place, "missing") / SHARD).unlink()
-    done = place.train("missing-run", "data.source=missing")
+def test_23_a_missing_shard(job_dir: JobDirectory) -> None:
+    (copy_of(job_dir, "missing") / SHARD).unlink()
+    done = job_dir.train("missing-run", "data.source=missing")
     assert done.returncode == MISTAKE
-    told(done, f"shard = 'missing/{SHARD}'", "is missing", "pack the corpus again")
-    assert not (place.directory / "missing-run").exists()
+    error_line(done, f"shard = 'missing/{SHARD}'", "is missing", "pack the corpus again")
+    assert not (job_dir.directory / "missing-run").exists()
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -97,9 +97,9 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(bad)
 
 
-def test_24_any_damage_of_a_shard_is_found(place: Place) -> None:
+def test_24_any_damage_of_a_shard_is_found(job_dir: JobDirectory) -> None:
     """Cuts, flips, zeros, swaps and additions: every one of them, and the shard is named."""
-    directory, draw, done = copy_of(place, "damaged-corpus"), random.Random(24), 0
+    directory, draw, done = copy_of(job_dir, "damaged-corpus"), random.Random(24), 0
     shards = sorted(directory.glob("*.tar"))
     while done < DAMAGES:
         shard = draw.choice(shards)
@@ -116,31 +116,31 @@ def test_24_any_damage_of_a_shard_is_found(place: Place) -> None:
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("cut", 2), ("flipped", 1)])
-def test_24_a_damaged_shard_ends_a_run_before_its_first_step(place: Place, kind: str, ranks: int) -> None:
-    shard = copy_of(place, kind) / SHARD
+def test_24_a_damaged_shard_ends_a_run_before_its_first_step(job_dir: JobDirectory, kind: str, ranks: int) -> None:
+    shard = copy_of(job_dir, kind) / SHARD
     content = bytearray(shard.read_bytes())
     content[5000] ^= 4
     shard.write_bytes(content[:-1] if kind == "cut" else content)
-    done = place.train(f"{kind}-run", f"data.source={kind}", f"parallel.ranks={ranks}")
+    done = job_dir.train(f"{kind}-run", f"data.source={kind}", f"parallel.ranks={ranks}")
     assert done.returncode == MISTAKE
-    told(done, f"shard = '{kind}/{SHARD}'", "its index", "pack the corpus again")
-    assert not (place.directory / f"{kind}-run").exists()
+    error_line(done, f"shard = '{kind}/{SHARD}'", "its index", "pack the corpus again")
+    assert not (job_dir.directory / f"{kind}-run").exists()
 
 
-def test_24_a_shard_that_is_cut_under_a_run(place: Place) -> None:
-    shard = copy_of(place, "shortened") / SHARD
-    with place.training("shortened-run", "data.source=shortened") as process:
+def test_24_a_shard_that_is_cut_under_a_run(job_dir: JobDirectory) -> None:
+    shard = copy_of(job_dir, "shortened") / SHARD
+    with job_dir.training("shortened-run", "data.source=shortened") as process:
         os.truncate(shard, 700)
         done = finish(process, 60)
     assert done.returncode == MISTAKE
-    told(done, f"shard = 'shortened/{SHARD}'", "ends at byte 700")
+    error_line(done, f"shard = 'shortened/{SHARD}'", "ends at byte 700")
 
 
-def test_25_a_shard_that_was_emptied(place: Place) -> None:
-    (copy_of(place, "emptied") / SHARD).write_bytes(b"")
-    done = place.train("emptied-run", "data.source=emptied")
+def test_25_a_shard_that_was_emptied(job_dir: JobDirectory) -> None:
+    (copy_of(job_dir, "emptied") / SHARD).write_bytes(b"")
+    done = job_dir.train("emptied-run", "data.source=emptied")
     assert done.returncode == MISTAKE
-    told(done, f"shard = 'emptied/{SHARD}'", "has 0 bytes; its index says")
+    error_line(done, f"shard = 'emptied/{SHARD}'", "has 0 bytes; its index says")
 
 
 # Shards of others
@@ -148,7 +148,7 @@ def test_25_a_shard_that_was_emptied(place: Place) -> None:
 
 def test_24_a_foreign_shard_that_is_cut_or_has_a_damaged_header(tmp_path: Path) -> None:
     """Told, or harmless: then the documents are the same. What is changed in the content of a tar file cannot be
-    known, since its checksums are of headers alone, nor what is cut together with a new end put in its place.
+    known, since its checksums are of headers alone, nor what is cut together with a new end put in its job_dir.
     """
     draw, told_of = random.Random(0), 0
     members = {f"{number:03}.txt": draw.randbytes(draw.randint(1, 1500)) for number in range(30)}
@@ -185,30 +185,32 @@ def test_24_a_foreign_shard_that_is_cut_or_has_a_damaged_header(tmp_path: Path) 
     assert told_of > DAMAGES // 2
 
 
-def test_26_a_sample_that_cannot_be_decoded(place: Place) -> None:
+def test_26_a_sample_that_cannot_be_decoded(job_dir: JobDirectory) -> None:
     """The first one ends it, with shard and key; or so many are told, counted and left out."""
-    (place.directory / "shards").mkdir()
+    (job_dir.directory / "shards").mkdir()
     good = {f"{number}.txt": b"a text %d" % number for number in range(8)}
     whole = gzip.compress(b"a text that was compressed")
-    tar_of(place.directory / "shards/a.tar", {**good, "9.txt.gz": whole})
-    tar_of(place.directory / "shards/b.tar", {"10.txt": b"another", "cut.txt.gz": whole[:-9], "none.txt.gz": b"text"})
-    done = place.pack("shards", "from-shards")
+    tar_of(job_dir.directory / "shards/a.tar", {**good, "9.txt.gz": whole})
+    tar_of(job_dir.directory / "shards/b.tar", {"10.txt": b"another", "cut.txt.gz": whole[:-9], "none.txt.gz": b"text"})
+    done = job_dir.pack("shards", "from-shards")
     assert done.returncode == MISTAKE
-    line = told(done, "member of shards/b.tar = ", "cannot be inflated: ", "(1 bad sample, 0 allowed)", "--max-bad N")
+    line = error_line(
+        done, "member of shards/b.tar = ", "cannot be inflated: ", "(1 bad sample, 0 allowed)", "--max-bad N"
+    )
     assert "'cut.txt.gz'" in line or "'none.txt.gz'" in line
-    assert "(2 bad samples, 1 allowed)" in place.pack("shards", "from-shards", "--max-bad", "1").stderr
-    assert not (place.directory / "from-shards").exists()
-    done = place.pack("shards", "from-shards", "--max-bad", "2")
+    assert "(2 bad samples, 1 allowed)" in job_dir.pack("shards", "from-shards", "--max-bad", "1").stderr
+    assert not (job_dir.directory / "from-shards").exists()
+    done = job_dir.pack("shards", "from-shards", "--max-bad", "2")
     assert done.returncode == 0 and "left out: 2 bad samples" in done.stdout
     for name in ("cut", "none"):
         assert f"left out: member of shards/b.tar = '{name}.txt.gz': cannot be inflated" in done.stderr
     expected = {f"a.tar/{name}": content for name, content in good.items()}
     expected |= {"a.tar/9.txt.gz": b"a text that was compressed", "b.tar/10.txt": b"another"}
-    assert tokens_of(place.directory / "from-shards") == expected
+    assert tokens_of(job_dir.directory / "from-shards") == expected
     words = ["data.source=shards", "data.cache=from-run", "data.max_bad_samples=2", "train.steps=1"]
-    done = place.train("shards-run", *words)
+    done = job_dir.train("shards-run", *words)
     assert done.returncode == 0 and done.stderr.count("left out: ") == 2, done.stderr
-    assert tokens_of(place.directory / "from-run") == expected
+    assert tokens_of(job_dir.directory / "from-run") == expected
 
 
 # The hostile files, each in a process of the program: forked, since its imports take seconds.
@@ -236,7 +238,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def hostile(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
+def hostile(job_dir: JobDirectory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, CompletedProcess[str]]:
     """What the program says of each hostile file; it wrote nothing, and executed nothing."""
     root, jobs = tmp_path_factory.mktemp("hostile"), []
     (root / "secret.tar").write_bytes(b"secret")
@@ -244,7 +246,7 @@ def hostile(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for file in files:
         directory = root / file.name / "a/b"
         directory.mkdir(parents=True)
-        shutil.copy(place.directory / "endless.yaml", directory)
+        shutil.copy(job_dir.directory / "endless.yaml", directory)
         tar = file.suffix == ".tar"
         words = ["pack", "x", "packed"] if tar else ["train", "endless.yaml", "data.source=x", "train.steps=1"]
         (shutil.copy if tar else shutil.copytree)(file, directory / (name := "x.tar" if tar else "x"))
@@ -270,7 +272,7 @@ def refused(hostile: dict[str, CompletedProcess[str]], name: str, *words: str) -
     done = hostile.pop(name)
     assert done.returncode == MISTAKE
     lines = done.stderr.splitlines()
-    assert lines[-1] == told(done, *words) and done.stdout == "", lines
+    assert lines[-1] == error_line(done, *words) and done.stdout == "", lines
     assert len([line for line in lines if line.startswith("longreach: ")]) == 1
     assert lines[-1].isprintable() and len(lines[-1]) < 500
 
@@ -280,11 +282,11 @@ def refused(hostile: dict[str, CompletedProcess[str]], name: str, *words: str) -
     [
         ("cut-end", "ends at byte 1024 without the two empty blocks of a tar's end; it was cut"),
         ("cut-member", "ends at byte 1000, inside of its member 'a.txt', which needs 1560 more"),
-        ("checksum", "the block at byte 0 is no tar header: its checksum is wrong"),
+        ("checksum", "the block at byte 0 is not a tar header: its checksum is wrong"),
         ("long-name", "must be a name of at most 4096 characters"),
         ("many-digits", "ends at byte 1536, inside of its member 'a.txt'"),
-        ("negative-size", "the block at byte 0 has a number that is none"),
-        ("pax-length", "has pax records that are none"),
+        ("negative-size", "the block at byte 0 has a field that is not a number"),
+        ("pax-length", "has invalid pax records"),
         ("pax-size", "inside of its member 'a.txt'"),
         ("two-in-one", "ends the archive, and more follows"),
     ],
@@ -352,10 +354,10 @@ def test_28_names_and_kinds_of_members(hostile: dict[str, CompletedProcess[str]]
     ("name", "words"),
     [("traversal", "names the shard '../../secret.tar'"), ("linked", "= '00000001.bin': is a symbolic link")],
 )
-def test_28_indices_that_lead_elsewhere(place: Place, name: str, words: str) -> None:
-    done = place.train("elsewhere", f"data.source={HOSTILE / 'indices' / name}", "train.steps=1")
+def test_28_indices_that_lead_elsewhere(job_dir: JobDirectory, name: str, words: str) -> None:
+    done = job_dir.train("elsewhere", f"data.source={HOSTILE / 'indices' / name}", "train.steps=1")
     assert done.returncode == MISTAKE
-    told(done, words)
+    error_line(done, words)
 
 
 @pytest.mark.parametrize(
@@ -372,11 +374,13 @@ def test_29_what_could_run_is_never_loaded(hostile: dict[str, CompletedProcess[s
 
 
 @pytest.mark.parametrize("source", ["pipe:touch executed", "https://example.org/x.tar"])
-def test_30_commands_and_addresses(place: Place, source: str) -> None:
-    for done in (place.pack(source, "piped"), place.train("piped-run", f"data.source='{source}'")):
+def test_30_commands_and_addresses(job_dir: JobDirectory, source: str) -> None:
+    for done in (job_dir.pack(source, "piped"), job_dir.train("piped-run", f"data.source='{source}'")):
         assert done.returncode == MISTAKE
-        told(done, f"data.source = '{source}': must be a path: no command is run and nothing is fetched; fetch it")
-    assert not any((place.directory / name).exists() for name in ("executed", "piped", "piped-run"))
+        error_line(
+            done, f"data.source = '{source}': must be a path: no command is run and nothing is fetched; fetch it"
+        )
+    assert not any((job_dir.directory / name).exists() for name in ("executed", "piped", "piped-run"))
 
 
 def test_30_a_command_for_a_shard(hostile: dict[str, CompletedProcess[str]]) -> None:
@@ -470,75 +474,77 @@ def test_24_indices_of_any_bytes(tmp_path: Path, content: bytes, signed: bool) -
 
 
 @pytest.fixture(scope="module")
-def by_sample(place: Place) -> dict[str, CompletedProcess[str]]:
+def by_sample(job_dir: JobDirectory) -> dict[str, CompletedProcess[str]]:
     """The same steps and validations by one rank, and by two data ranks with two workers each."""
     words = ["train.steps=4", "train.validate_every=2", "data.batch_size=4"]
     two = ["parallel.ranks=2", "parallel.sequence=1", "data.workers=2"]
-    done = {"one": place.train("one", *words), "two": place.train("two", *words, *two)}
+    done = {"one": job_dir.train("one", *words), "two": job_dir.train("two", *words, *two)}
     assert all(run.returncode == 0 for run in done.values()), done
     return done
 
 
 @pytest.mark.usefixtures("by_sample")
-def test_31_fewer_shards_than_ranks_and_workers(place: Place) -> None:
+def test_31_fewer_shards_than_ranks_and_workers(job_dir: JobDirectory) -> None:
     """Samples are dealt out, not shards: what is read does not change."""
-    assert len(list((place.directory / "packed").glob("train-*.tar"))) == 1
-    one, two = ([row["loss"] for row in place.rows(run)] for run in ("one", "two"))
+    assert len(list((job_dir.directory / "packed").glob("train-*.tar"))) == 1
+    one, two = ([row["loss"] for row in job_dir.rows(run)] for run in ("one", "two"))
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
 
 
-def test_32_uneven_ends(place: Place, by_sample: dict[str, CompletedProcess[str]]) -> None:
+def test_32_uneven_ends(job_dir: JobDirectory, by_sample: dict[str, CompletedProcess[str]]) -> None:
     """The held-out windows do not divide by what ranks read at once: both end together, and each counts once."""
-    num_tokens = Index.load(place.directory / "packed").splits["valid"].num_tokens
+    num_tokens = Index.load(job_dir.directory / "packed").splits["valid"].num_tokens
     assert -(-(num_tokens - 1) // 65) % 4
     one, two = (re.findall(r"held-out (\S+) nats", done.stderr) for done in by_sample.values())
     assert len(one) == 2 and [float(x) for x in two] == pytest.approx([float(x) for x in one], abs=2e-4)
 
 
-def test_33_a_token_that_the_model_does_not_know(place: Place, hostile: dict[str, CompletedProcess[str]]) -> None:
+def test_33_a_token_that_the_model_does_not_know(
+    job_dir: JobDirectory, hostile: dict[str, CompletedProcess[str]]
+) -> None:
     """The model's vocabulary is smaller than that of the corpus, or its own is a lie."""
-    done = place.train("few", "model.vocab=200", "parallel.ranks=2")
+    done = job_dir.train("few", "model.vocab=200", "parallel.ranks=2")
     assert done.returncode == MISTAKE
-    told(done, "model.vocab = 200: must be at least 256, the vocabulary of packed", "set model.vocab=256")
+    error_line(done, "model.vocab = 200: must be at least 256, the vocabulary of packed", "set model.vocab=256")
     refused(hostile, "small-vocabulary", "token in '", f" in x/{SHARD} = 200: must be less than 200")
 
 
-def packed_from(place: Place, name: str, *contents: bytes) -> None:
-    (place.directory / f"{name}-source").mkdir()
+def packed_from(job_dir: JobDirectory, name: str, *contents: bytes) -> None:
+    (job_dir.directory / f"{name}-source").mkdir()
     for number, content in enumerate(contents):
-        (place.directory / f"{name}-source" / f"{number:03}").write_bytes(content)
-    assert place.pack(f"{name}-source", name, "--valid-fraction", "0").returncode == 0
+        (job_dir.directory / f"{name}-source" / f"{number:03}").write_bytes(content)
+    assert job_dir.pack(f"{name}-source", name, "--valid-fraction", "0").returncode == 0
 
 
-def test_34_a_sample_that_is_too_long(place: Place) -> None:
+def test_34_a_sample_that_is_too_long(job_dir: JobDirectory) -> None:
     """One of any length is read in windows; a member of a foreign archive has a limit, whatever its size claims."""
-    packed_from(place, "long", random.Random(0).randbytes(650))
-    done = place.train("long-run", "data.source=long", "train.steps=10")
+    packed_from(job_dir, "long", random.Random(0).randbytes(650))
+    done = job_dir.train("long-run", "data.source=long", "train.steps=10")
     assert done.returncode == 0 and "650 training tokens" in done.stderr
     head = tarfile.TarInfo("long.txt")
     head.size = 300 << 20
-    path = place.directory / "long.tar"
+    path = job_dir.directory / "long.tar"
     path.write_bytes(head.tobuf())
     os.truncate(path, 512 + head.size + 1024)  # a hole, which takes no room on the disk
-    done = place.pack("long.tar", "from-long", "--valid-fraction", "0")
+    done = job_dir.pack("long.tar", "from-long", "--valid-fraction", "0")
     assert done.returncode == MISTAKE
-    told(done, "member of long.tar = 'long.txt': is larger than 256 MiB", "(1 bad sample, 0 allowed)")
+    error_line(done, "member of long.tar = 'long.txt': is larger than 256 MiB", "(1 bad sample, 0 allowed)")
 
 
-def test_34_nothing_to_predict(place: Place) -> None:
+def test_34_nothing_to_predict(job_dir: JobDirectory) -> None:
     """Documents of a token each have no label: known before the first step, or else when a step has none."""
-    packed_from(place, "letters", *(b"%c" % letter for letter in range(65, 91)))
-    done = place.train("letters-run", "data.source=letters", "data.packing=documents", "parallel.ranks=2")
+    packed_from(job_dir, "letters", *(b"%c" % letter for letter in range(65, 91)))
+    done = job_dir.train("letters-run", "data.source=letters", "data.packing=documents", "parallel.ranks=2")
     assert done.returncode == MISTAKE
-    told(done, "letters holds only documents of one token in its split train", "data.packing=stream")
-    assert not (place.directory / "letters-run").exists()
-    packed_from(place, "mixed", b"a longer document", *(b"%c" % letter for letter in range(65, 91)))
+    error_line(done, "letters holds only documents of one token in its split train", "data.packing=stream")
+    assert not (job_dir.directory / "letters-run").exists()
+    packed_from(job_dir, "mixed", b"a longer document", *(b"%c" % letter for letter in range(65, 91)))
     words = ["data.seq_len=5", "data.batch_size=2", "parallel.ranks=2", "parallel.sequence=1"]
-    done = place.train("mixed-run", "data.source=mixed", "data.packing=documents", *words)
+    done = job_dir.train("mixed-run", "data.source=mixed", "data.packing=documents", *words)
     assert done.returncode == MISTAKE
-    told(done, "the sequences of a step = [", "must hold a token that has a next one", "data.packing=stream")
-    assert all(0 < row["loss"] < 20 for row in place.rows("mixed-run"))
-    assert place.train("mixed-run", "data.source=letters", "train.steps=5").returncode == 0
+    error_line(done, "the sequences of a step = [", "must hold a token that has a next one", "data.packing=stream")
+    assert all(0 < row["loss"] < 20 for row in job_dir.rows("mixed-run"))
+    assert job_dir.train("mixed-run", "data.source=letters", "train.steps=5").returncode == 0
 
 
 def children(number: int) -> list[int]:
@@ -546,52 +552,52 @@ def children(number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_35_a_data_worker_is_killed(place: Place, ranks: int) -> None:
+def test_35_a_data_worker_is_killed(job_dir: JobDirectory, ranks: int) -> None:
     words = ["data.workers=1", f"parallel.ranks={ranks}"]
-    with place.training(f"killed-{ranks}", *words) as process:
+    with job_dir.training(f"killed-{ranks}", *words) as process:
         (worker,) = children(ranks_of(process)[1] if ranks > 1 else process.pid)
         os.kill(worker, signal.SIGKILL)
         done = finish(process, 60)
     assert done.returncode == FAILED
-    told(done, "a data worker failed: ", "data.workers=0 reads in a thread instead")
+    error_line(done, "a data worker failed: ", "data.workers=0 reads in a thread instead")
 
 
-def test_37_a_decompression_bomb(place: Place) -> None:
+def test_37_a_decompression_bomb(job_dir: JobDirectory) -> None:
     """10 GiB in 10 MB: refused at once, within the memory of one document, and left out if that is asked for."""
     part = gzip.compress(bytes(64 << 20), 9)
-    tar_of(place.directory / "bomb.tar", {"a.txt": b"harmless", "bomb.txt.gz": part * 160})
+    tar_of(job_dir.directory / "bomb.tar", {"a.txt": b"harmless", "bomb.txt.gz": part * 160})
     code = (
         "import resource, sys; from longreach.launch.cli import main; code = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     )
     words = ["pack", "bomb.tar", "from-bomb", "--valid-fraction", "0"]
-    done = python("-c", code, *words, cwd=place.directory, timeout=60)
+    done = python("-c", code, *words, cwd=job_dir.directory, timeout=60)
     assert done.returncode == MISTAKE
-    told(done, "member of bomb.tar = 'bomb.txt.gz'", "is larger than 256 MiB, or inflates to more")
+    error_line(done, "member of bomb.tar = 'bomb.txt.gz'", "is larger than 256 MiB, or inflates to more")
     assert int(done.stdout) < 1 << 20  # KiB
-    done = longreach(*words, "--max-bad", "1", cwd=place.directory)
-    assert done.returncode == 0 and tokens_of(place.directory / "from-bomb") == {"bomb.tar/a.txt": b"harmless"}
+    done = longreach(*words, "--max-bad", "1", cwd=job_dir.directory)
+    assert done.returncode == 0 and tokens_of(job_dir.directory / "from-bomb") == {"bomb.tar/a.txt": b"harmless"}
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (2, 0)])
-def test_38_storage_that_stalls(place: Place, ranks: int, workers: int) -> None:
+def test_38_storage_that_stalls(job_dir: JobDirectory, ranks: int, workers: int) -> None:
     """To open a FIFO that nobody writes to takes for ever, as a file on a file server that is gone."""
     name = f"stalled-{ranks}-{workers}"
-    shard = copy_of(place, name) / SHARD
-    os.mkfifo(place.directory / f"{name}-fifo")
+    shard = copy_of(job_dir, name) / SHARD
+    os.mkfifo(job_dir.directory / f"{name}-fifo")
     words = [f"data.source={name}", "data.timeout=2", f"data.workers={workers}", f"parallel.ranks={ranks}"]
-    with place.training(f"{name}-run", *words) as process:
+    with job_dir.training(f"{name}-run", *words) as process:
         began = time.monotonic()
-        os.replace(place.directory / f"{name}-fifo", shard)
+        os.replace(job_dir.directory / f"{name}-fifo", shard)
         done = finish(process, 60)
     assert done.returncode == MISTAKE and time.monotonic() - began >= 2
-    told(done, f"file = '{name}/{SHARD}'", "has not answered a read for 2 s", "data.timeout")
+    error_line(done, f"file = '{name}/{SHARD}'", "has not answered a read for 2 s", "data.timeout")
 
 
-def test_38_an_index_that_does_not_answer(place: Place) -> None:
-    index = copy_of(place, "silent") / "index.json"
+def test_38_an_index_that_does_not_answer(job_dir: JobDirectory) -> None:
+    index = copy_of(job_dir, "silent") / "index.json"
     index.unlink()
     os.mkfifo(index)
-    done = place.train("silent-run", "data.source=silent", "data.timeout=2", "parallel.ranks=2", timeout=60)
+    done = job_dir.train("silent-run", "data.source=silent", "data.timeout=2", "parallel.ranks=2", timeout=60)
     assert done.returncode == MISTAKE
-    told(done, "file = 'silent/index.json'", "has not answered a read for 2 s")
+    error_line(done, "file = 'silent/index.json'", "has not answered a read for 2 s")

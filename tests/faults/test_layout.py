@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fault_helpers import Place, told
+from fault_helpers import JobDirectory, error_line
 from programs import finish, longreach, start
 
 from longreach.errors import InputError
@@ -21,8 +21,8 @@ ODD = ["train.steps=2", "data.seq_len=67", "model.mixers=[elementwise,softmax]",
 SHORT = ["train.steps=2", "data.seq_len=5", "model.mixers=[chela,feedforward_kernel]"]
 
 
-def losses(place: Place, run: str) -> list[list[float]]:
-    return [[row[key] for key in ("loss", "grad_norm", "tokens")] for row in place.rows(run)]
+def losses(job_dir: JobDirectory, run: str) -> list[list[float]]:
+    return [[row[key] for key in ("loss", "grad_norm", "tokens")] for row in job_dir.rows(run)]
 
 
 @pytest.mark.parametrize(
@@ -33,28 +33,28 @@ def losses(place: Place, run: str) -> list[list[float]]:
         (["parallel.ranks=3", "parallel.sequence=1"], "data.batch_size = 2: must be a multiple of 3 = 3 data ranks"),
     ],
 )
-def test_16_a_world_that_is_not_data_times_sequence(place: Place, words: list[str], formula: str) -> None:
-    done = place.train("unmade", *words)
+def test_16_a_world_that_is_not_data_times_sequence(job_dir: JobDirectory, words: list[str], formula: str) -> None:
+    done = job_dir.train("unmade", *words)
     assert done.returncode == MISTAKE
-    told(done, formula)
-    assert done.stderr.count("\n") == 1 and not (place.directory / "unmade").exists()
+    error_line(done, formula)
+    assert done.stderr.count("\n") == 1 and not (job_dir.directory / "unmade").exists()
 
 
-def test_17_and_18_a_length_and_heads_that_the_ranks_do_not_divide(place: Place) -> None:
+def test_17_and_18_a_length_and_heads_that_the_ranks_do_not_divide(job_dir: JobDirectory) -> None:
     """67 tokens and 4 heads on 3 ranks: the same losses, gradients and tokens as on one."""
     for run, ranks in (("odd-1", 1), ("odd-3", 3)):
-        done = place.train(run, *ODD, f"parallel.ranks={ranks}")
+        done = job_dir.train(run, *ODD, f"parallel.ranks={ranks}")
         assert done.returncode == 0, done.stderr
-    for row, wanted in zip(losses(place, "odd-3"), losses(place, "odd-1"), strict=True):
+    for row, wanted in zip(losses(job_dir, "odd-3"), losses(job_dir, "odd-1"), strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("mixer", ["chela", "softmax", "feedforward_kernel"])
-def test_18_heads_that_do_not_divide_the_width(place: Place, mixer: str) -> None:
-    done = place.train("unmade", f"model.mixers=[{mixer}]", f"model.{mixer}.heads=3", "parallel.ranks=2")
+def test_18_heads_that_do_not_divide_the_width(job_dir: JobDirectory, mixer: str) -> None:
+    done = job_dir.train("unmade", f"model.mixers=[{mixer}]", f"model.{mixer}.heads=3", "parallel.ranks=2")
     assert done.returncode == MISTAKE
-    told(done, f"model.{mixer}.heads = 3")
-    assert not (place.directory / "unmade").exists()
+    error_line(done, f"model.{mixer}.heads = 3")
+    assert not (job_dir.directory / "unmade").exists()
 
 
 def test_19_every_mixer_honours_packed_documents() -> None:
@@ -70,24 +70,24 @@ def test_19_every_mixer_honours_packed_documents() -> None:
         torch.testing.assert_close(packed[:, 23:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_20_and_21_ranks_without_tokens_and_more_ranks_than_cores(place: Place) -> None:
+def test_20_and_21_ranks_without_tokens_and_more_ranks_than_cores(job_dir: JobDirectory) -> None:
     """5 tokens on 4 ranks: the last has none, the others fewer than a convolution's taps; losses as on one."""
-    assert place.train("short-1", *SHORT).returncode == 0
-    done = place.train("short-4", *SHORT, "parallel.ranks=4")
+    assert job_dir.train("short-1", *SHORT).returncode == 0
+    done = job_dir.train("short-4", *SHORT, "parallel.ranks=4")
     assert done.returncode == 0, done.stderr
-    for row, wanted in zip(losses(place, "short-4"), losses(place, "short-1"), strict=True):
+    for row, wanted in zip(losses(job_dir, "short-4"), losses(job_dir, "short-1"), strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(("value", "why"), [("cuda", "torch computes on cpu"), ("tpu9", "DeepSpeed cannot use it")])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is missing here")
-def test_21_no_cuda(place: Place, value: str, why: str) -> None:
+def test_21_no_cuda(job_dir: JobDirectory, value: str, why: str) -> None:
     code = f"import os; os.environ['DS_ACCELERATOR'] = {value!r}; from longreach.launch.train import main; "
-    process = start("-c", f"{code}main(['endless.yaml', 'run.dir=unmade', 'train.steps=1'])", cwd=place.directory)
+    process = start("-c", f"{code}main(['endless.yaml', 'run.dir=unmade', 'train.steps=1'])", cwd=job_dir.directory)
     done = finish(process)
     assert done.returncode == MISTAKE
-    told(done, f"DS_ACCELERATOR = '{value}'", why, "unset it")
-    assert done.stderr.count("\n") == 1 and not (place.directory / "unmade").exists()
+    error_line(done, f"DS_ACCELERATOR = '{value}'", why, "unset it")
+    assert done.stderr.count("\n") == 1 and not (job_dir.directory / "unmade").exists()
 
 
 def test_21_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,16 +102,16 @@ def test_21_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set parallel.ranks=1, or put CUDA_VISIBLE_DEVICES= before the command" in str(told.value)
 
 
-def test_21_no_triton_and_no_compiler(place: Place, tmp_path: Path) -> None:
+def test_21_no_triton_and_no_compiler(job_dir: JobDirectory, tmp_path: Path) -> None:
     """The portable kernels run, say so once, and reach the same losses."""
     code = (
         "import sys; sys.modules['triton'] = None; from longreach.launch.train import main; "
         "main(['endless.yaml', 'run.dir=portable', 'train.steps=2'])"
     )
     with mock.patch.dict(os.environ, {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": ""}):
-        done = finish(start("-c", code, cwd=place.directory))
+        done = finish(start("-c", code, cwd=job_dir.directory))
     assert done.returncode == 0, done.stderr
     assert "compiler" in done.stderr and "Traceback" not in done.stderr
-    assert longreach("train", "endless.yaml", "run.dir=native", "train.steps=2", cwd=place.directory).returncode == 0
-    for row, wanted in zip(losses(place, "portable"), losses(place, "native"), strict=True):
+    assert longreach("train", "endless.yaml", "run.dir=native", "train.steps=2", cwd=job_dir.directory).returncode == 0
+    for row, wanted in zip(losses(job_dir, "portable"), losses(job_dir, "native"), strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from fault_helpers import Place, told
+from fault_helpers import JobDirectory, error_line
 from programs import finish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,11 +23,11 @@ def fill(disk: Path, leave: int) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a file", "full", "read-only"])
-def test_65_tensorboard_that_cannot_be_written(place: Place, small_disk: Path, fault: str) -> None:
+def test_65_tensorboard_that_cannot_be_written(job_dir: JobDirectory, small_disk: Path, fault: str) -> None:
     """A warning in one line, and the training goes on; metrics.jsonl has every step."""
     run = f"charts-{fault.replace(' ', '-')}"
-    (place.directory / run).mkdir()
-    board = place.directory / run / "tensorboard"
+    (job_dir.directory / run).mkdir()
+    board = job_dir.directory / run / "tensorboard"
     if fault == "a file":
         board.write_text("")
     else:
@@ -35,47 +35,47 @@ def test_65_tensorboard_that_cannot_be_written(place: Place, small_disk: Path, f
         fill(small_disk, 0 if fault == "full" else 1 << 20)
     if fault == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    done = place.train(run, CHARTS, "monitor.plot=true", "train.steps=5")
+    done = job_dir.train(run, CHARTS, "monitor.plot=true", "train.steps=5")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: ") == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"warning: {run}/tensorboard cannot be written (" in done.stderr
-    assert [row["step"] for row in place.rows(run)] == [1, 2, 3, 4, 5]
-    assert place.checkpoints(run) == ["step-00000005"] and (place.directory / run / "plots/loss.png").exists()
+    assert [row["step"] for row in job_dir.rows(run)] == [1, 2, 3, 4, 5]
+    assert job_dir.checkpoints(run) == ["step-00000005"] and (job_dir.directory / run / "plots/loss.png").exists()
 
 
-def test_65_the_record_of_the_run_that_cannot_be_written(place: Place, small_disk: Path) -> None:
+def test_65_the_record_of_the_run_that_cannot_be_written(job_dir: JobDirectory, small_disk: Path) -> None:
     """Metrics are the record: the run ends in one line, and goes on from its checkpoint when there is room."""
     run = str(small_disk / "run")
-    assert place.train(run, "train.steps=2").returncode == 0
-    with place.training(run) as process:
-        place.wait(process, lambda: len(place.rows(run)) > 2)
+    assert job_dir.train(run, "train.steps=2").returncode == 0
+    with job_dir.training(run) as process:
+        job_dir.wait(process, lambda: len(job_dir.rows(run)) > 2)
         fill(small_disk, 0)
         done = finish(process, 60)
     assert done.returncode == MISTAKE
-    told(done, "metrics.jsonl", "cannot be written: No space left on device", "the same command goes on")
-    again = place.train(run, "train.steps=4")
+    error_line(done, "metrics.jsonl", "cannot be written: No space left on device", "the same command goes on")
+    again = job_dir.train(run, "train.steps=4")
     assert again.returncode == MISTAKE, "nor does it start"
-    told(again, "bytes free, and a checkpoint needs")
+    error_line(again, "bytes free, and a checkpoint needs")
     (small_disk / "filler").unlink()
-    assert place.train(run, "train.steps=4").returncode == 0
-    assert [row["step"] for row in place.rows(run)] == [1, 2, 3, 4]
+    assert job_dir.train(run, "train.steps=4").returncode == 0
+    assert [row["step"] for row in job_dir.rows(run)] == [1, 2, 3, 4]
 
 
-def test_66_steps_after_a_resume_do_not_double(place: Place) -> None:
+def test_66_steps_after_a_resume_do_not_double(job_dir: JobDirectory) -> None:
     """Neither in metrics.jsonl nor in what TensorBoard reads, validations included."""
     words = [CHARTS, "checkpoint.every=2", "checkpoint.keep_last=0", "train.validate_every=1"]
-    assert place.train("doubled", *words, "train.steps=6").returncode == 0
-    for file in (place.directory / "doubled/checkpoints/step-00000006").iterdir():
+    assert job_dir.train("doubled", *words, "train.steps=6").returncode == 0
+    for file in (job_dir.directory / "doubled/checkpoints/step-00000006").iterdir():
         file.unlink()  # as if it had been lost: steps 5 and 6 are trained again
-    (place.directory / "doubled/checkpoints/step-00000006").rmdir()
-    done = place.train("doubled", *words, "train.steps=8")
+    (job_dir.directory / "doubled/checkpoints/step-00000006").rmdir()
+    done = job_dir.train("doubled", *words, "train.steps=8")
     assert done.returncode == 0 and "step-00000004" in done.stderr, done.stderr
-    assert [row["step"] for row in place.rows("doubled")] == list(range(1, 9))
-    charts = EventAccumulator(str(place.directory / "doubled/tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [row["step"] for row in job_dir.rows("doubled")] == list(range(1, 9))
+    charts = EventAccumulator(str(job_dir.directory / "doubled/tensorboard"), size_guidance={"scalars": 0}).Reload()
     steps = defaultdict(list)
     for tag in charts.Tags()["scalars"]:
         steps[tag] = [event.step for event in charts.Scalars(tag)]
     assert steps["train/loss"] == steps["validation/loss"] == list(range(1, 9))
     assert all(found == sorted(set(found)) for found in steps.values()), steps
-    rows = {row["step"]: row["loss"] for row in place.rows("doubled")}
+    rows = {row["step"]: row["loss"] for row in job_dir.rows("doubled")}
     assert all(abs(event.value - rows[event.step]) < 1e-5 for event in charts.Scalars("train/loss"))

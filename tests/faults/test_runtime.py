@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 from unittest import mock
 
 import pytest
-from fault_helpers import FAILED, MISTAKE, Place, free_port, ranks_of, told
+from fault_helpers import FAILED, MISTAKE, JobDirectory, error_line, free_port, ranks_of
 from programs import finish, longreach, start
 from safetensors.numpy import load_file
 
@@ -24,17 +24,17 @@ STOPPED = 75
 HUGE = "optim.lr=2e37"  # the weights after a step with it are finite, what comes of them is not
 
 
-def steps(place: Place, run: str) -> list[int]:
-    return [row["step"] for row in place.rows(run)]
+def steps(job_dir: JobDirectory, run: str) -> list[int]:
+    return [row["step"] for row in job_dir.rows(run)]
 
 
-def same_rows(place: Place, run: str, other: str) -> None:
+def same_rows(job_dir: JobDirectory, run: str, other: str) -> None:
     keys = ("step", "loss", "grad_norm", "lr")
-    left, right = ([[row[key] for key in keys] for row in place.rows(name)] for name in (run, other))
+    left, right = ([[row[key] for key in keys] for row in job_dir.rows(name)] for name in (run, other))
     assert left == right
 
 
-def join(place: Place, run: str, overrides: list[list[str]]) -> list[CompletedProcess[str]]:
+def join(job_dir: JobDirectory, run: str, overrides: list[list[str]]) -> list[CompletedProcess[str]]:
     """A world of one process for each list of overrides, as a launcher would make it."""
     port, processes = free_port(), []
     for rank, words in enumerate(overrides):
@@ -44,59 +44,61 @@ def join(place: Place, run: str, overrides: list[list[str]]) -> list[CompletedPr
             f"MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}'); from longreach.launch.train import main; "
             f"main({['endless.yaml', f'run.dir={run}', *words]!r})"
         )
-        processes.append(start("-c", code, cwd=place.directory))
+        processes.append(start("-c", code, cwd=job_dir.directory))
     return [finish(process, 120) for process in processes]
 
 
-def test_22_ranks_with_another_configuration(place: Place) -> None:
+def test_22_ranks_with_another_configuration(job_dir: JobDirectory) -> None:
     """Before the first step, and before anything is written."""
-    for done in join(place, "alike", [["train.steps=2"], ["train.steps=2", "optim.lr=0.5"]]):
+    for done in join(job_dir, "alike", [["train.steps=2"], ["train.steps=2", "optim.lr=0.5"]]):
         assert done.returncode == MISTAKE
         assert "rank 1 = 'another configuration': must be that of rank 0" in done.stderr
-    assert not (place.directory / "alike").exists()
+    assert not (job_dir.directory / "alike").exists()
 
 
-def test_36_data_that_changed(place: Place) -> None:
+def test_36_data_that_changed(job_dir: JobDirectory) -> None:
     """A run does not go on with other data, unless it is told to."""
-    assert place.train("changed", "train.steps=2").returncode == 0
-    source = place.directory / "other"
+    assert job_dir.train("changed", "train.steps=2").returncode == 0
+    source = job_dir.directory / "other"
     source.mkdir()
     (source / "a.txt").write_text("another text " * 400)
-    assert longreach("pack", "other", "repacked", "--valid-fraction", "0", cwd=place.directory).returncode == 0
-    done = place.train("changed", "train.steps=4", "data.source=repacked")
+    assert longreach("pack", "other", "repacked", "--valid-fraction", "0", cwd=job_dir.directory).returncode == 0
+    done = job_dir.train("changed", "train.steps=4", "data.source=repacked")
     assert done.returncode == MISTAKE
-    told(done, "data.source = 'repacked'", "is not the corpus that this run began with", "data.accept_change=true")
-    assert steps(place, "changed") == [1, 2]
-    done = place.train("changed", "train.steps=4", "data.source=repacked", "data.accept_change=true")
-    assert done.returncode == 0 and steps(place, "changed") == [1, 2, 3, 4]
+    error_line(
+        done, "data.source = 'repacked'", "is not the corpus that this run began with", "data.accept_change=true"
+    )
+    assert steps(job_dir, "changed") == [1, 2]
+    done = job_dir.train("changed", "train.steps=4", "data.source=repacked", "data.accept_change=true")
+    assert done.returncode == 0 and steps(job_dir, "changed") == [1, 2, 3, 4]
 
 
-def test_41_a_rank_that_is_killed_restarts_from_the_last_checkpoint(place: Place) -> None:
+def test_41_a_rank_that_is_killed_restarts_from_the_last_checkpoint(job_dir: JobDirectory) -> None:
     options = ["--nproc-per-node", "2", "--max-restarts", "2", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     words = ["-m", "longreach.launch.train", "endless.yaml", "run.dir=restarted", "checkpoint.every=5"]
-    job = [*options, "--log-dir", str(place.directory / "logs"), *words, "train.steps=60"]
+    job = [*options, "--log-dir", str(job_dir.directory / "logs"), *words, "train.steps=60"]
     # Else torchrun hands the addresses of the dead ranks to the new ones.
     with mock.patch.dict(os.environ, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}):
-        process = start("-m", "torch.distributed.run", *job, cwd=place.directory)
+        process = start("-m", "torch.distributed.run", *job, cwd=job_dir.directory)
     try:
-        place.wait(process, lambda: len(place.checkpoints("restarted")) >= 1)
+        job_dir.wait(process, lambda: len(job_dir.checkpoints("restarted")) >= 1)
         os.kill(ranks_of(process)[1], signal.SIGKILL)
         done = finish(process, 120)
     finally:
         process.kill()
     assert done.returncode == 0, done.stderr
-    assert "continuing from restarted/checkpoints/step-" in done.stderr
-    assert steps(place, "restarted") == list(range(1, 61))
-    assert place.train("whole", "parallel.ranks=2", "train.steps=60").returncode == 0
-    same_rows(place, "restarted", "whole")
+    assert "resuming from restarted/checkpoints/step-" in done.stderr
+    assert steps(job_dir, "restarted") == list(range(1, 61))
+    assert job_dir.train("whole", "parallel.ranks=2", "train.steps=60").returncode == 0
+    same_rows(job_dir, "restarted", "whole")
 
 
 @pytest.mark.parametrize("child", [0, 1])
-def test_42_a_frozen_rank_is_named(place: Place, child: int) -> None:
+def test_42_a_frozen_rank_is_named(job_dir: JobDirectory, child: int) -> None:
     """Within the time-out and five seconds, although its connections stay open, and with its last stack."""
     run = f"frozen-{child}"
-    with place.training(run, "parallel.ranks=2", "parallel.timeout=6") as process:
+    with job_dir.training(run, "parallel.ranks=2", "parallel.timeout=6") as process:
         frozen, began = ranks_of(process)[child], time.monotonic()
         os.kill(frozen, signal.SIGSTOP)
         assert process.stderr is not None
@@ -116,27 +118,27 @@ def test_42_a_frozen_rank_is_named(place: Place, child: int) -> None:
         os.kill(frozen, 0)
 
 
-def test_45_a_loss_that_is_not_finite_stops_before_the_update(place: Place) -> None:
-    assert place.train("diverged", "train.steps=3").returncode == 0
-    (saved,) = place.checkpoints("diverged")
-    done = place.train("diverged", HUGE, "checkpoint.every=1", "checkpoint.keep_last=1", "train.steps=9")
+def test_45_a_loss_that_is_not_finite_stops_before_the_update(job_dir: JobDirectory) -> None:
+    assert job_dir.train("diverged", "train.steps=3").returncode == 0
+    (saved,) = job_dir.checkpoints("diverged")
+    done = job_dir.train("diverged", HUGE, "checkpoint.every=1", "checkpoint.keep_last=1", "train.steps=9")
     assert done.returncode == FAILED
-    told(done, "step 5: loss", "in the sequences [", "no weight was changed", "train.nonfinite=skip")
-    assert place.checkpoints("diverged") == ["step-00000004"] and saved == "step-00000003"
-    for file in (place.directory / "diverged/checkpoints/step-00000004").glob("*.safetensors"):
+    error_line(done, "step 5: loss", "in the sequences [", "no weight was changed", "train.nonfinite=skip")
+    assert job_dir.checkpoints("diverged") == ["step-00000004"] and saved == "step-00000003"
+    for file in (job_dir.directory / "diverged/checkpoints/step-00000004").glob("*.safetensors"):
         tensors = load_file(file)
         assert all(
             abs(float(value)) < math.inf for tensor in tensors.values() for value in (tensor.min(), tensor.max())
         )
 
 
-def test_45_steps_that_are_not_finite_can_be_skipped(place: Place) -> None:
+def test_45_steps_that_are_not_finite_can_be_skipped(job_dir: JobDirectory) -> None:
     """On two ranks, which must agree; and not for ever."""
-    done = place.train("skipping", HUGE, "train.nonfinite=skip", "parallel.ranks=2", "train.steps=40")
+    done = job_dir.train("skipping", HUGE, "train.nonfinite=skip", "parallel.ranks=2", "train.steps=40")
     assert done.returncode == FAILED
     assert done.stderr.count(": skipped") == MAX_SKIPPED
     assert f"the {MAX_SKIPPED} steps before were skipped too" in done.stderr
-    rows = [json.loads(line) for line in (place.directory / "skipping/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (job_dir.directory / "skipping/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] > 0 and rows[-1]["loss"] is None  # JSON knows no NaN
 
 
@@ -146,46 +148,46 @@ def test_46_a_loss_far_above_the_usual_is_told_with_its_sequences() -> None:
     assert usual == [""] * RECENT
     assert loss_guard.check(99, {"loss": 3.9, "grad_norm": 1.0}, lambda: [7]) == ""
     said = loss_guard.check(100, {"loss": 4.5, "grad_norm": 1.0}, lambda: [7, 8])
-    assert said == "step 100: loss 4.5000, usually 2.0000, in the sequences [7, 8]"
+    assert said == "step 100: loss spike, 4.5000 over a running median of 2.0000, in the sequences [7, 8]"
     with pytest.raises(Diverged, match=r"step 101: loss 2, gradient norm inf, in the sequences \[9\]"):
         loss_guard.check(101, {"loss": 2.0, "grad_norm": math.inf}, lambda: [9])
 
 
-def test_47_out_of_memory_says_which_knobs_to_turn(place: Place) -> None:
-    done = place.train("large", f"data.seq_len={1 << 42}")
+def test_47_out_of_memory_says_which_knobs_to_turn(job_dir: JobDirectory) -> None:
+    done = job_dir.train("large", f"data.seq_len={1 << 42}")
     assert done.returncode == FAILED
-    told(done, "out of memory", f"data.seq_len = {1 << 42}", "parallel.block_len=", "train.recompute=true")
+    error_line(done, "out of memory", f"data.seq_len = {1 << 42}", "parallel.block_len=", "train.recompute=true")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_48_a_signal_saves_at_an_agreed_step(place: Place, number: signal.Signals) -> None:
+def test_48_a_signal_saves_at_an_agreed_step(job_dir: JobDirectory, number: signal.Signals) -> None:
     """To one of two ranks; the same command then goes on, and gives what an uninterrupted run gives."""
     run = f"asked-{number.name}"
-    with place.training(run, "parallel.ranks=2") as process:
+    with job_dir.training(run, "parallel.ranks=2") as process:
         os.kill(ranks_of(process)[1], number)
         done = finish(process, 60)
     assert done.returncode == STOPPED
-    last = steps(place, run)[-1]
-    told(done, f"stopped after step {last}, as {number.name} asked", "the same command goes on")
-    assert place.checkpoints(run) == [f"step-{last:08d}"]
-    assert place.train(run, "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
-    assert place.train(f"{run}-whole", "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
-    same_rows(place, run, f"{run}-whole")
+    last = steps(job_dir, run)[-1]
+    error_line(done, f"stopped after step {last}, as {number.name} asked", "run the same command again to resume")
+    assert job_dir.checkpoints(run) == [f"step-{last:08d}"]
+    assert job_dir.train(run, "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
+    assert job_dir.train(f"{run}-whole", "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
+    same_rows(job_dir, run, f"{run}-whole")
 
 
-def test_48_the_launcher_hands_a_signal_on(place: Place) -> None:
-    with place.training("handed", "parallel.ranks=2") as process:
+def test_48_the_launcher_hands_a_signal_on(job_dir: JobDirectory) -> None:
+    with job_dir.training("handed", "parallel.ranks=2") as process:
         process.send_signal(signal.SIGTERM)
         done = finish(process, 60)
     assert done.returncode == 128 + signal.SIGTERM
-    last = steps(place, "handed")[-1]
-    told(done, f"stopped after step {last}, as SIGTERM asked")
-    assert place.checkpoints("handed") == [f"step-{last:08d}"]
+    last = steps(job_dir, "handed")[-1]
+    error_line(done, f"stopped after step {last}, on SIGTERM")
+    assert job_dir.checkpoints("handed") == [f"step-{last:08d}"]
 
 
-def test_49_a_second_signal_ends_at_once_and_loses_nothing(place: Place) -> None:
-    with place.training("twice", "checkpoint.every=1") as process:
-        place.wait(process, lambda: bool(place.checkpoints("twice")))
+def test_49_a_second_signal_ends_at_once_and_loses_nothing(job_dir: JobDirectory) -> None:
+    with job_dir.training("twice", "checkpoint.every=1") as process:
+        job_dir.wait(process, lambda: bool(job_dir.checkpoints("twice")))
         for _ in range(200):  # some of them during a save
             process.send_signal(signal.SIGTERM)
             time.sleep(0.001)
@@ -193,35 +195,36 @@ def test_49_a_second_signal_ends_at_once_and_loses_nothing(place: Place) -> None
                 break
         done = finish(process, 30)
     assert done.returncode in (-signal.SIGTERM, STOPPED)
-    saved = int(place.checkpoints("twice")[-1].removeprefix("step-"))
-    assert place.train("twice", f"train.steps={saved + 2}").returncode == 0
-    assert steps(place, "twice") == list(range(1, saved + 3))
+    saved = int(job_dir.checkpoints("twice")[-1].removeprefix("step-"))
+    assert job_dir.train("twice", f"train.steps={saved + 2}").returncode == 0
+    assert steps(job_dir, "twice") == list(range(1, saved + 3))
 
 
-def test_50_a_limit_of_time(place: Place) -> None:
-    done = place.train("limited", "train.time_limit=2")
+def test_50_a_limit_of_time(job_dir: JobDirectory) -> None:
+    done = job_dir.train("limited", "train.time_limit=2")
     assert done.returncode == STOPPED
-    last = steps(place, "limited")[-1]
-    told(done, f"stopped after step {last}, as train.time_limit is over")
-    assert place.checkpoints("limited")[-1] == f"step-{last:08d}"
+    last = steps(job_dir, "limited")[-1]
+    error_line(done, f"stopped after step {last}, at train.time_limit")
+    assert job_dir.checkpoints("limited")[-1] == f"step-{last:08d}"
 
 
-def test_58_another_seed_or_batch_size(place: Place) -> None:
-    assert place.train("altered", "train.steps=2").returncode == 0
-    done = place.train("altered", "train.steps=3", "run.seed=5", "data.batch_size=4")
+def test_58_another_seed_or_batch_size(job_dir: JobDirectory) -> None:
+    assert job_dir.train("altered", "train.steps=2").returncode == 0
+    done = job_dir.train("altered", "train.steps=3", "run.seed=5", "data.batch_size=4")
     assert done.returncode == 0
-    assert "no longer exact: seed was 0 and is 5, which changes the order of the data\n" in done.stderr
-    assert "no longer exact: batch_size was 2 and is 4" in done.stderr
-    assert "no longer exact" not in place.train("altered", "train.steps=4", "run.seed=5", "data.batch_size=4").stderr
+    assert "not an exact resume: seed was 0 and is 5, which changes the order of the data\n" in done.stderr
+    assert "not an exact resume: batch_size was 2 and is 4" in done.stderr
+    done = job_dir.train("altered", "train.steps=4", "run.seed=5", "data.batch_size=4")
+    assert "not an exact resume" not in done.stderr
 
 
-def test_62_two_runs_in_one_directory(place: Place) -> None:
-    with place.training("shared") as process:
-        before = len(place.rows("shared"))
-        done = place.train("shared")
+def test_62_two_runs_in_one_directory(job_dir: JobDirectory) -> None:
+    with job_dir.training("shared") as process:
+        before = len(job_dir.rows("shared"))
+        done = job_dir.train("shared")
         assert done.returncode == MISTAKE
-        told(done, "run.dir = 'shared'", f"is in use by process {process.pid} on", "another run.dir")
-        place.wait(process, lambda: len(place.rows("shared")) > before)
+        error_line(done, "run.dir = 'shared'", f"is in use by process {process.pid} on", "another run.dir")
+        job_dir.wait(process, lambda: len(job_dir.rows("shared")) > before)
         process.kill()  # which lets the directory go, too
-    assert place.train("shared", "train.steps=2", "checkpoint.resume=false").returncode == 0
-    assert steps(place, "shared") == [1, 2]
+    assert job_dir.train("shared", "train.steps=2", "checkpoint.resume=false").returncode == 0
+    assert steps(job_dir, "shared") == [1, 2]

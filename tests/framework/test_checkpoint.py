@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from longreach.errors import InputError
 from longreach.framework import checkpoint
 from longreach.framework.checkpoint.directory import digest_of
-from longreach.framework.deepspeed.engine import Engine, deepspeed_settings
+from longreach.framework.deepspeed.engine import Engine
+from longreach.framework.deepspeed.settings import deepspeed_settings
 from longreach.framework.runtime.files import digest
 from longreach.parallel.mesh import PeerFailed, init_mesh
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from longreach import _aliases
+from longreach.bounds import bounded, check_bounds
 from longreach.errors import InputError
 from longreach.framework import config as config_module
 from longreach.framework.config import RunConfig, load, save, to_yaml, typed_yaml, validate
@@ -309,3 +317,66 @@ def test_every_key_can_be_written_in_a_file_and_on_the_command_line(tmp_path: Pa
     assert len(overrides) > 30
     path = write(tmp_path, "run: {seed: 99}\n")
     assert load(tmp_path / "saved.yaml", overrides) == load(path, overrides) == config
+
+
+@pytest.mark.parametrize("old, new", [("two_level", "hierarchical"), ("doubling", "recursive_doubling")])
+def test_an_old_value_of_a_key_is_read_as_its_new_one(
+    tmp_path: Path, old: str, new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a file, as a run directory of the release before has it, and on the command line; one warning names it."""
+    _aliases._log_once.cache_clear()
+    path = write(tmp_path, f"{MINIMAL}parallel: {{relay: {old}}}\n")
+    with mock.patch.object(logging.getLogger("longreach"), "propagate", True):
+        configs = [load(path), load(write(tmp_path, MINIMAL), [f"parallel.relay={old}"])]
+    assert [config.parallel.relay for config in configs] == [new, new]
+    assert caplog.messages == [f"parallel.relay={old} is deprecated: write parallel.relay={new}"]
+    save(configs[0], tmp_path / "saved.yaml")
+    assert f"relay: {new}" in (tmp_path / "saved.yaml").read_text()
+
+
+def test_an_old_value_is_told_once_of_all_ranks(tmp_path: Path) -> None:
+    """The process that starts local ranks says it; they do not, and of those of another launcher only the first."""
+    path = write(tmp_path, f"{MINIMAL}parallel: {{relay: doubling}}\n")
+    code = f"from longreach.framework.config import load; load({str(path)!r})"
+    unset = {"RANK", "TORCHELASTIC_RUN_ID"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    for given, lines in (
+        ({}, 1),
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "longreach"}, 0),
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 1),
+        ({"RANK": "1"}, 0),
+    ):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment | given, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("parallel.relay=doubling is deprecated") == lines == done.stderr.count("\n")
+
+
+def test_bounds_of_every_kind() -> None:
+    @dataclasses.dataclass
+    class Inner:
+        share: float = bounded(0.5, minimum=0, below=1)
+
+    @dataclasses.dataclass
+    class Outer:
+        rate: float = bounded(1.0, above=0)
+        ratio: float = bounded(0.0, minimum=0, maximum=1)
+        steps: int | None = bounded(None, minimum=1)
+        free: int = -1
+        inner: Inner = dataclasses.field(default_factory=Inner)
+
+    check_bounds(Outer())
+    check_bounds(Outer(rate=1e-9, ratio=1.0, steps=1))
+    for wrong, message in (
+        (Outer(rate=0.0), "rate = 0.0: must be more than 0"),
+        (Outer(rate=math.nan), "rate = nan: must be more than 0"),
+        (Outer(rate=math.inf), "rate = inf: must be a number"),
+        (Outer(ratio=-0.1), "ratio = -0.1: must be a number and at least 0"),
+        (Outer(ratio=1.1), "ratio = 1.1: must be between 0 and 1"),
+        (Outer(steps=0), "steps = 0: must be a number and at least 1"),
+        (Outer(inner=Inner(1.0)), "inner.share = 1.0: must be less than 1"),
+        (Outer(inner=Inner(math.nan)), "inner.share = nan: must be a number and at least 0"),
+    ):
+        with pytest.raises(InputError) as caught:
+            check_bounds(wrong)
+        assert str(caught.value) == message

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longreach.framework.config import CONFIGS, RunConfig, load, to_yaml
-from longreach.framework.deepspeed.engine import SETTINGS, deepspeed_settings
+from longreach.framework.deepspeed.settings import SETTINGS, deepspeed_settings
 from longreach.framework.model import Model, build_model
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

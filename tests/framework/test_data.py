@@ -1,4 +1,4 @@
-"""Data: what is packed is what is read, in an order that nothing but seed and position decides."""
+"""Data: packed documents are read back unchanged, in an order that depends on seed and position alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from longreach.framework.data import (
 )
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.records import documents as documents_of
-from longreach.framework.data.stall import within
+from longreach.framework.data.stall import run_with_timeout
 
 
 def write_corpus(folder: Path, num_documents: int = 40, seed: int = 0) -> dict[str, bytes]:
@@ -248,10 +248,10 @@ def test_an_output_folder_that_is_something_else(tmp_path: Path, source: Path) -
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, source: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
 
     def interrupt(what: str, done: int, total: int) -> None:
-        told.append((what, done, total))
+        calls.append((what, done, total))
         if done > total // 2:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -261,7 +261,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, source: Path) -> None:
             pack(str(source), tmp_path / "out", name="x", callback=interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert told[0][0] == "packing x" and 0 < told[0][1] < told[0][2]
+    assert calls[0][0] == "packing x" and 0 < calls[0][1] < calls[0][2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     pack(str(source), tmp_path / "out", name="x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
@@ -319,13 +319,13 @@ def test_what_may_be_shards_is_not_guessed(tmp_path: Path) -> None:
 
 
 def test_a_read_that_takes_too_long(tmp_path: Path) -> None:
-    """The file is named, and what the read gives or raises comes through."""
+    """The error names the file; the result or exception of a read in time is passed on."""
     left = threading.Event()
-    assert "has not answered a read for 0.1 s" in refused(within, 0.1, tmp_path / "file", left.wait)
+    assert "has not answered a read for 0.1 s" in refused(run_with_timeout, 0.1, tmp_path / "file", left.wait)
     left.set()
-    assert within(10, tmp_path / "file", lambda: 3) == 3
+    assert run_with_timeout(10, tmp_path / "file", lambda: 3) == 3
     with pytest.raises(FileNotFoundError):
-        within(10, tmp_path / "file", (tmp_path / "file").read_bytes)
+        run_with_timeout(10, tmp_path / "file", (tmp_path / "file").read_bytes)
 
 
 # What is damaged is named

@@ -16,7 +16,9 @@ from deepspeed_world import SmallModel, batches, run_world, whole
 from torch import Tensor
 
 from longreach.errors import InputError
-from longreach.framework.deepspeed.engine import Engine, avoid_compiling, deepspeed_settings
+from longreach.framework.deepspeed.engine import Engine
+from longreach.framework.deepspeed.settings import deepspeed_settings
+from longreach.framework.deepspeed.workarounds import avoid_compiling
 from longreach.parallel.mesh import init_mesh
 
 STAGES = [0, 1, 2, 3]
@@ -217,7 +219,8 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
 
 ALONE = """
 import torch
-from longreach.framework.deepspeed.engine import Engine, deepspeed_settings
+from longreach.framework.deepspeed.engine import Engine
+from longreach.framework.deepspeed.settings import deepspeed_settings
 from longreach.parallel.mesh import init_mesh, leave_world
 settings = deepspeed_settings(
     "zero1", precision="bf16", batch_size=1, micro_batch_size=1, accumulation=1, clip=1.0, world_size=1

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 import longreach
 from longreach.errors import InputError
 from longreach.framework.checkpoint import tensors_of
-from longreach.framework.checkpoint.directory import FORMAT, Keep, complete, partial_of, path_of
+from longreach.framework.checkpoint.directory import FORMAT, Keep, commit, partial_of, path_of
 from longreach.framework.checkpoint.shards import write
 from longreach.framework.config import RunConfig, save
 from longreach.framework.inference.export import CONFIG, TENSORS, export, load_exported
-from longreach.framework.inference.generate import Decoder, load_run
+from longreach.framework.inference.generate import Decoder
+from longreach.framework.inference.loading import load_run
 from longreach.framework.model import build_model
 from longreach.framework.runtime.files import digest
 
@@ -31,7 +32,7 @@ MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
 
 
 def make_run(place: Path, seed: int = 0, width: int = 16) -> Path:
-    """A run as training leaves it, but without training: a config, and a checkpoint of the model in two pieces."""
+    """A run as training leaves it, but without training: a config, and a checkpoint of the model in two shards."""
     config = RunConfig()
     config.model.vocab, config.model.width, config.model.depth, config.model.mixers = 256, width, 4, MIXERS
     config.model.chela.heads = config.model.feedforward_kernel.heads = config.model.softmax.heads = 2
@@ -44,11 +45,11 @@ def make_run(place: Path, seed: int = 0, width: int = 16) -> Path:
     path = path_of(place / "checkpoints", 7)
     partial_of(path).mkdir()
     for rank in range(2):
-        pieces = {}
+        shard = {}
         for name, values in tensors.items():
             middle = len(values) // 3
-            pieces[name] = (0, values[:middle].clone()) if rank == 0 else (middle, values[middle:].clone())
-        write(partial_of(path) / f"model-{rank:05d}-of-00002.safetensors", pieces, {})
+            shard[name] = (0, values[:middle].clone()) if rank == 0 else (middle, values[middle:].clone())
+        write(partial_of(path) / f"model-{rank:05d}-of-00002.safetensors", shard, {})
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": digest(file).hex()} for file in partial_of(path).iterdir()
     }
@@ -61,7 +62,7 @@ def make_run(place: Path, seed: int = 0, width: int = 16) -> Path:
         "shapes": {"model": shapes, "optimizer": {}},
         "files": files,
     }
-    complete(path, document, Keep())
+    commit(path, document, Keep())
     return place
 
 
@@ -110,10 +111,10 @@ def test_an_export_goes_on_from_a_carry_of_the_run(run: Path, tmp_path: Path) ->
     """They are one model, by the digest too."""
     export(run, tmp_path / "out")
     decoder = Decoder(load_run(run)[1], seed=4)
-    decoder.read(torch.arange(30).unsqueeze(0))
+    decoder.prefill(torch.arange(30).unsqueeze(0))
     decoder.save(tmp_path / "carry")
     other = Decoder.load(load_exported(tmp_path / "out"), tmp_path / "carry")
-    assert [*map(int, other.write(12))] == [*map(int, decoder.write(12))]
+    assert [*map(int, other.generate(12))] == [*map(int, decoder.generate(12))]
 
 
 def test_transformers_loads_an_export(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longreach.errors import InputError
 from longreach.framework.inference import generate as decoding
-from longreach.framework.inference.generate import Decoder, continuations, decode_stream, encode, generate, read_prompt
+from longreach.framework.inference.generate import Decoder, continuations, decode_stream, encode, generate, prefill
 from longreach.framework.model import Model, ModelConfig, build_model
 
 SMALL_STATE = ["elementwise", "chela", "feedforward_kernel"]
@@ -31,7 +31,7 @@ def text(length: int, rows: int = 1) -> Tensor:
     return torch.randint(0, 256, (rows, length))
 
 
-def test_a_seed_decides_the_draws() -> None:
+def test_a_seed_determines_the_samples() -> None:
     model, prompt = small_model(SMALL_STATE), text(5, rows=2)
 
     def draw(seed: int, temperature: float = 1.0, top_k: int = 0) -> list[list[int]]:
@@ -44,7 +44,7 @@ def test_a_seed_decides_the_draws() -> None:
 
 @pytest.mark.parametrize("mixers", [SMALL_STATE, ["softmax", "chela"]], ids=" ".join)
 def test_temperature_zero_takes_the_likeliest_of_the_parallel_pass(mixers: list[str]) -> None:
-    """Every token against a whole pass over all that stands before it."""
+    """Every token against one parallel pass over all tokens before it."""
     model, prompt = small_model(mixers), text(7, rows=2)
     written = torch.stack(list(generate(model, prompt, 20, temperature=0)), 1)
     tokens = torch.cat([prompt, written], 1)
@@ -55,12 +55,12 @@ def test_temperature_zero_takes_the_likeliest_of_the_parallel_pass(mixers: list[
     assert written.unique().numel() > 5
 
 
-def test_top_k_draws_only_from_the_likeliest() -> None:
+def test_top_k_samples_only_from_the_likeliest() -> None:
     model, prompt = small_model(SMALL_STATE), text(9).expand(100, 9)
     with torch.no_grad():
         likeliest = model(prompt[:1])[0, -1].topk(3).indices
-    drawn = next(generate(model, prompt, 1, top_k=3, temperature=5.0))
-    assert drawn.unique().tolist() == likeliest.sort().values.tolist()
+    sampled = next(generate(model, prompt, 1, top_k=3, temperature=5.0))
+    assert sampled.unique().tolist() == likeliest.sort().values.tolist()
 
 
 @pytest.mark.parametrize("mixer, grows", [*((name, False) for name in SMALL_STATE), ("softmax", True)])
@@ -69,7 +69,7 @@ def test_the_carry_does_not_grow_with_the_position(mixer: str, grows: bool) -> N
     model, tokens = small_model([mixer, mixer]), text(200)
     num_bytes, decoder = {}, Decoder(model)
     for first, stop in ((0, 10), (10, 200)):
-        decoder.read(tokens[:, first:stop])
+        decoder.prefill(tokens[:, first:stop])
         assert decoder.span is not None and decoder.span.position == stop and decoder.span.carry
         num_bytes[stop] = decoder.carry_bytes
     assert num_bytes[200] > 15 * num_bytes[10] if grows else num_bytes[200] == num_bytes[10]
@@ -77,11 +77,11 @@ def test_the_carry_does_not_grow_with_the_position(mixer: str, grows: bool) -> N
 
 def test_a_prompt_in_blocks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = small_model([*SMALL_STATE, "softmax"]), text(75, rows=2)
-    whole, _ = read_prompt(model, prompt)
+    whole, _ = prefill(model, prompt)
     expected = [token.tolist() for token in generate(model, prompt, 8)]
     for block_len in (16, 25, 74):
-        monkeypatch.setattr(decoding, "PROMPT_BLOCK", block_len)
-        logits, span = read_prompt(model, prompt)
+        monkeypatch.setattr(decoding, "PREFILL_BLOCK_LEN", block_len)
+        logits, span = prefill(model, prompt)
         assert span.position == 75
         torch.testing.assert_close(logits, whole, rtol=1e-10, atol=1e-10)
         assert [token.tolist() for token in generate(model, prompt, 8)] == expected
@@ -97,7 +97,7 @@ def decoders(model: Model, lengths: list[int]) -> list[Decoder]:
     found = []
     for number, length in enumerate(lengths):
         found.append(Decoder(model, seed=3))
-        found[-1].read(torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(number)))
+        found[-1].prefill(torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(number)))
     return found
 
 
@@ -110,13 +110,13 @@ def decoders(model: Model, lengths: list[int]) -> list[Decoder]:
     ],
     ids=["states", "softmax, one length", "softmax, several lengths"],
 )
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.3, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_texts_side_by_side_are_as_if_alone(
     mixers: list[str], lengths: list[int], stacks: bool, how: dict[str, float]
 ) -> None:
-    """Every row by its own draws; a mixer that keeps tokens of several lengths has them go on in turn."""
+    """Every row has its own random generator; where a state grows, texts of several lengths are continued in turn."""
     model = small_model(mixers)
-    alone = [[int(token) for token in one.write(20, **how)] for one in decoders(model, lengths)]  # type: ignore[arg-type]
+    alone = [[int(token) for token in one.generate(20, **how)] for one in decoders(model, lengths)]  # type: ignore[arg-type]
     assert len({tuple(tokens) for tokens in alone}) == 3
     assert [list(tokens) for tokens in continuations(decoders(model, lengths), 20, **how)] == alone
     together = Decoder.stack(decoders(model, lengths))
@@ -143,11 +143,11 @@ def test_what_is_not_finite_is_told_in_one_line(value: float) -> None:
     """Of a carry that lies about its numbers, or of damaged weights: at any temperature."""
     model = small_model(["elementwise"])
     decoder = Decoder(model)
-    decoder.read(text(7))
+    decoder.prefill(text(7))
     model.blocks[0].ffn.down.weight.data.fill_(value)
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match="logits after 8 tokens = nan: must be finite"):
-            list(decoder.fork().write(3, temperature=temperature))
+            list(decoder.fork().generate(3, temperature=temperature))
 
 
 def test_bytes_become_text_as_soon_as_a_character_is_whole() -> None:

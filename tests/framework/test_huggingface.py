@@ -98,17 +98,17 @@ def test_dropout_is_that_of_training_alone() -> None:
 
 
 def test_a_text_is_written_as_the_decoder_writes_it() -> None:
-    """Greedily, with the carry and by reading all anew; and the carry is as small behind it as before."""
+    """Greedily, with the cache and by reading all tokens again for each; sampled, two texts differ."""
     model, prompt = small_model(), text(9, rows=2)
     decoder = Decoder(model.model)
-    decoder.read(prompt)
-    expected = torch.stack(list(decoder.write(20, temperature=0)), dim=1)
+    decoder.prefill(prompt)
+    expected = torch.stack(list(decoder.generate(20, temperature=0)), dim=1)
     assert expected.unique().numel() > 5
     for use_cache in (True, False):
         found = model.generate(prompt, max_new_tokens=20, do_sample=False, use_cache=use_cache)
         assert torch.equal(found[:, 9:], expected)
-    drawn = [model.generate(prompt, max_new_tokens=20, do_sample=True, top_k=0).tolist() for _ in range(2)]
-    assert drawn[0] != drawn[1] and drawn[0][0][:9] == prompt[0].tolist()
+    sampled = [model.generate(prompt, max_new_tokens=20, do_sample=True, top_k=0).tolist() for _ in range(2)]
+    assert sampled[0] != sampled[1] and sampled[0][0][:9] == prompt[0].tolist()
 
 
 def test_a_token_costs_one_token() -> None:
@@ -160,12 +160,12 @@ def test_a_mask_that_says_nothing_changes_nothing() -> None:
 
 
 def test_beams_search_with_the_carry() -> None:
-    """As they do when every beam is read anew; padded, too."""
+    """The same as when every beam is read again without a cache; also with padding."""
     model = small_model()
     tokens, mask = padded([text(4), text(11)], left=0)
     options: dict[str, Any] = {"max_new_tokens": 10, "num_beams": 4, "num_return_sequences": 2, "do_sample": False}
-    found, anew = (model.generate(tokens, attention_mask=mask, use_cache=use, **options) for use in (True, False))
-    assert torch.equal(found, anew)
+    found, uncached = (model.generate(tokens, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(found, uncached)
     greedy = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False)
     assert not torch.equal(found[::2], greedy)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longreach.framework.model import IGNORED, ModelConfig, build_model
 from longreach.parallel import streaming
-from longreach.parallel.mesh import Axis, Mesh, levels
+from longreach.parallel.mesh import Axis, Mesh, node_axes
 from longreach.parallel.span import Span
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -69,7 +69,7 @@ class Case:
 
 @cache
 def two_nodes(axis: Axis) -> Axis:
-    node, peers = levels([axis.ranks], 2)
+    node, peers = node_axes([axis.ranks], 2)
     return replace(axis, relay="hierarchical", node=node, peers=peers)
 
 

@@ -208,7 +208,7 @@ def test_a_stopwatch_counts_nested_stretches_once(monkeypatch: pytest.MonkeyPatc
     now = iter([10.0, 13.0, 20.0, 21.0])
     monkeypatch.setattr(traffic, "perf_counter", lambda: next(now))
     counted = traffic.Traffic()
-    with counted.waiting, counted.note("layer", "scan")(8):
+    with counted.waiting, counted.counter("layer", "scan")(8):
         pass
     with counted.waiting:
         pass
@@ -265,7 +265,7 @@ def test_a_probe_looks_once_and_changes_nothing(compiled: bool) -> None:
                 first = found
         assert found == first
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        unwanted = Probe(model, wanted=False)
-        with unwanted:
+        disabled = Probe(model, enabled=False)
+        with disabled:
             model(tokens, Span())
-        assert not unwanted.products and unwanted.outside_range is None
+        assert not disabled.products and disabled.outside_range is None

@@ -93,7 +93,7 @@ def test_the_command(tmp_path: Path) -> None:
     words = ["train", "quickstart", "--dry-run", "--world", "16", "parallel.sequence=16", "data.seq_len=1024"]
     done = longreach(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rank 8 of 16, 16 to a sequence" in done.stdout and "peak memory" in done.stdout
+    assert "rank 8 of 16, 16 ranks per sequence" in done.stdout and "peak memory" in done.stdout
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 

@@ -184,7 +184,7 @@ def test_what_is_no_array_of_ids(tmp_path: Path) -> None:
         "uint16 of 3 axes": good.reshape(10, 10, 10),
         "uint16 of 0 axes": good[3],
         "holds -100: token ids are at least 0": good.astype(int) - 100,
-        "is no whole .npy array": np.array([Evil()], object),
+        "is not a complete .npy array": np.array([Evil()], object),
         "must hold at least one": good[:0].reshape(0, 4),
     }
     for number, (words, array) in enumerate(cases.items()):
@@ -213,7 +213,7 @@ def test_the_end_of_a_lone_document_is_held_out(text: str, fraction: float) -> N
         holdout = Holdout(["a.txt"], fraction)
         parts = []
         for split in ("train", "valid"):
-            (document,) = holdout.part(documents(list_files(str(path))), split)
+            (document,) = holdout.select(documents(list_files(str(path))), split)
             parts.append(document.read().tobytes())
     assert b"".join(parts) == text.encode("utf-8", "ignore") and min(map(len, parts)) >= 2
     if len(text) > 20:

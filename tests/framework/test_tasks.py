@@ -1,10 +1,10 @@
-"""Tasks: examples that say what they promise, and the same training however the sequences are split."""
+"""Tasks: examples have the labels of their definition; training does not depend on how sequences are split."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from longreach.framework.config import RunConfig, load
 from longreach.framework.heads import IGNORED, ClassHead, labelled
 from longreach.framework.model import build_model
 from longreach.framework.runtime.validation import batches_of
-from longreach.framework.tasks import TASKS, Task, open_task
+from longreach.framework.tasks import TASKS, Task, TaskName, open_task
 from longreach.framework.trainer import train
 from longreach.launch import cli
 from longreach.parallel import streaming
@@ -134,6 +134,10 @@ def check_evaluation(run_dir: Path, metrics: dict[str, float]) -> None:
     assert cli.main(["generate", str(run_dir), "--prompt", "a"]) == 2
 
 
+def test_every_task_has_a_name_of_the_config() -> None:
+    assert set(TASKS) == set(get_args(TaskName))
+
+
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "language"])
 def test_examples_follow_from_their_numbers(name: str, words: dict[str, list[str]], tmp_path: Path) -> None:
     config = make(tmp_path, name, *words[name])
@@ -151,7 +155,7 @@ def test_examples_follow_from_their_numbers(name: str, words: dict[str, list[str
             assert torch.equal(tokens, again[0])
             seen.add((split, tokens.numpy().tobytes()))
     assert len(seen) >= 10, "the splits do not share their examples"
-    one.fit(config.model)
+    one.configure_model(config.model)
     assert config.model.outputs or config.model.head == "token"
     filler = one.sequences("test", None).sequence(-1)
     assert not labelled(filler[1].unsqueeze(0)).any()
@@ -276,7 +280,7 @@ def test_speakers_are_told_apart(tmp_path: Path) -> None:
 def test_mistakes_are_told(words: list[str], expected: str | None, tmp_path: Path) -> None:
     def attempt() -> None:
         config = make(tmp_path, words[0].partition("=")[2], *words[1:])
-        opened(config).fit(config.model)
+        opened(config).configure_model(config.model)
 
     if expected is None:
         return attempt()
@@ -332,7 +336,7 @@ def test_a_column_that_changes_after_training_alone_is_left_out(tmp_path: Path) 
     path.write_text("\n".join(lines))
     config = make(tmp_path, "forecast", f"data.source={path}", "task.horizon=4")
     task = opened(config)
-    task.fit(config.model)
+    task.configure_model(config.model)
     assert config.model.channels == 1 and task.baseline_metrics["rmse"] < 2
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: what is trained gives every text back, looks at nothing that is held out, and is kept with a run."""
+"""Tokenizers: decode every text exactly, are trained on the train split alone, and are saved with a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from longreach.errors import InputError
-from longreach.framework.data import Bytes, Ids, Index, Pieces, TokenStream, load_vocabulary, pack, save_vocabulary
+from longreach.framework.data import (
+    ByteVocabulary,
+    IdVocabulary,
+    Index,
+    SubwordVocabulary,
+    TokenStream,
+    load_vocabulary,
+    pack,
+    save_vocabulary,
+)
 from longreach.framework.data import vocabulary as vocabularies
 from longreach.framework.data.bpe import make_tokenizer, train_bpe
 
@@ -45,7 +54,7 @@ def refused(call: Any, *args: Any, **kwargs: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def pieces() -> Pieces:
+def subwords() -> SubwordVocabulary:
     return train_bpe([array(WORDS * 5)], 300)
 
 
@@ -62,20 +71,20 @@ def test_training_leaves_the_main_thread_to_answer_ctrl_c() -> None:
 
 @EXAMPLES
 @given(text=st.text(max_size=40))
-def test_every_text_comes_back(pieces: Pieces, text: str) -> None:
+def test_every_text_comes_back(subwords: SubwordVocabulary, text: str) -> None:
     """Whole, and as a stream that never shows a part of a character."""
-    tokens = pieces.encode([array(text)])[0].tolist()
-    assert pieces.tokenizer.decode(tokens, skip_special_tokens=False) == text
-    for after in ((), None):
-        parts = list(pieces.decode(tokens, after))
+    tokens = subwords.encode([array(text)])[0].tolist()
+    assert subwords.tokenizer.decode(tokens, skip_special_tokens=False) == text
+    for prefix in ((), None):
+        parts = list(subwords.decode(tokens, prefix))
         assert "".join(parts) == text and len(parts) == len(tokens) + 1
 
 
 @EXAMPLES
 @given(tokens=st.lists(st.integers(0, 299), max_size=60))
-def test_any_tokens_can_be_shown(pieces: Pieces, tokens: list[int]) -> None:
-    """Broken characters do not hold the text behind them back for ever."""
-    parts = list(pieces.decode([*tokens, *pieces.encode([array(" span")])[0].tolist()]))
+def test_any_tokens_can_be_shown(subwords: SubwordVocabulary, tokens: list[int]) -> None:
+    """Incomplete characters do not delay the text after them for more than `MAX_PENDING` tokens."""
+    parts = list(subwords.decode([*tokens, *subwords.encode([array(" span")])[0].tolist()]))
     assert "".join(parts).endswith("span")
     assert max((len(part) for part in parts), default=0) < 200
 
@@ -87,12 +96,12 @@ def test_a_tokenizer_of_another_kind_is_shown_as_it_decodes() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["<s>"])
-    pieces = Pieces(tokenizer.to_str().encode(), "x")
+    subwords = SubwordVocabulary(tokenizer.to_str().encode(), "x")
     tokens = [0, 1, 0, 0, 1]
-    assert "".join(pieces.decode(tokens)) == tokenizer.decode(tokens) == "a b a a b"
-    assert "".join(pieces.decode(tokens[2:], after=tokens[:2])) == " a a b"
-    assert "".join(pieces.decode(tokens[2:], after=None)) == " a a b"
-    assert pieces.encode([array("<s>")])[0].tolist() != [] and pieces.size == 4
+    assert "".join(subwords.decode(tokens)) == tokenizer.decode(tokens) == "a b a a b"
+    assert "".join(subwords.decode(tokens[2:], prefix=tokens[:2])) == " a a b"
+    assert "".join(subwords.decode(tokens[2:], prefix=None)) == " a a b"
+    assert subwords.encode([array("<s>")])[0].tolist() != [] and subwords.size == 4
 
 
 def test_training_is_the_same_again_and_sees_nothing_that_is_held_out(tmp_path: Path) -> None:
@@ -149,13 +158,13 @@ def test_documents_that_are_not_text(tmp_path: Path) -> None:
     assert not (tmp_path / "t.json").exists()
 
 
-def test_a_long_text_is_encoded_in_pieces(pieces: Pieces, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_encoded_in_parts(subwords: SubwordVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join([WORDS] * 20) + "x" * 300
-    whole = pieces.encode([array(text)])[0]
+    whole = subwords.encode([array(text)])[0]
     for length in (50, 100):
-        monkeypatch.setattr(vocabularies, "PIECE", length)
-        found = pieces.encode([array(text), array("")])
-        assert pieces.tokenizer.decode(found[0].tolist()) == text and len(found[1]) == 0
+        monkeypatch.setattr(vocabularies, "MAX_ENCODE_LEN", length)
+        found = subwords.encode([array(text), array("")])
+        assert subwords.tokenizer.decode(found[0].tolist()) == text and len(found[1]) == 0
         assert abs(len(found[0]) - len(whole)) < 20
 
 
@@ -187,12 +196,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None
 
 @EXAMPLES
 @given(at=st.integers(0, 10**6), new=st.binary(min_size=1, max_size=6))
-def test_a_tokenizer_of_any_bytes_works_or_is_refused(pieces: Pieces, at: int, new: bytes) -> None:
-    content = bytearray(pieces.content)
+def test_a_tokenizer_of_any_bytes_works_or_is_refused(subwords: SubwordVocabulary, at: int, new: bytes) -> None:
+    content = bytearray(subwords.content)
     content[at % len(content) : at % len(content) + len(new)] = new
     try:
-        changed = Pieces(bytes(content), "t.json")
-        list(changed.decode(changed.prompt(b"span \xc3\xa9").tolist()))
+        changed = SubwordVocabulary(bytes(content), "t.json")
+        list(changed.decode(changed.encode_text(b"span \xc3\xa9").tolist()))
     except InputError as error:
         assert "\n" not in str(error)
 
@@ -227,22 +236,22 @@ def test_a_packed_tokenizer_that_was_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "ids", "tokens"])
-def test_a_run_keeps_its_vocabulary(tmp_path: Path, pieces: Pieces, kind: str) -> None:
-    vocabulary = {"bytes": Bytes(), "ids": Ids(50), "tokens": pieces}[kind]
+def test_a_run_keeps_its_vocabulary(tmp_path: Path, subwords: SubwordVocabulary, kind: str) -> None:
+    vocabulary = {"bytes": ByteVocabulary(), "ids": IdVocabulary(50), "tokens": subwords}[kind]
     assert load_vocabulary(tmp_path).kind == "bytes", "as of a run that kept nothing"
     save_vocabulary(vocabulary, tmp_path)
     found = load_vocabulary(tmp_path)
     assert type(found) is type(vocabulary) and found.describe() == vocabulary.describe()
     text = b"7 49, 3" if kind == "ids" else "caf\xe9 halo".encode()
-    assert found.prompt(text).tolist() == vocabulary.prompt(text).tolist()
-    assert "".join(found.decode(found.prompt(text).tolist())) == (" 7 49 3" if kind == "ids" else text.decode())
+    assert found.encode_text(text).tolist() == vocabulary.encode_text(text).tolist()
+    assert "".join(found.decode(found.encode_text(text).tolist())) == (" 7 49 3" if kind == "ids" else text.decode())
     for content in (b"", b"[]", b"{}", b'{"kind": "tokens"}', b'{"kind": "ids", "size": []}', b'{"kind": 3}'):
         (tmp_path / "vocabulary.json").write_bytes(content)
         if content != b'{"kind": "tokens"}' or kind == "tokens":
             assert "vocabulary" in refused(load_vocabulary, tmp_path)
 
 
-def test_prompts_that_do_not_fit(pieces: Pieces) -> None:
-    assert "must be token ids below 50" in refused(Ids(50).prompt, b"7 50")
-    assert "must be token ids below 50" in refused(Ids(50).prompt, b"-1")
-    assert "not UTF-8" in refused(pieces.prompt, b"\xff")
+def test_prompts_that_do_not_fit(subwords: SubwordVocabulary) -> None:
+    assert "must be token ids below 50" in refused(IdVocabulary(50).encode_text, b"7 50")
+    assert "must be token ids below 50" in refused(IdVocabulary(50).encode_text, b"-1")
+    assert "not UTF-8" in refused(subwords.encode_text, b"\xff")

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import run_distributed
+from helpers import assert_close, run_distributed
 from torch import Tensor
 
 from longreach.errors import InputError
@@ -22,31 +22,32 @@ from longreach.kernels.elementwise import (
 )
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
-from longreach.parallel.relay import AxisRelay
+from longreach.parallel.relay import AxisStateExchange
 from longreach.parallel.traffic import Traffic
 
 BATCH, WIDTH = 2, 3
 LENGTHS = [1, 2, 63, 64, 65, 128, 129, 500]
 DOCUMENTS = ["none", "many", "spanning", "single"]
+RESULTS = ["y", "final state", "dq", "dk", "dv", "initial state's gradient"]
 
 
-def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], rms: float, largest: float | None = None) -> None:
+def assert_all_close(
+    got: Sequence[Tensor],
+    want: Sequence[Tensor],
+    rms: float,
+    largest: float | None = None,
+    names: Sequence[str] = RESULTS,
+) -> None:
     """Relative RMS error below ``rms``, and the largest error below ``largest`` (10 rms) times the largest value.
 
     Errors are relative to the truth's size, or to 0.05 where it is smaller: dq of a token alone is 0, but for rounding.
     """
-    assert len(got) == len(want)
-    for place, (x, truth) in enumerate(zip(got, want)):
-        assert x.shape == truth.shape, place
-        if not truth.numel():
-            continue
-        x, truth = x.double(), truth.double()
-        assert x.isfinite().all() and truth.isfinite().all(), place
-        error = (x - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=0.05)
-        assert error <= rms, f"tensor {place}: relative RMS error {error:.2e} > {rms:.0e}"
-        error = (x - truth).abs().max() / truth.abs().max().clamp(min=0.05)
+    assert len(got) == len(want) <= len(names)
+    for name, x, truth in zip(names, got, want):
+        assert truth.isfinite().all(), name
         limit = 10 * rms if largest is None else largest
-        assert error <= limit, f"tensor {place}: largest error {error:.2e} > {limit:.0e}"
+        size = truth.double().abs().max().clamp(min=0.05) if truth.numel() else 0.0
+        assert_close(name, x, truth, max_abs=limit * size, rel_rms=rms, rms_floor=0.05)
 
 
 def make_inputs(length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +62,7 @@ def make_segments(kind: str, length: int) -> Tensor | None:
         return torch.arange(length).expand(BATCH, -1).clone()
     begins = torch.rand(BATCH, length) < (0.3 if kind == "many" else 0.012)
     if kind == "spanning" and length > 70:
-        begins[0, 64] = True  # at the edge of a block, too
+        begins[0, 64] = True  # at the edge of a chunk, too
     begins[:, 0] = False
     return 5 + begins.long().cumsum(dim=1)
 
@@ -125,7 +126,7 @@ def compare(
     wide_carry = None if carry is None else Carry(carry.state.double(), carry.segment)
     q, k, v = (x.double() for x in inputs)
     want = run((q, k, v), grads, carry=wide_carry, backend="reference", **options)
-    assert_close(got, want, rms)
+    assert_all_close(got, want, rms)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +195,14 @@ def test_threads_and_strides_change_nothing() -> None:
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
 def test_equals_the_definition_over_slabs(causal: bool, documents: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches states that are lost between the slabs in which a long piece is worked on."""
-    for blocks in (1, 3):
-        monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", blocks * 64 * BATCH * WIDTH)
+    """Catches states that are lost between the slabs in which a long shard is worked on."""
+    for chunks in (1, 3):
+        monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", chunks * 64 * BATCH * WIDTH)
         compare(500, 4, causal, documents, True, torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize("documents", ["none", "many", "edge"])
-def test_pieces_equal_the_whole(documents: str) -> None:
+def test_shards_equal_the_whole(documents: str) -> None:
     """Catches a carry that loses a document, outputs and gradients alike; "edge": a document begins at each cut."""
     length, order = 200, 6
     inputs, grads = make_inputs(length), make_grads(length, order)
@@ -222,7 +223,7 @@ def test_pieces_equal_the_whole(documents: str) -> None:
             )
             parts.append(y)
         out = [torch.cat(parts, dim=1), now.state]
-        assert_close([*(x.detach() for x in out), *torch.autograd.grad(out, leaves, grads)], want, 1e-12)
+        assert_all_close([*(x.detach() for x in out), *torch.autograd.grad(out, leaves, grads)], want, 1e-12)
 
 
 def test_decoding_token_by_token_equals_the_whole() -> None:
@@ -237,13 +238,13 @@ def test_decoding_token_by_token_equals_the_whole() -> None:
             )
             parts.append(y)
     assert carry is not None
-    assert_close([torch.cat(parts, dim=1), carry.state], [want, end.state], 1e-6)
+    assert_all_close([torch.cat(parts, dim=1), carry.state], [want, end.state], 1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both"])
 def test_gradients_are_derivatives(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite differences, independent of the reference; blocks of 2, slabs of 1, so that states cross their edges."""
-    monkeypatch.setattr(chunked, "BLOCK_LEN", 2)
+    """Finite differences, independent of the reference; chunks of 2, slabs of 1, so that states cross their edges."""
+    monkeypatch.setattr(chunked, "CHUNK_LEN", 2)
     monkeypatch.setitem(chunked.SLAB_ELEMENTS, "cpu", 1)
     for order, documents in ((2, "none"), (4, "many")):
         segments = None if documents == "none" else torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 2]])
@@ -362,7 +363,7 @@ def test_guards_are_those_of_the_definition(guard: str) -> None:
         got = run((q, k, v), grads, order=4, causal=causal, backend="chunked")
         want = run((q, k, v), grads, order=4, causal=causal, backend="reference")
         sizes = [x.abs().max() for x in want]
-        assert_close([x / size for x, size in zip(got, sizes)], [x / size for x, size in zip(want, sizes)], 1e-9)
+        assert_all_close([x / size for x, size in zip(got, sizes)], [x / size for x, size in zip(want, sizes)], 1e-9)
         if guard == "clamped":
             assert got[2][q.abs() > 1000].eq(0).all()
 
@@ -418,7 +419,7 @@ def test_autocast_leaves_the_sums_alone() -> None:
     assert all(x.equal(truth) for x, truth in zip(got, want))
 
 
-def piece(
+def local_results(
     axis: Axis,
     cases: list[tuple[list[int], bool, tuple[Tensor, ...], tuple[Tensor, Tensor], Carry | None, Tensor | None]],
 ) -> list[tuple[list[Tensor], int]]:
@@ -438,7 +439,7 @@ def piece(
             causal=causal,
             carry=carry,
             segments=None if segments is None else segments[:, mine],
-            relay=AxisRelay(axis, traffic.note("", "scan")),
+            relay=AxisStateExchange(axis, traffic.counter("", "scan")),
         )
         grads = torch.autograd.grad([y, end.state], leaves, [y_grad[:, mine], state_grad])
         results.append(([y.detach(), end.state.detach(), *grads], traffic.bytes["", "scan"]))
@@ -446,7 +447,7 @@ def piece(
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
+def test_shards_on_ranks_equal_the_whole(ranks: int) -> None:
     """Catches a state folded in the wrong order or direction, a lost summand, a share of no or one token."""
     length = 150
     shares = {
@@ -463,15 +464,15 @@ def test_pieces_on_ranks_equal_the_whole(ranks: int) -> None:
                     segments[1] = 7  # one document over all ranks
                 for carry in (None, make_carry(4, segments)):
                     cases.append((share, causal, make_inputs(length), make_grads(length, 4), carry, segments))
-    answers = run_distributed(piece, ranks, cases)
+    answers = run_distributed(local_results, ranks, cases)
     state_bytes = 8 * BATCH * 2 * 5 * WIDTH  # in fp64
     for case, (share, causal, inputs, grads, carry, segments) in enumerate(cases):
         want = run(inputs, grads, carry=carry, segments=segments, order=4, causal=causal)
         parts = [answers[rank][case][0] for rank in range(ranks)]
         joined = [torch.cat([part[i] for part in parts], dim=1) for i in (0, 2, 3, 4)]
-        assert_close(joined, [want[i] for i in (0, 2, 3, 4)], 1e-10)
+        assert_all_close(joined, [want[i] for i in (0, 2, 3, 4)], 1e-10, names=["y", "dq", "dk", "dv"])
         for part in parts:  # the carry and its gradient are the same, and whole, on every rank
-            assert_close([part[1], *part[5:]], [want[1], *want[5:]], 1e-10)
+            assert_all_close([part[1], *part[5:]], [want[1], *want[5:]], 1e-10, names=[RESULTS[1], RESULTS[5]])
         ways = 2 if segments is not None and not causal else 1
         sent = 2 * ways * state_bytes + (8 if segments is None else 8 * BATCH)  # independent of the length
         assert all(answers[rank][case][1] == sent for rank in range(ranks)), share

@@ -150,7 +150,7 @@ def skip_unless_compiled() -> None:
 
 
 def lay(x: Tensor, kind: str) -> Tensor:
-    """``x`` otherwise in memory, NaN where nobody should read; "expanded" has the values of its first token only."""
+    """``x`` in another layout, NaN where nothing should be read; "expanded" has the values of its first token only."""
     nothing = torch.full_like(x, torch.nan)
     if kind == "elements apart":
         return torch.stack([x, nothing], dim=-1)[..., 0]
@@ -175,11 +175,11 @@ def results(run: Callable[..., tuple[Tensor, Carry]], inputs: Sequence[Tensor], 
 @pytest.mark.parametrize(
     "kind", ["elements apart", "tokens apart", "rows apart", "channels first", "tokens first", "expanded"]
 )
-@pytest.mark.parametrize("operator", ["elementwise", "elementwise, filled up", "linear_attention", "short_conv"])
+@pytest.mark.parametrize("operator", ["elementwise", "elementwise, padded", "linear_attention", "short_conv"])
 def test_any_layout(operator: str, kind: str) -> None:
     """Inputs, what was carried and the upstream gradient may lie in memory as they like."""
     skip_unless_compiled()
-    width = 20 if operator == "elementwise, filled up" else 16
+    width = 20 if operator == "elementwise, padded" else 16
     tokens = torch.randn(3, 2, 70, width) * 0.5
     run: Callable[..., tuple[Tensor, Carry]] = elementwise_attention
     views, state = [lay(x, kind) for x in tokens], torch.rand(2, 2, 7, width)
@@ -197,9 +197,11 @@ def test_any_layout(operator: str, kind: str) -> None:
 
     plain = [x.contiguous() for x in views], state.contiguous(), grad.contiguous()
     got, same, want = by("cpu", views, state, grad), by("cpu", *plain), by("chunked", *plain)
-    for x, other, truth in zip(got, same, want, strict=True):
-        assert x.equal(other)
-        torch.testing.assert_close(x, truth, rtol=1e-4, atol=1e-4)
+    for number, (x, other, truth) in enumerate(zip(got, same, want, strict=True)):
+        name = ("y", "final state")[number] if number < 2 else f"gradient of input {number - 2}"
+        assert x.equal(other), name
+        told = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(x, truth, rtol=1e-4, atol=1e-4, msg=told)
 
 
 NANS = {
@@ -215,7 +217,7 @@ every_nan = pytest.mark.parametrize(
     ],
     ids=[f"{dtype}-{bits & 0xFFFFFFFF:x}" for dtype, patterns in NANS.items() for bits in patterns],
 )
-PLACES = [0, 45, 66, 69]  # tokens: the first, in a block, in the next one, the last
+PLACES = [0, 45, 66, 69]  # tokens: the first, in a chunk, in the next one, the last
 
 
 def where(x: Tensor, *index: Any) -> Tensor:
@@ -252,10 +254,10 @@ def test_nan_in_elementwise(nan: Tensor, width: int) -> None:
 @every_nan
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nan_in_linear_attention(nan: Tensor, normalize: bool) -> None:
-    """Shows in its head from its token on, and in no block of 32 tokens before: a masked product of it is NaN too."""
+    """Shows in its head from its token on, and in no chunk of 32 tokens before: a masked product of it is NaN too."""
     skip_unless_compiled()
     for token in PLACES:
-        block = token // 32 * 32
+        chunk = token // 32 * 32
         for name, width in enumerate((5, 5, 6)):
             inputs = [torch.rand(2, 70, 3, n).to(nan.dtype) for n in (5, 5, 6)]
             inputs[name][1, token, 2, width - 1] = nan
@@ -263,7 +265,7 @@ def test_nan_in_linear_attention(nan: Tensor, normalize: bool) -> None:
             channels = slice(5, None) if name == 2 else slice(None)
             tokens = token if name == 0 else slice(token, None)
             must = where(y, 1, tokens, 2, channels)
-            may = must if name == 0 else where(y, 1, slice(block, None), 2, channels)
+            may = must if name == 0 else where(y, 1, slice(chunk, None), 2, channels)
             assert y.isnan()[must].all() and not y.isnan()[~may].any(), (token, name)
 
 

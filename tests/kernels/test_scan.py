@@ -11,8 +11,8 @@ from helpers import run_distributed
 from torch import Tensor
 
 from longreach.kernels.scan import Carry, StatefulOp, exclusive_chunk_scan, scan
-from longreach.parallel.mesh import Axis, levels
-from longreach.parallel.relay import AxisRelay
+from longreach.parallel.mesh import Axis, node_axes
+from longreach.parallel.relay import AxisStateExchange
 
 
 class GatedAverage(StatefulOp):
@@ -96,9 +96,9 @@ def _run(
     state = carry.state.clone().requires_grad_()
     axis = replace(axis, relay=way)
     if way == "hierarchical":  # two nodes of two ranks
-        node, peers = levels([axis.ranks], 2)
+        node, peers = node_axes([axis.ranks], 2)
         axis = replace(axis, node=node, peers=peers)
-    relay = AxisRelay(axis) if axis.size > 1 else None
+    relay = AxisStateExchange(axis) if axis.size > 1 else None
     ids = None if segments is None else segments[:, mine]
     op = TwoSided() if two_sided else GatedAverage()
     y, after = scan(op, *leaves, segments=ids, carry=Carry(state, carry.segment), relay=relay)
@@ -137,7 +137,7 @@ def _twice(axis: Axis, lengths: list[int]) -> Tensor:
     inputs, _, carry = _case(False, sum(lengths), False, 0)
     stop = list(accumulate(lengths))[axis.rank]
     x, gate = (x[:, stop - lengths[axis.rank] : stop].clone().requires_grad_() for x in inputs)
-    relay = AxisRelay(axis)
+    relay = AxisStateExchange(axis)
     first, _ = scan(GatedAverage(), x, gate, carry=carry, relay=relay)
     second, _ = scan(GatedAverage(), first, gate * gate, relay=relay)
     return torch.autograd.grad(second.square().sum(), x)[0]

@@ -23,7 +23,7 @@ from longreach.kernels import gpu
 from longreach.kernels.gpu import Choices, Tiling
 from longreach.kernels.long_conv.chunked import LongConv
 from longreach.kernels.scan import scan
-from longreach.kernels.short_conv.autograd import Local
+from longreach.kernels.short_conv.autograd import ConvBackend
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TILINGS = tuple(Tiling({"ROWS": rows}, num_warps=4) for rows in (1, 2, 4))
@@ -212,7 +212,7 @@ def run_elementwise(module: ModuleType, device: str) -> list[Tensor]:
 
 def run_short_conv(module: ModuleType, device: str) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in (torch.randn(1, 70, 9, device=device), torch.randn(9, 4, device=device))]
-    y, _ = Local(module.forward, module.backward)(*leaves)
+    y, _ = ConvBackend(module.forward, module.backward)(*leaves)
     return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
 
@@ -257,8 +257,9 @@ def test_a_tiling_changes_no_bit(operator: str, number: int, monkeypatch: pytest
 def test_a_compiled_tiling_gives_the_same(operator: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"longreach.kernels.{operator}.triton")
     first, other = (with_tiling(operator, module, "cuda", i, monkeypatch) for i in (0, number))
-    for a, b in zip(first, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    for number, (a, b) in enumerate(zip(first, other, strict=True)):
+        told = lambda text, number=number: f"result {number}: {text}"  # noqa: E731
+        torch.testing.assert_close(a, b, msg=told, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
 @needs_gpu

@@ -52,11 +52,11 @@ def test_states_stay_and_caches_grow(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("way", [bench.STATES[0], bench.OWN])
 def test_a_decoder_stands_where_it_says(way: str) -> None:
-    decoders, kept = bench.standing(way, [64, 256], 2**30)
+    decoders, kept = bench.decoders_at(way, [64, 256], 2**30)
     for position, decoder in decoders.items():
         assert decoder.span is not None and decoder.span.position == position
         assert decoder.carry_bytes == kept[position]
-    bench.timed(decoders)
+    bench.time_tokens(decoders)
     assert [decoder.span and decoder.span.position for decoder in decoders.values()] == [64, 256]
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from helpers import run_distributed
 from torch import Tensor
 
-from longreach.launch.bench import exchange, peers
+from longreach.framework.deepspeed.ulysses import init_deepspeed_world
+from longreach.launch.bench import exchange
 from longreach.parallel.mesh import Axis
 from longreach.parallel.recorder import Event, Recorder
 
@@ -23,7 +24,7 @@ def first_rank_is_off(axis: Axis, *inputs: Tensor) -> Tensor:
 
 def errors(axis: Axis) -> tuple[dict[str, float], float]:
     """Of all layers against one rank, and of a layer of which one rank is wrong."""
-    peers.show_world_to_deepspeed()
+    init_deepspeed_world()
     layers = exchange.layers(WIDTH, HEADS)
     wrong = replace(layers["elementwise"], run=first_rank_is_off)
     found = {name: exchange.error(layer, axis, TOKENS) for name, layer in layers.items()}
@@ -36,8 +37,8 @@ def test_four_ranks_agree_with_one_and_a_wrong_rank_is_seen_by_all() -> None:
         assert 1e-4 < wrong < 1e-2
 
 
-def made_and_made_again(axis: Axis) -> dict[str, tuple[list[Event], list[Event]]]:
-    peers.show_world_to_deepspeed()
+def record_and_replay(axis: Axis) -> dict[str, tuple[list[Event], list[Event]]]:
+    init_deepspeed_world()
     made = {}
     for name, layer in exchange.layers(WIDTH, HEADS).items():
         inputs = [torch.randn(1, TOKENS // axis.size, *shape, requires_grad=True) for shape in layer.shapes]
@@ -46,13 +47,13 @@ def made_and_made_again(axis: Axis) -> dict[str, tuple[list[Event], list[Event]]
         everyone: list[list[Event]] = [[] for _ in axis.ranks]
         dist.all_gather_object(everyone, recorder.events, group=axis.group)
         with Recorder() as again:
-            exchange.again_alone(everyone, axis)()
+            exchange.replay(everyone, axis)()
         made[name] = (recorder.events, again.events)
     return made
 
 
 def test_the_same_exchanges_are_made_again() -> None:
-    for made in run_distributed(made_and_made_again, 4):
+    for made in run_distributed(record_and_replay, 4):
         for events, again in made.values():
             assert events and events == again
         assert [event.kind for event in made["ring attention"][0]].count("send") == 3 + 3 + 4
@@ -72,7 +73,7 @@ def pipelined(axis: Axis) -> tuple[list[Event], list[Event]]:
     everyone: list[list[Event]] = [[] for _ in axis.ranks]
     dist.all_gather_object(everyone, recorder.events, group=axis.group)
     with Recorder() as again:
-        exchange.again_alone(everyone, axis)()
+        exchange.replay(everyone, axis)()
     assert exchange._received(everyone, axis.rank) == 12 * (axis.rank > 0) + 20 * (axis.rank != 2)
     return recorder.events, again.events
 

@@ -109,7 +109,7 @@ def test_every_layer_is_checked_and_measured(done: Done) -> None:
 
 
 def test_bytes_are_those_of_the_formulas(done: Done) -> None:
-    """README.md, "What travels"; between two ranks, states go to the neighbour alone, and their gradients back."""
+    """README.md, "Bytes exchanged"; between two ranks, states go to the neighbour alone, and their gradients back."""
     half, states = HEAD_BYTES // 2, 32 * 7 * 2 * 4
     backward = {row["layer"]: row["backward_bytes"] for row in done.report["rows"]}
     forward = {row["layer"]: row["forward_bytes"] for row in done.report["rows"]}

@@ -19,12 +19,13 @@ import torch
 from programs import Job, finish, longreach, python, start
 
 from longreach.framework.inference.export import load_exported
-from longreach.framework.inference.generate import Decoder, load_run
+from longreach.framework.inference.generate import Decoder
+from longreach.framework.inference.loading import load_run
 from longreach.launch.cli import main
 
 PROGRESS = re.compile(
-    r"[\d,]+ parameters \(|\w+ on cpu runs \w+$|states of [\d,]+ bytes travel along \d+ ranks by \w+$|"
-    r"step \d+/\d+  loss |step \d+: held-out |continuing "
+    r"[\d,]+ parameters \(|\w+ on cpu: backend \w+$|states of [\d,]+ bytes are scanned over \d+ ranks by \w+$|"
+    r"step \d+/\d+  loss |step \d+: held-out |resuming "
 )
 
 
@@ -87,7 +88,10 @@ def test_train_starts_its_ranks(job: Job) -> None:
     """In plain lines where standard error is no terminal, and with the result beside that of simple compressors."""
     assert job.trained.returncode == 0, job.trained.stderr
     assert_only_progress(job.trained.stderr)
-    assert "step 2/2  loss " in job.trained.stderr and "129 tokens on 2 ranks, 1 at once" in job.trained.stderr
+    assert (
+        "step 2/2  loss " in job.trained.stderr
+        and "129 tokens, sequence-parallel 2, data-parallel 1" in job.trained.stderr
+    )
     for word in (
         "order-0 entropy",
         "gzip -9",
@@ -146,7 +150,7 @@ def test_evaluate_tells_documents_and_contexts_apart(
     assert all(re.search(rf" {re.escape(name)}$", out, re.MULTILINE) for name in files)
     assert [one["context"] for one in found["by_context"]] == [16, 64]
     assert {one["num_tokens"] for one in found["by_context"]} == {found["whole"]["num_tokens"]}
-    assert "past forgotten every" in out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "state reset every" in out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", exported]) == 2
     assert_one_line(capsys.readouterr().err, "RUN_DIR", "an export has no held-out documents")
     assert main(["generate", exported, "--prompt", "halo", "--tokens", "9"]) == 0
@@ -178,7 +182,7 @@ def test_generate_goes_on_from_a_carry(
     assert main([*words, "--carry-in", "part", "--tokens", "12", "--carry-out", "part"]) == 0
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
     pair = Decoder(load_run(job.directory / "runs/tiny")[1])
-    pair.read(torch.arange(8).view(2, 4))
+    pair.prefill(torch.arange(8).view(2, 4))
     pair.save("pair")
     capsys.readouterr()
     assert main([*words, "--carry-in", "pair"]) == 2
@@ -205,7 +209,7 @@ def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
     done = longreach("doctor", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("a job runs here\n")
     for operator in ("elementwise_attention", "linear_attention", "short_conv", "long_conv"):
-        assert re.search(rf"^ok +operators +{operator} on cpu runs \w+[,;] ", done.stdout, re.MULTILINE)
+        assert re.search(rf"^ok +operators +{operator} on cpu: backend \w+[,;] ", done.stdout, re.MULTILINE)
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {

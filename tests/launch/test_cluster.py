@@ -20,12 +20,13 @@ import kubeflow_trainer_api.models as models
 import psutil
 import pytest
 import yaml
-from fault_helpers import Place, make_place, told
+from fault_helpers import JobDirectory, error_line, make_job_directory
 from programs import LAUNCHERS, finish
 from torch.distributed import run
 
 from longreach.framework.config import load
-from longreach.launch import train
+from longreach.launch.arguments import Parser, parse
+from longreach.launch.commands import train
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -35,20 +36,20 @@ TORCHRUN = ("--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--m
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def job_dir(tmp_path_factory: pytest.TempPathFactory) -> JobDirectory:
     """A corpus and a config, in a directory with a space in its name."""
     directory = tmp_path_factory.mktemp("cluster") / "a project"
     directory.mkdir()
-    return make_place(directory)
+    return make_job_directory(directory)
 
 
-def begin(place: Place, *words: str, **environment: str) -> subprocess.Popen[str]:
+def begin(job_dir: JobDirectory, *words: str, **environment: str) -> subprocess.Popen[str]:
     """Start a command with this Python's programs first in PATH, on CPUs, in a process group of its own."""
     known = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
     known |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     known["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = {"cwd": place.directory, "text": True, "start_new_session": True}
+    started = {"cwd": job_dir.directory, "text": True, "start_new_session": True}
     return subprocess.Popen(words, env={**known, **environment}, **pipes, **started)
 
 
@@ -102,97 +103,97 @@ def test_slurm_sends_the_warning_to_the_script_alone() -> None:
 
 
 @pytest.fixture
-def slurm(place: Place) -> Iterator[Any]:
+def slurm(job_dir: JobDirectory) -> Iterator[Any]:
     """Runs launch/slurm.sbatch as SLURM does, on two nodes."""
-    commands = place.directory / "slurm commands"
+    commands = job_dir.directory / "slurm commands"
     if not commands.exists():
         fake_slurm.install(commands)
-    for log in place.directory.glob("*.log"):
+    for log in job_dir.directory.glob("*.log"):
         log.unlink()
     job, begun = str(free_port() - 20000), []
 
     def sbatch(*words: str) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(commands), search_path()["PATH"]])
         made = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NUM_NODES": "2", "PATH": path}
-        begun.append(begin(place, "bash", str(LAUNCH / "slurm.sbatch"), *words, **made))
+        begun.append(begin(job_dir, "bash", str(LAUNCH / "slurm.sbatch"), *words, **made))
         return begun[-1]
 
     yield sbatch
     all_ended(*begun)
 
 
-def log_of(place: Place, name: str) -> list[str]:
-    path = place.directory / f"{name}.log"
+def log_of(job_dir: JobDirectory, name: str) -> list[str]:
+    path = job_dir.directory / f"{name}.log"
     return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.timeout(900)
-def test_slurm_starts_again_requeues_and_ends(place: Place, slurm: Any) -> None:
+def test_slurm_starts_again_requeues_and_ends(job_dir: JobDirectory, slurm: Any) -> None:
     """A step fails: another one is tried. The time is nearly over: saved, and queued again. Then to the end."""
     words = ["endless.yaml", "run.dir=a run"]
-    (place.directory / "no-step").touch()
+    (job_dir.directory / "no-step").touch()
     process = slurm(*words)
-    place.wait(process, lambda: len(place.rows("a run")) >= 2, PATIENCE)
+    job_dir.wait(process, lambda: len(job_dir.rows("a run")) >= 2, PATIENCE)
     process.send_signal(signal.SIGUSR1)
     done = finish(process, PATIENCE)
     assert done.returncode == STOPPED, done.stderr
-    job, attempts = zip(*(re.findall(r"--rdzv-id (\d+)-(\d)", line)[0] for line in log_of(place, "srun")))
-    assert attempts == ("0", "1") and log_of(place, "scontrol") == [f"requeue {job[0]}"]
-    last = place.rows("a run")[-1]["step"]
-    assert f"stopped after step {last}, as SIGUSR1 asked" in done.stderr
-    assert place.checkpoints("a run") == [f"step-{last:08d}"]
+    job, attempts = zip(*(re.findall(r"--rdzv-id (\d+)-(\d)", line)[0] for line in log_of(job_dir, "srun")))
+    assert attempts == ("0", "1") and log_of(job_dir, "scontrol") == [f"requeue {job[0]}"]
+    last = job_dir.rows("a run")[-1]["step"]
+    assert f"stopped after step {last}, on SIGUSR1" in done.stderr
+    assert job_dir.checkpoints("a run") == [f"step-{last:08d}"]
 
     done = finish(slurm(*words, f"train.steps={last + 3}"), PATIENCE)
     assert done.returncode == 0, done.stderr
-    assert f"continuing from a run/checkpoints/step-{last:08d}" in done.stderr
-    assert [row["step"] for row in place.rows("a run")] == list(range(1, last + 4))
-    assert len(log_of(place, "scontrol")) == 1 and len(log_of(place, "srun")) == 3
+    assert f"resuming from a run/checkpoints/step-{last:08d}" in done.stderr
+    assert [row["step"] for row in job_dir.rows("a run")] == list(range(1, last + 4))
+    assert len(log_of(job_dir, "scontrol")) == 1 and len(log_of(job_dir, "srun")) == 3
 
 
-def test_slurm_tries_a_mistake_once(place: Place, slurm: Any) -> None:
+def test_slurm_tries_a_mistake_once(job_dir: JobDirectory, slurm: Any) -> None:
     done = finish(slurm("endless.yaml", "run.dir=mistaken", "optim.lrr=1"), PATIENCE)
     assert done.returncode == MISTAKE, done.stderr
-    assert "optim.lrr" in told(done)
-    assert len(log_of(place, "srun")) == 1 and not log_of(place, "scontrol")
+    assert "optim.lrr" in error_line(done)
+    assert len(log_of(job_dir, "srun")) == 1 and not log_of(job_dir, "scontrol")
 
 
 @pytest.mark.timeout(900)
-def test_torchrun_restarts_over_two_nodes(place: Place) -> None:
+def test_torchrun_restarts_over_two_nodes(job_dir: JobDirectory) -> None:
     """A rank of one node is killed: the ranks of both begin again from the newest checkpoint."""
     script, port = str(LAUNCH / "torchrun.sh"), free_port()
     words = [script, "2", "1", f"localhost:{port}", "endless.yaml", "run.dir=two", "checkpoint.every=5"]
-    nodes = [begin(place, *words, "train.steps=60") for _ in range(2)]
+    nodes = [begin(job_dir, *words, "train.steps=60") for _ in range(2)]
     try:
-        place.wait(nodes[0], lambda: bool(place.checkpoints("two")), PATIENCE)
+        job_dir.wait(nodes[0], lambda: bool(job_dir.checkpoints("two")), PATIENCE)
         ranks_of_node(nodes[1])[0].kill()
         for done in [finish(node, PATIENCE) for node in nodes]:
             assert done.returncode == 0, done.stderr
     finally:
         all_ended(*nodes)
-    assert [row["step"] for row in place.rows("two")] == list(range(1, 61))
+    assert [row["step"] for row in job_dir.rows("two")] == list(range(1, 61))
 
 
-def test_the_help_of_a_node_is_its_own(place: Place) -> None:
-    done = finish(begin(place, "python", "-m", "longreach.launch.node", "--help"), 60)
+def test_the_help_of_a_node_is_its_own(job_dir: JobDirectory) -> None:
+    done = finish(begin(job_dir, "python", "-m", "longreach.launch.node", "--help"), 60)
     assert done.returncode == 0 and "CONFIG [key=value ...]" in done.stdout and "--rdzv-endpoint" in done.stdout
     assert re.search(r"^  75 +SIGTERM, SIGUSR1 or train\.time_limit", done.stdout, re.MULTILINE)
     for foreign in ("training_script", "--max-restarts", "--no-python", "Torch Distributed Elastic"):
         assert foreign not in done.stdout
 
 
-def test_the_help_of_links_is_a_usage(place: Place) -> None:
+def test_the_help_of_links_is_a_usage(job_dir: JobDirectory) -> None:
     program = ("python", "-m", "longreach.launch.link_benchmark")
-    done = finish(begin(place, *program, "--help"), 60)
+    done = finish(begin(job_dir, *program, "--help"), 60)
     assert done.returncode == 0 and "torchrun --nnodes 2" in done.stdout and "parallel.far" in done.stdout
-    done = finish(begin(place, *program), 60)
+    done = finish(begin(job_dir, *program), 60)
     assert done.returncode == MISTAKE
-    told(done, "a link lies between two ranks", "longreach.launch.link_benchmark --help")
+    error_line(done, "a link lies between two ranks", "longreach.launch.link_benchmark --help")
 
 
-def test_a_node_refuses_restarts_of_its_own(place: Place) -> None:
-    done = finish(begin(place, "python", "-m", "longreach.launch.node", "--max-restarts", "3", "endless.yaml"), 60)
+def test_a_node_refuses_restarts_of_its_own(job_dir: JobDirectory) -> None:
+    done = finish(begin(job_dir, "python", "-m", "longreach.launch.node", "--max-restarts", "3", "endless.yaml"), 60)
     assert done.returncode == MISTAKE
-    told(done, "--max-restarts = 3", "only 0")
+    error_line(done, "--max-restarts = 3", "only 0")
 
 
 # DeepSpeed
@@ -219,9 +220,9 @@ def test_deepspeed_and_train_understand_the_line_of_the_page() -> None:
 
 def understood(words: list[str]) -> Any:
     """The words of `longreach train`, parsed; what they set is in its config, too."""
-    parser = train.Parser()
+    parser = Parser()
     train.add_arguments(parser)
-    arguments = train.parse(parser, words)
+    arguments = parse(parser, words)
     load(arguments.config, arguments.overrides)
     return arguments
 
@@ -324,7 +325,7 @@ def test_a_pytorch_job_gives_torchrun_its_options(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.timeout(900)
-def test_a_drained_node_ends_all_pods_with_a_checkpoint(place: Place) -> None:
+def test_a_drained_node_ends_all_pods_with_a_checkpoint(job_dir: JobDirectory) -> None:
     """The job set's own command, with another address, one rank per pod, and a small config; SIGTERM to one of two."""
     job = manifest("jobset.yaml")["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
@@ -334,15 +335,15 @@ def test_a_drained_node_ends_all_pods_with_a_checkpoint(place: Place) -> None:
         words = [word.replace("$(JOB_COMPLETION_INDEX)", str(node)) for word in container["args"]]
         options = dict(word.split("=", 1) for word in words if word.startswith("--"))
         options_here = [f"{key}={value}" for key, value in {**options, **here}.items()]
-        pods.append(begin(place, *container["command"], *options_here, "endless.yaml", "run.dir=pods"))
+        pods.append(begin(job_dir, *container["command"], *options_here, "endless.yaml", "run.dir=pods"))
     try:
-        place.wait(pods[0], lambda: len(place.rows("pods")) >= 2, PATIENCE)
+        job_dir.wait(pods[0], lambda: len(job_dir.rows("pods")) >= 2, PATIENCE)
         pods[1].send_signal(signal.SIGTERM)
         for done in [finish(pod, PATIENCE) for pod in pods]:
             assert done.returncode == STOPPED, done.stderr
     finally:
         all_ended(*pods)
-    assert place.checkpoints("pods") == [f"step-{place.rows('pods')[-1]['step']:08d}"]
+    assert job_dir.checkpoints("pods") == [f"step-{job_dir.rows('pods')[-1]['step']:08d}"]
 
 
 def test_the_page_puts_the_image_into_the_manifests(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from longreach.launch import cli, completion, train
-from longreach.launch.examples import EXAMPLES
+from longreach.launch import cli
+from longreach.launch.arguments import parse
+from longreach.launch.commands import completion
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``bash`` and ``zsh``, a run, and a config."""
     directory = tmp_path_factory.mktemp("completion")
     for shell in completion.SHELLS:
-        (directory / shell).write_text(completion.script(cli._parser(), shell))
+        (directory / shell).write_text(completion.script(cli.build_parser(), shell))
     for run in ("quick", "quiet"):
         (directory / "runs" / run).mkdir(parents=True)
         (directory / "runs" / run / "config.yaml").touch()
@@ -72,14 +73,14 @@ def test_the_command_prints_the_script(scripts: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.rstrip() == (scripts / "bash").read_text().rstrip()
 
 
-@pytest.mark.parametrize("name", [command.prog.split()[1] for command in completion._commands(cli._parser())])
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_help_shows_examples_that_are_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
-    text = capsys.readouterr().out
-    assert ended.value.code == 0 and EXAMPLES[name].rstrip() in text
-    lines = re.findall(r"^  longreach (.+)", EXAMPLES[name], re.MULTILINE)
+    text, examples = capsys.readouterr().out, cli.COMMANDS[name].EXAMPLES
+    assert ended.value.code == 0 and examples.rstrip() in text
+    lines = re.findall(r"^  longreach (.+)", examples, re.MULTILINE)
     assert lines
     for line in lines:
         words = shlex.split(line.partition(" > ")[0], comments=True)
-        assert train.parse(cli._parser(), words).command and words[0] == name
+        assert parse(cli.build_parser(), words).command and words[0] == name

@@ -13,8 +13,9 @@ import pytest
 from programs import longreach, python
 
 from longreach.errors import InputError
-from longreach.launch import doctor
-from longreach.launch.doctor import Finding
+from longreach.launch.commands.doctor import append_json
+from longreach.launch.doctor import checks
+from longreach.launch.doctor.checks import Finding
 
 
 def levels(findings: list[Finding]) -> list[str]:
@@ -27,7 +28,7 @@ def rendezvous(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[Find
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return list(doctor._rendezvous())[1:]
+    return list(checks._rendezvous())[1:]
 
 
 def test_the_command_finds_what_is_wrong_and_appends_it_to_a_file(
@@ -53,7 +54,7 @@ def test_the_command_finds_what_is_wrong_and_appends_it_to_a_file(
 
 def test_a_file_that_cannot_be_written_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--json = .*: cannot be written: No such file"):
-        doctor._append(str(tmp_path / "no" / "file"), {})
+        append_json(str(tmp_path / "no" / "file"), {})
 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,18 +68,18 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_master_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loopback network has addresses that no interface lists, and nobody listens there."""
+    """The loopback network has addresses that no interface lists, where no process listens."""
     (found,) = rendezvous(monkeypatch, MASTER_ADDR="127.9.8.7", MASTER_PORT="1")
-    assert found.level == "ok" and "reached; nobody listens yet" in found.text
+    assert found.level == "ok" and "reached; no process listens there yet" in found.text
     with socket.create_server(("127.9.8.7", 0)) as server:
         (found,) = rendezvous(monkeypatch, MASTER_ADDR="127.9.8.7", MASTER_PORT=str(server.getsockname()[1]))
-    assert found.level == "ok" and "somebody listens" in found.text
+    assert found.level == "ok" and "a process listens there" in found.text
 
 
 @pytest.mark.parametrize("port", ["http", "0", "70000"])
 def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     (found,) = rendezvous(monkeypatch, MASTER_PORT=port)
-    assert found.level == "bad" and f"MASTER_PORT={port} is none" in found.text
+    assert found.level == "bad" and f"MASTER_PORT={port} is not a port" in found.text
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,13 @@ def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch, port: str) -> None
     ],
 )
 def test_interfaces_that_the_environment_names(variable: str, value: str, level: str) -> None:
-    found = doctor._named_interface(variable, value, ["eth0", "lo"])
+    found = checks._named_interface(variable, value, ["eth0", "lo"])
     assert found.level == level and f"{variable}={value}" in found.text
     assert level == "ok" or found.text.endswith("name one of eth0, lo")
 
 
 def test_every_interface_that_is_up_is_listed_with_its_addresses() -> None:
-    listed = [finding.text for finding in doctor._network() if finding.topic == "interface"]
+    listed = [finding.text for finding in checks._network() if finding.topic == "interface"]
     addresses = {row.address for rows in psutil.net_if_addrs().values() for row in rows if row.family == socket.AF_INET}
     assert any("127.0.0.1" in line for line in listed) and addresses
     assert all(any(address in line for line in listed) for address in addresses)
@@ -109,9 +110,9 @@ def test_every_interface_that_is_up_is_listed_with_its_addresses() -> None:
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     """Not even by root: a file is in its place. One that is not there yet is made by the job."""
     (tmp_path / "file").touch()
-    (found,) = doctor._disk(str(tmp_path / "file"))
+    (found,) = checks._disk(str(tmp_path / "file"))
     assert found.level == "bad" and f"{tmp_path}/file: nothing can be written (Not a directory)" in found.text
-    (found,) = doctor._disk(str(tmp_path / "later" / "runs"))
+    (found,) = checks._disk(str(tmp_path / "later" / "runs"))
     assert found.level != "bad" and found.text.startswith(f"{tmp_path}: ") and "MiB/s" in found.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
@@ -119,30 +120,30 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    (found,) = doctor._disk(str(tmp_path))
+    (found,) = checks._disk(str(tmp_path))
     assert found.level == "bad" and "Permission denied" in found.text
 
 
 def test_versions_that_were_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = tmp_path / "constraints.txt"
     pins.write_text(f"# tested\ntorch==1.2.3\nomegaconf=={version('omegaconf')}\nwebdataset==9; python_version < '3'\n")
-    monkeypatch.setattr(doctor, "CONSTRAINTS", pins)
-    found = {finding.topic: finding for finding in doctor._software()}
+    monkeypatch.setattr(checks, "CONSTRAINTS", pins)
+    found = {finding.topic: finding for finding in checks._software()}
     assert found["torch"].level == "note" and "tested with 1.2.3; pip install -c" in found["torch"].text
     assert found["omegaconf"].level == found["webdataset"].level == found["deepspeed"].level == "ok"
 
 
 def test_few_open_files_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
-    (found,) = [finding for finding in doctor._limits() if "open files" in finding.text]
-    assert found == Finding("note", "limits", "256 open files of a process; raise it: ulimit -n 4096")
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (256, 4096))
+    (found,) = [finding for finding in checks._limits() if "open files" in finding.text]
+    assert found == Finding("note", "limits", "256 open files per process; raise it: ulimit -n 4096")
 
 
 def test_a_check_that_breaks_is_told() -> None:
     def _broken() -> None:
         raise OSError("a driver that hangs")
 
-    (found,) = doctor._findings(_broken)  # type: ignore[arg-type]
+    (found,) = checks.findings_of(_broken)  # type: ignore[arg-type]
     assert found == Finding("bad", "broken", "OSError: a driver that hangs")
 
 

@@ -78,7 +78,7 @@ def test_what_a_run_needs_to_read_and_write_is_its_own(place: Path, capsys: pyte
     assert capsys.readouterr().out.startswith("span caf\xe9")
     (place / "text.txt").write_text("carry halo caf\xe9", encoding="utf-8")
     assert main(["evaluate", run, "--source", str(place / "text.txt")]) == 0
-    num_tokens = len(load_vocabulary(run).prompt("carry halo caf\xe9".encode()))
+    num_tokens = len(load_vocabulary(run).encode_text("carry halo caf\xe9".encode()))
     assert num_tokens < 12 and capsys.readouterr().out.startswith(f"{num_tokens - 1} tokens: ")
     ids = str(place / "alone/runs/ids")
     assert main(["generate", ids, "--prompt", "3 39", *words]) == 0
@@ -98,7 +98,7 @@ def test_evaluate_reads_the_documents_that_pack_finds(place: Path) -> None:
     assert [name for name, _ in found.score.documents] == [f"book.jsonl:{number}" for number in range(1, 21)]
     pieces = load_vocabulary(place / "runs/tiny")
     for line, (_, figure) in zip(lines, found.score.documents, strict=True):
-        assert figure.num_tokens == len(pieces.prompt(line.encode())) - 1
+        assert figure.num_tokens == len(pieces.encode_text(line.encode())) - 1
     arrays = evaluate(place / "runs/ids", [str(place / "ids.npy")])
     assert [figure.num_tokens for _, figure in arrays.score.documents] == [99] * 20 and arrays.unit == "token"
 

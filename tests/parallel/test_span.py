@@ -179,11 +179,10 @@ def sliced_share(axis: Axis, data: dict[str, Any], lengths: list[int]) -> list[T
         return span.by_channel(run, x, reach=kernel.shape[1] - 1)
 
     blocks = [[length - 20 for length in lengths], [20 for _ in lengths]]  # the second finds a carry
-    with mock.patch.object(reshard, "SLICED_FROM", 1 << 8):
+    with mock.patch.object(reshard, "MIN_SLICE_BYTES", 1 << 8):
         found = share_of(axis, mixer, data, blocks)
-    assert (
-        len(slices) == 2 * reshard.SLICES and sum(slices) == 2 * reshard.channel_shard_sizes(19, axis.size)[axis.rank]
-    )
+    own = reshard.channel_shard_sizes(19, axis.size)[axis.rank]
+    assert len(slices) == 2 * reshard.MAX_SLICES and sum(slices) == 2 * own
     return found
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from longreach.kernels import library
+from longreach.kernels import compiled
 from longreach.kernels.elementwise import ElementwiseAttention
 from longreach.kernels.linear_attention import LinearAttention
-from longreach.kernels.long_conv import ModalConv, long_conv
-from longreach.kernels.modal_conv.centred import CentredModalConv
+from longreach.kernels.long_conv import compiled as compiled_long_conv
+from longreach.kernels.long_conv import long_conv
+from longreach.kernels.modal_conv import CentredModalConv, ModalConv
 from longreach.kernels.scan import Carry, StatefulOp, scan
+from longreach.kernels.short_conv import compiled as compiled_short_conv
 from longreach.kernels.short_conv import short_conv
 
 BATCH, LENGTH, WIDTH = 2, 5, 3
@@ -88,19 +91,26 @@ def test_scan(name: str, packed: bool) -> None:
             state = scan(op, *inputs)[1].state
         carry = Carry(state.requires_grad_(), torch.tensor([0, 2]))
     leaves = inputs if carry is None else [*inputs, carry.state]
-    same(
-        lambda: library.alone(op, inputs, segments, carry),
-        leaves,
-        lambda: scan(op, *inputs, segments=segments, carry=carry),
-    )
-    call = (library.name_of(op), inputs, segments, None if carry is None else carry.state)
-    torch.library.opcheck(library.scan, call)
+
+    def eager() -> tuple[Tensor, Carry]:
+        return scan(op, *inputs, segments=segments, carry=carry)
+
+    def traced() -> tuple[Tensor, Carry]:
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            return eager()
+
+    same(traced, leaves, eager)
+    call = (compiled.name_of(op), inputs, segments, None if carry is None else carry.state)
+    torch.library.opcheck(compiled.scan, call)
     with torch.no_grad():
-        y, end, decay, *saved = library.scan(*call)
+        y, final, transition, initial, *saved = compiled.scan(*call)
     saved = [y if x.dim() == 0 else x for x in saved]
-    call = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
-    plain = call[0], [x.detach() for x in inputs], *call[2:], end, decay, saved, torch.randn_like(y), None
-    torch.library.opcheck(library.scan_grad, plain)
+    detached = [x.detach() for x in inputs]
+    for needs_initial in (False, True):
+        plain = call[0], detached, segments, initial, transition, saved, torch.randn_like(y), None, needs_initial
+        torch.library.opcheck(compiled.scan_grad, plain)
+    plain = call[0], detached, segments, initial, transition, saved, torch.randn_like(y), torch.randn_like(final), True
+    torch.library.opcheck(compiled.scan_grad, plain)
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked"])
@@ -116,14 +126,14 @@ def test_short_conv(packed: bool, backend: str) -> None:
         ids, past_ids = torch.tensor([[0, 0, 1, 1, 1], [3] * 5]), torch.tensor([[-1, 0, 0], [2, 3, 3]])
         how |= {"segments": ids, "carry": Carry(past, past_ids)}
     same(
-        lambda: library.short_conv_by(backend)(x, weight, bias, **how),
+        lambda: compiled_short_conv.traced(backend)(x, weight, bias, **how),
         [x, weight, bias, past],
         lambda: short_conv(x, weight, bias, **how),
     )
     call = x, weight, None if packed else bias, past, past_ids, ids, 3, True, backend
-    torch.library.opcheck(library.short_conv, call)
+    torch.library.opcheck(compiled_short_conv.short_conv, call)
     plain = (part.detach() if isinstance(part, Tensor) else part for part in call)
-    torch.library.opcheck(library.short_conv_grad, (torch.randn_like(x), *plain))
+    torch.library.opcheck(compiled_short_conv.short_conv_grad, (torch.randn_like(x), *plain))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -135,7 +145,7 @@ def test_long_conv(packed: bool) -> None:
     carry = Carry(past, ids[:, :3] if packed else None)
     y, _ = long_conv(x, kernel, skip, carry=carry, segments=ids[:, 3:] if packed else None)
     call = x, kernel, skip, past, ids if packed else None, 0
-    torch.testing.assert_close(library.long_conv(*call), y)
-    torch.library.opcheck(library.long_conv, call)
+    torch.testing.assert_close(compiled_long_conv.long_conv(*call), y)
+    torch.library.opcheck(compiled_long_conv.long_conv, call)
     plain = (part.detach() if isinstance(part, Tensor) else part for part in call)
-    torch.library.opcheck(library.long_conv_grad, (torch.randn_like(x), *plain))
+    torch.library.opcheck(compiled_long_conv.long_conv_grad, (torch.randn_like(x), *plain))

@@ -1,16 +1,20 @@
-"""``longreach completion bash | zsh``: what a shell needs to complete commands, options, configs and runs."""
+"""`longreach completion`: print what a shell needs to complete commands, options, configs and runs."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import shtab
+from .train import CONFIGS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+SUMMARY = "print what a shell needs to complete these commands"
+DESCRIPTION = """Print what bash or zsh needs to complete commands, options, configs and runs."""
+EXAMPLES = """
+  longreach completion bash > ~/.local/share/bash-completion/completions/longreach
+  longreach completion zsh > ~/.zfunc/_longreach    # a directory of $fpath"""
+
 SHELLS = ("bash", "zsh")
-FUNCTIONS = {"config": "_longreach_configs", "run_dir": "_longreach_runs"}  # by argument
-FILES = ("source", "deepspeed_config", "carry_in", "carry_out", "out_dir")
+FUNCTIONS = {"config": "_longreach_configs", "run_dir": "_longreach_runs"}  # by argument: what completes it
+FILES = ("source", "deepspeed_config", "carry_in", "carry_out", "out_dir")  # arguments that are paths
 PREAMBLE = {
     "bash": """\
 _longreach_configs() {
@@ -38,6 +42,17 @@ _longreach_runs() {
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``longreach completion``."""
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash or zsh")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the completion script of a shell; returns the exit code."""
+    print(script(arguments.whole_parser, arguments.shell))
+    return 0
+
+
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The completion script of a parser's commands.
 
@@ -45,7 +60,9 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         parser: of the whole command line.
         shell: one of `SHELLS`.
     """
-    for command in _commands(parser):
+    import shtab
+
+    for command in _subparsers(parser):
         for argument in command._actions:
             if argument.dest in FUNCTIONS:
                 argument.complete = dict.fromkeys(SHELLS, FUNCTIONS[argument.dest])  # type: ignore[attr-defined]
@@ -55,7 +72,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     return shtab.complete(parser, shell, preamble=PREAMBLE[shell].replace("CONFIGS", names))
 
 
-def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return [
         command
         for action in parser._actions

@@ -1,8 +1,10 @@
-"""`longreach doctor`: what a job would find on this machine, before it is started."""
+"""The checks of `longreach doctor`: what a job would find on this machine, before it is started.
+
+A check is a generator of `Finding`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -11,44 +13,43 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 
-from .. import __version__
-from ..errors import InputError
+from ... import __version__
 from .bandwidth import copy_bandwidth, write_bandwidth
 
 PACKAGES = ("torch", "triton", "deepspeed", "omegaconf", "webdataset", "tensorboard", "safetensors")
-CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"  # not where longreach was installed from a wheel
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # not where longreach was installed from a wheel
 GIB = 2**30
 LOW_DISK, LOW_SHM, FEW_FILES = 5 * GIB, GIB, 4096
-SECONDS = 3.0  # to wait for MASTER_ADDR
+CONNECT_SECONDS = 3.0  # to wait for MASTER_ADDR
 PORT = 29500  # torchrun's default
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``level`` is "ok", "note" (a job runs, but look) or "bad" (it would not)."""
+    """One line of the report; ``level`` is "ok", "note" (a job runs, but there is something to improve) or "bad" (a job
+    would not run).
+    """
 
     level: str
     topic: str
     text: str
 
 
-def doctor(directory: str = ".", json_file: str | None = None) -> int:
-    """Print every finding; returns 1 if a job would not run here.
+def findings_of_all(directory: str = ".") -> Iterator[Finding]:
+    """What every check finds, in the order of the report.
 
     Args:
-        directory: that will take the runs.
-        json_file: is given one more line: host, time (UTC), number of bad findings, and the findings.
+        directory: where runs will be written.
     """
-    checks = (
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _software,
         _devices,
         _backends,
@@ -59,29 +60,12 @@ def doctor(directory: str = ".", json_file: str | None = None) -> int:
         partial(_disk, directory),
         _limits,
     )
-    findings = []
     for check in checks:
-        for finding in _findings(check):
-            findings.append(finding)
-            print(f"{finding.level:<5} {finding.topic:<12} {finding.text}", flush=True)
-    bad = sum(finding.level == "bad" for finding in findings)
-    print("a job runs here" if not bad else f"lines marked bad: {bad}; a job would not run here")
-    if json_file:
-        _append(json_file, {"bad": bad, "findings": [asdict(finding) for finding in findings]})
-    return 1 if bad else 0
+        yield from findings_of(check)
 
 
-def _append(json_file: str, result: dict[str, Any]) -> None:
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = json.dumps({"host": socket.gethostname(), "time": now, "longreach": __version__, **result})
-    try:
-        with open(json_file, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise InputError("--json", json_file, f"cannot be written: {error.strerror}") from None
-
-
-def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def findings_of(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check finds; an exception in it is a finding too."""
     try:
         yield from check()
     except Exception as error:  # whatever it is, the user must see it here and not in a job
@@ -91,7 +75,7 @@ def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 def _software() -> Iterator[Finding]:
     yield Finding("ok", "longreach", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
-    tested = _tested()
+    tested = _tested_versions()
     for package in PACKAGES:
         try:
             found = version(package)
@@ -99,14 +83,14 @@ def _software() -> Iterator[Finding]:
             optional = package == "triton" and sys.platform != "linux"
             yield Finding("note" if optional else "bad", package, f"not installed; pip install {package}")
             continue
-        wanted = tested.get(package, "")
-        if wanted and found.split("+")[0] != wanted:
-            yield Finding("note", package, f"{found}, tested with {wanted}; pip install -c constraints.txt {package}")
+        pin = tested.get(package, "")
+        if pin and found.split("+")[0] != pin:
+            yield Finding("note", package, f"{found}, tested with {pin}; pip install -c constraints.txt {package}")
         else:
             yield Finding("ok", package, found)
 
 
-def _tested() -> dict[str, str]:
+def _tested_versions() -> dict[str, str]:
     """The versions of `CONSTRAINTS` for this Python, by package; none if there is no such file."""
     if not CONSTRAINTS.is_file():
         return {}
@@ -120,30 +104,32 @@ def _tested() -> dict[str, str]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from ..kernels.native import compiler
+    from ...kernels.native import compiler
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     text = f"{cores} cores, {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of memory free"
     yield Finding("ok", "cpu", text)
     if not torch.cuda.is_available():
-        yield Finding("note", "gpu", "none that torch can use: ranks compute on the CPU and exchange by gloo")
+        yield Finding("note", "gpu", "none that torch can use: ranks compute on the CPU and communicate over gloo")
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        used = "; others use it, see nvidia-smi" if free < 0.9 * total else ""
+        used = "; other processes use it, see nvidia-smi" if free < 0.9 * total else ""
         text = f"{number}: {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{used}"
         yield Finding("note" if used else "ok", "gpu", text)
-    if driver := _driver():
+    if driver := _driver_version():
         yield Finding("ok", "driver", f"{driver}, torch was built for CUDA {torch.version.cuda}")
     if compiler():
         yield Finding("ok", "compiler", " ".join(compiler()))
     else:
-        fix = "install g++, or name one by CXX"
-        yield Finding("note", "compiler", f"none for C++: on a CPU the operators run in PyTorch, more slowly; {fix}")
+        fix = "install g++, or set CXX to a C++ compiler"
+        yield Finding(
+            "note", "compiler", f"none for C++: on a CPU the operators run in PyTorch, which is slower; {fix}"
+        )
 
 
-def _driver() -> str:
+def _driver_version() -> str:
     """The NVIDIA driver's version; "" where there is none."""
     try:
         return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
@@ -152,51 +138,49 @@ def _driver() -> str:
 
 
 def _backends() -> Iterator[Finding]:
-    """Which implementation of each operator "auto" takes here, and why; each is run once."""
+    """Which backend of each operator ``backend="auto"`` takes here, and why not another; each is run once."""
     import torch
 
-    from ..kernels import elementwise, linear_attention, long_conv, short_conv
+    from ...kernels import elementwise, linear_attention, long_conv, short_conv
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, heads = torch.ones(1, 8, 4, device=device), torch.ones(1, 8, 2, 2, device=device)
     fp32 = torch.float32
-    for operator, case, run in (
+    for operator, case, run_once in (
         (elementwise, (fp32, 6), lambda: elementwise.elementwise_attention(x, x, x)),
         (linear_attention, (fp32, fp32, 2, 2), lambda: linear_attention.linear_attention(heads, heads, heads)),
         (short_conv, (fp32, fp32, 4), lambda: short_conv.short_conv(x, x[0, :4])),
         (long_conv, (fp32, fp32), lambda: long_conv.long_conv(x, x[0, :4])),
     ):
-        name, missing = operator.BACKENDS.automatic(device, *case)
-        run()
-        others = "".join(f"; not {other} ({lack})" for other, lack in missing.items())
-        text = f"{operator.BACKENDS.operator} on {device} runs {name}"
+        name, unsupported = operator.BACKENDS.automatic(device, *case)
+        run_once()
+        others = "".join(f"; not {other} ({reason})" for other, reason in unsupported.items())
+        text = f"{operator.BACKENDS.operator} on {device}: backend {name}"
         yield Finding("ok", "operators", text + (others or ", the first choice"))
 
 
 def _memory() -> Iterator[Finding]:
-    """How fast it is copied, on the host and on each GPU."""
+    """Bandwidth of memory, on the host and on each GPU."""
     import torch
 
     cpu = torch.device("cpu")
-    yield Finding("ok", "memory", f"copied at {copy_bandwidth(cpu, cpu) / GIB:.1f} GiB/s")
+    yield Finding("ok", "memory", f"copy bandwidth {copy_bandwidth(cpu, cpu) / GIB:.1f} GiB/s")
     for number in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", number)
-        inside, to_it = (copy_bandwidth(source, gpu) / GIB for source in (gpu, cpu))
-        yield Finding(
-            "ok", "memory", f"GPU {number}: copied at {inside:,.0f} GiB/s, from the host at {to_it:.1f} GiB/s"
-        )
+        own, from_host = (copy_bandwidth(source, gpu) / GIB for source in (gpu, cpu))
+        text = f"GPU {number}: copy bandwidth {own:,.0f} GiB/s, from the host {from_host:.1f} GiB/s"
+        yield Finding("ok", "memory", text)
 
 
 def _network() -> Iterator[Finding]:
-    """What ranks exchange by: backends, interfaces, and what the environment says of them."""
+    """How ranks communicate: backends, network interfaces, and those that the environment names."""
     import torch.distributed as dist
 
     if not dist.is_available():
         yield Finding("bad", "exchange", "torch was built without torch.distributed; install another build of torch")
         return
-    backends = [
-        name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
-    ]
+    available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    backends = [name for name in available if available[name]]
     yield Finding("ok" if backends else "bad", "exchange", f"backends: {', '.join(backends) or 'none'}")
     states, names = psutil.net_if_stats(), []
     for name, rows in sorted(psutil.net_if_addrs().items()):
@@ -212,18 +196,18 @@ def _network() -> Iterator[Finding]:
 
 
 def _named_interface(variable: str, value: str, names: list[str]) -> Finding:
-    """Whether there is what a variable lists: names; for NCCL prefixes, unless ``=`` is before them."""
+    """Whether an interface matches a variable, which lists names; for NCCL prefixes, unless they begin with ``=``."""
     if value.startswith("^"):
         return Finding("ok", "interface", f"{variable}={value}")
     exact = variable.startswith("GLOO") or value.startswith("=")
     wanted = value.removeprefix("=").split(",")
     if any(name in wanted if exact else name.startswith(tuple(wanted)) for name in names):
         return Finding("ok", "interface", f"{variable}={value}")
-    return Finding("bad", "interface", f"{variable}={value} is not here; name one of {', '.join(names)}")
+    return Finding("bad", "interface", f"{variable}={value} matches no interface; name one of {', '.join(names)}")
 
 
 def _rendezvous() -> Iterator[Finding]:
-    """Where ranks would meet: this host's name, or what MASTER_ADDR and MASTER_PORT say."""
+    """The address of the rendezvous: this host's name, or MASTER_ADDR and MASTER_PORT."""
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
@@ -231,79 +215,82 @@ def _rendezvous() -> Iterator[Finding]:
         hint = "; other nodes cannot reach this address: give torchrun --local-addr" if local else ""
         yield Finding("note" if local else "ok", "host", f"{host} is {address}{hint}")
     except OSError:
-        yield Finding("note", "host", f"{host} has no address: give torchrun --local-addr and --rdzv-endpoint one")
+        yield Finding(
+            "note", "host", f"{host} does not resolve to an address: give torchrun --local-addr and --rdzv-endpoint"
+        )
     given = os.environ.get("MASTER_PORT", "")
     if given and not (given.isdecimal() and 0 < int(given) < 1 << 16):
-        yield Finding("bad", "port", f"MASTER_PORT={given} is none; set a number below 65536")
+        yield Finding("bad", "port", f"MASTER_PORT={given} is not a port; set a number from 1 to 65535")
         return
     port, master = int(given or PORT), os.environ.get("MASTER_ADDR", "")
     if master:
-        yield _master(master, port)
+        yield _check_master(master, port)
     else:
-        yield _free(port, "note" if not given else "bad")
+        yield _check_port(port, "note" if not given else "bad")
 
 
-def _master(host: str, port: int) -> Finding:
-    """Whether the first rank can listen there, if that is here, or else be reached."""
-    place = f"MASTER_ADDR={host}, port {port}"
+def _check_master(host: str, port: int) -> Finding:
+    """Whether the first rank can listen on the port, if the host is this one; else, whether the host can be reached."""
+    where = f"MASTER_ADDR={host}, port {port}"
     try:
         address = socket.gethostbyname(host)
     except OSError:
-        return Finding("bad", "rendezvous", f"{place}: no such host; set a name or address that every node knows")
+        return Finding("bad", "rendezvous", f"{where}: no such host; set a name or address that every node knows")
     if any(row.address == address for rows in psutil.net_if_addrs().values() for row in rows):
-        return _free(port, "bad")
+        return _check_port(port, "bad")
     try:
-        socket.create_connection((address, port), timeout=SECONDS).close()
+        socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
-        return Finding("ok", "rendezvous", f"{place}: reached; nobody listens yet")
+        return Finding("ok", "rendezvous", f"{where}: reached; no process listens there yet")
     except OSError as error:
         fix = "open the port between the nodes, or take another interface"
-        return Finding("bad", "rendezvous", f"{place}: not reached ({error.strerror or error}); {fix}")
-    return Finding("ok", "rendezvous", f"{place}: somebody listens")
+        return Finding("bad", "rendezvous", f"{where}: not reached ({error.strerror or error}); {fix}")
+    return Finding("ok", "rendezvous", f"{where}: a process listens there")
 
 
-def _free(port: int, taken: str) -> Finding:
+def _check_port(port: int, level_if_taken: str) -> Finding:
+    """Whether a process can listen on a port of this host."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        fix = "end what holds it, or give torchrun another --master-port or --rdzv-endpoint"
-        return Finding(taken, "port", f"{port}: {error.strerror}; {fix}")
+        fix = "end the process that holds it, or give torchrun another --master-port or --rdzv-endpoint"
+        return Finding(level_if_taken, "port", f"{port}: {error.strerror}; {fix}")
     return Finding("ok", "port", f"{port} is free")
 
 
 def _links() -> Iterator[Finding]:
-    """What lies between two ranks of this machine."""
+    """Latency and bandwidth between two ranks of this machine."""
     import torch
 
-    from . import link_benchmark as links
-    from .train import start_ranks
+    from .. import link_benchmark
+    from ..local import start_ranks
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < links.LOCAL_RANKS:
-        yield Finding("note", "links", "one GPU: nothing lies between two")
+    if torch.cuda.is_available() and torch.cuda.device_count() < link_benchmark.LOCAL_RANKS:
+        yield Finding("note", "links", "one GPU: there is no link between two to measure")
         return
-    found = start_ranks(links.LOCAL_RANKS, links.join_and_measure)
-    yield Finding("ok", "links", f"between two ranks here {links.as_text(found[0], 'parallel.near')}")
+    found = start_ranks(link_benchmark.LOCAL_RANKS, link_benchmark.join_and_measure)
+    yield Finding("ok", "links", f"between two ranks here: {link_benchmark.as_text(found[0], 'parallel.near')}")
 
 
 def _disk(directory: str) -> Iterator[Finding]:
-    """Where runs go: room, and how fast a checkpoint would be written."""
-    place = Path(directory).expanduser().absolute()
-    while not place.exists():  # train makes it
-        place = place.parent
+    """Free space where runs are written, and the bandwidth of writing a checkpoint."""
+    parent = Path(directory).expanduser().absolute()
+    while not parent.exists():  # train creates it
+        parent = parent.parent
     try:
-        speed = write_bandwidth(place)
+        bandwidth = write_bandwidth(parent)
     except OSError as error:
-        fix = "free some room, or name a directory that this user may write to"
-        yield Finding("bad", "disk", f"{place}: nothing can be written ({error.strerror}); {fix}")
+        fix = "free some space, or name a directory that this user may write to"
+        yield Finding("bad", "disk", f"{parent}: nothing can be written ({error.strerror}); {fix}")
         return
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(parent).free
     low = free < LOW_DISK
-    text = f"{place}: {free / GIB:.1f} GiB free, written and synced at {speed / 2**20:,.0f} MiB/s"
-    yield Finding("note" if low else "ok", "disk", text + ("; free some room for checkpoints" if low else ""))
+    text = f"{parent}: {free / GIB:.1f} GiB free, write bandwidth with fsync {bandwidth / 2**20:,.0f} MiB/s"
+    yield Finding("note" if low else "ok", "disk", text + ("; free some space for checkpoints" if low else ""))
 
 
 def _limits() -> Iterator[Finding]:
-    """Of this user's processes and of shared memory."""
+    """Limits of this user's processes, and of shared memory."""
     if os.path.isdir("/dev/shm"):
         usage = shutil.disk_usage("/dev/shm")
         low = usage.free < LOW_SHM
@@ -313,7 +300,7 @@ def _limits() -> Iterator[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 <= files < FEW_FILES
     fix = f"; raise it: ulimit -n {most if most > files else FEW_FILES}" if few else ""
-    yield Finding("note" if few else "ok", "limits", f"{files} open files of a process{fix}")
+    yield Finding("note" if few else "ok", "limits", f"{files} open files per process{fix}")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if os.path.isdir("/sys/class/infiniband") and locked != resource.RLIM_INFINITY:
         text = f"{locked >> 10} KiB of locked memory: InfiniBand needs more; ulimit -l unlimited"

@@ -1,4 +1,4 @@
-"""How fast a machine's memory, disk and GPUs are."""
+"""Bandwidth of a machine's memory, disk and GPUs, measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-COPIED = 1 << 28  # bytes: more than caches hold
-WRITTEN = 1 << 26
+COPY_BYTES = 1 << 28  # more than caches hold
+WRITE_BYTES = 1 << 26
 REPEATS = 3
 
 
@@ -22,19 +22,19 @@ def copy_bandwidth(source: torch.device, target: torch.device) -> float:
     import torch
 
     pinned = source.type == "cpu" and target.type == "cuda"
-    given = torch.ones(COPIED, dtype=torch.uint8, device=source, pin_memory=pinned)
-    taken = torch.zeros(COPIED, dtype=torch.uint8, device=target)  # written once, so that its pages are there
+    x = torch.ones(COPY_BYTES, dtype=torch.uint8, device=source, pin_memory=pinned)
+    y = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=target)  # written once, so that its pages are mapped
 
     def copy() -> None:
-        taken.copy_(given)
+        y.copy_(x)
         if target.type == "cuda":
             torch.cuda.synchronize(target)
 
-    return COPIED / min(_seconds(copy) for _ in range(REPEATS))
+    return COPY_BYTES / min(_seconds(copy) for _ in range(REPEATS))
 
 
 def write_bandwidth(directory: Path) -> float:
-    """Bytes per second that reach the disk, the file system's own cache emptied.
+    """Bytes per second that a file is written at, ``fsync`` included.
 
     Raises:
         OSError: nothing can be written there.
@@ -43,15 +43,15 @@ def write_bandwidth(directory: Path) -> float:
     with tempfile.TemporaryFile(dir=directory) as file:
 
         def write() -> None:
-            for _ in range(WRITTEN // len(content)):
+            for _ in range(WRITE_BYTES // len(content)):
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
-        return WRITTEN / _seconds(write)
+        return WRITE_BYTES / _seconds(write)
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

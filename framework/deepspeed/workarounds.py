@@ -1,0 +1,82 @@
+"""What DeepSpeed needs before an engine starts: a quiet import, the world that was joined, and no compiler."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+
+from ...errors import InputError
+from ...parallel.mesh import Mesh
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, imported when it is first needed (seconds) and without its remarks about the machine."""
+    if "deepspeed" not in sys.modules:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            import deepspeed
+
+            kind = deepspeed.accelerator.get_accelerator().device_name()
+        except (ImportError, ValueError) as error:
+            given = os.environ.get("DS_ACCELERATOR")
+            if given is None:
+                raise
+            raise InputError("DS_ACCELERATOR", given, f"DeepSpeed cannot use it: {error}", "unset it") from None
+        finally:
+            logging.disable(before)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind != device:
+            allowed = f"is what DeepSpeed takes, but torch computes on {device} here"
+            raise InputError("DS_ACCELERATOR", kind, allowed, f"unset it, or set it to {device}")
+    import deepspeed
+
+    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+        raise InputError("deepspeed", deepspeed.__version__, "is too old", "install deepspeed 0.19.8 or newer")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # torch 2.13 has new names for two collectives; DeepSpeed's calls by the old ones are not the user's concern.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def join_world(deepspeed: Any, mesh: Mesh) -> None:
+    """Show DeepSpeed the world that was joined; make one of this rank alone if none was. Never asks MPI."""
+    from deepspeed.utils import groups
+
+    avoid_compiling()
+    deepspeed.comm.comm.cdb = groups._WORLD_GROUP = None  # it would stay in a world that was left
+    alone: dict[str, Any] = {}
+    if mesh.world.group is None:
+        directory = tempfile.mkdtemp(prefix="longreach-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        alone = {"init_method": f"file://{directory}/store", "rank": 0, "world_size": 1}
+    backend = "gloo" if mesh.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **alone)
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))  # DeepSpeed will not start without it
+
+
+def avoid_compiling() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective, which takes a minute and needs a compiler.
+
+    It builds the operator when it is first initialized on CPUs, if its table of possible operators says so, and
+    uses it in inference only. The table is made on first use (by trying compilers); we make it, without that one.
+    """
+    import deepspeed.ops
+
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def disable_stage3_order_check() -> None:
+    """Keep stage 3 from comparing its order of modules with ranks that are not there, in a plan."""
+    import_deepspeed()
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None

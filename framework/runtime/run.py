@@ -1,0 +1,193 @@
+"""A training run: its directory, its checkpoints, and what it records."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ...errors import InputError
+from ...parallel.mesh import Mesh, first_rank_only
+from ...parallel.traffic import Traffic
+from .. import checkpoint
+from ..config import RunConfig, as_written, save
+from ..deepspeed.engine import Engine
+from ..model import Model
+from ..monitoring.monitor import Monitor
+from ..monitoring.probe import Probe
+from ..tasks import Score, Task
+from .files import write_text
+from .lock import RunLock
+from .loss_guard import Diverged, LossGuard
+from .resume import check_resume, run_identity
+from .validation import score
+
+
+@dataclass
+class Run:
+    """A run between its set-up and its end.
+
+    Attributes:
+        config, mesh, task, engine: what it trains, and where.
+        saver: writes its checkpoints.
+        monitor: of the first rank; None on the others.
+        state: of the loop, as a checkpoint keeps it: ``step`` and ``consumed`` (steps and sequences so far),
+            ``held_out`` (loss of the last validation).
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    task: Task
+    engine: Engine
+    saver: checkpoint.Saver
+    monitor: Monitor | None
+    state: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def check_loss(self, guard: LossGuard, metrics: dict[str, float], sequences: Callable[[], list[int]]) -> str:
+        """`LossGuard.check` of the step after ``state["step"]``; completes the last checkpoint before it raises."""
+        try:
+            return guard.check(self.state["step"] + 1, metrics, sequences)
+        except Diverged:
+            self.saver.wait()
+            raise
+
+    def record_step(self, metrics: dict[str, float], seconds: dict[str, float], traffic: Traffic, warning: str) -> None:
+        """Record the step that ``state`` counts already.
+
+        Args:
+            metrics: of `train_step`.
+            seconds: ``step_seconds``, and the parts of it that `train_step` does not know.
+            traffic: of the step; it is cleared.
+            warning: of `check_loss`.
+        """
+        if self.monitor is not None:
+            tokens = self.config.data.batch_size * self.config.data.seq_len
+            speed = {"tokens_per_second": tokens / seconds["step_seconds"], **seconds}
+            sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
+            counts = {"tokens": tokens * self.state["step"]}
+            self.monitor.step({"step": self.state["step"], **metrics, **counts, **speed, **sent})
+            if warning:
+                self.monitor.print_line(warning)
+        traffic.clear()
+
+    def validate(self) -> None:
+        """Set ``held_out`` to the mean loss over the held-out examples, and show it with its course over positions.
+
+        It is None if no example is held out, or none that was read has a label.
+        """
+        probe = Probe(self.engine.module, enabled=self.monitor is not None)
+        found = self._score("valid", self.config.train.validate_batches, probe)
+        if found is not None and self.monitor is not None:
+            self.monitor.validation(self.state["step"], found.loss, found.by_position, found.metrics, probe)
+        self.state["held_out"] = None if found is None else found.loss
+
+    def test(self) -> Score | None:
+        """The model's score in the task's test, also written to ``result.json``; None where the task has none."""
+        found = self._score("test")
+        if found is not None and self.mesh.world.rank == 0:
+            result = {
+                "task": as_written(self.config)["task"],
+                "title": self.task.title,
+                "mixers": self.config.model.mixers,
+                "seed": self.config.run.seed,
+                "step": self.state["step"],
+                "num_parameters": self.engine.num_parameters,
+                "num_labels": found.num_labels,
+                "loss": found.loss,
+                "metrics": found.metrics,
+                "chance": self.task.baseline_metrics,
+            }
+            write_text(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        return found
+
+    def save(self, due: bool, wait: bool) -> float:
+        """Complete the last checkpoint if all its files are written; start the next one.
+
+        Args:
+            due: start one.
+            wait: until it is complete.
+
+        Returns:
+            The seconds that this took of the training.
+        """
+        started = time.monotonic()
+        self.saver.poll()
+        if due:
+            self.saver.start({**self.state, **run_identity(self.config, self.task)})
+        if wait:
+            self.saver.wait()
+        return time.monotonic() - started
+
+    def _score(self, *what: Any) -> Score | None:
+        self.engine.eval()
+        found = score(self.config, self.engine, cast(Model, self.engine.module).head, self.mesh, self.task, *what)
+        self.engine.train()
+        return found
+
+
+@contextmanager
+def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Iterator[Run]:
+    """Resume from the newest checkpoint, if there is one, and hold the run directory; a collective.
+
+    Nothing is written before everything fits: a mistake leaves no new directory, and an old one as it was.
+
+    Raises:
+        InputError: the checkpoint or the run directory cannot be used.
+    """
+    run_dir, keep, lock = Path(config.run.dir), config.checkpoint, RunLock()
+    directory = run_dir / "checkpoints"
+    found = checkpoint.resume(engine, directory) if keep.resume else None
+    saved, state = found or (None, {"step": 0, "consumed": 0})
+    inexact = [] if saved is None else check_resume(config, task, state)
+    kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
+    saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
+    saver.check_space()
+    first_rank_only(lambda: _open_directory(run_dir, config, task, lock, state["step"]), mesh.world)
+    monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
+    if monitor is not None:
+        resumed = [] if saved is None else [_resume_line(saved, state["step"], config.train.steps), *inexact]
+        for line in (_summary_line(config, task, engine.num_parameters, mesh), *resumed):
+            monitor.print_line(line)
+    try:
+        yield Run(config, mesh, task, engine, saver, monitor, state)
+    finally:
+        if monitor is not None:
+            monitor.close()
+        lock.release()
+
+
+def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock, step: int) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(run_dir)
+        if step < config.train.steps:  # else nothing is trained by this configuration
+            save(config, run_dir / "config.yaml")
+        task.write_run_files(run_dir)
+    except OSError as error:
+        allowed = f"must be a writable directory ({error.strerror})"
+        raise InputError("run.dir", str(run_dir), allowed, "set run.dir") from None
+
+
+def _summary_line(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh) -> str:
+    """Model, data and layout of a run."""
+    mixers, model = ", ".join(config.model.mixers), config.model
+    return (
+        f"{num_parameters:,} parameters ({mixers}; width {model.width}, depth {model.depth}), "
+        f"{task.introduction()}, sequences of {config.data.seq_len:,} tokens, "
+        f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}"
+    )
+
+
+def _resume_line(saved: Path, step: int, num_steps: int) -> str:
+    if step < num_steps:
+        return f"resuming from {saved}"
+    done = f"finished: {saved} is at step {step} of {num_steps}; nothing is trained"
+    return f"{done}: raise train.steps to go on, or give another run.dir"

@@ -1,0 +1,272 @@
+"""What a stateful mixer provides, and its scan over the tokens that one rank holds.
+
+A causal operator has one state, which flows from left to right. A non-causal one has two, stacked in front: one flows
+to the right, one to the left. Gradients of states flow against them.
+
+Documents: ``segments [B, L]`` are non-decreasing ids >= 0. A state enters a shard only where the shard's first token
+continues the document of the token before it. ``A = 0`` for a shard in which a document begins, and ``B`` is the sum of
+its last document alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _aliases
+from .transition import AffineMap, Diagonal, Transition, broadcast_rows
+
+NO_TOKENS = -1  # the document id that an empty shard reports
+
+
+class Carry(NamedTuple):
+    """What a sequence needs of the tokens before it.
+
+    Attributes:
+        state: ``[B, ...]``, fp32 or better for recurrent states, the tokens themselves for convolutions.
+        segment: int64 document ids the state belongs to (``[B]``; convolutions ``[B, tokens]``), or None.
+    """
+
+    state: Tensor
+    segment: Tensor | None = None
+
+
+class FusedForward(NamedTuple):
+    """The results of `StatefulOp.fused_forward`.
+
+    Attributes:
+        initial: the initial state ``[B, ...]`` in the dtype of states.
+        y, saved: as of `StatefulOp.apply_state`.
+        transition: ``A``, ignoring documents, as of `StatefulOp.local_transition`.
+        final: the final state, ``A initial + B``.
+    """
+
+    initial: Tensor
+    y: Tensor
+    saved: tuple[Tensor, ...]
+    transition: Tensor
+    final: Tensor
+
+
+class StatefulOp:
+    """A sequence mixer that reaches other tokens through a recurrent state: two passes and their adjoints.
+
+    ``inputs`` is a tuple of tensors (activations ``[B, L, ...]`` of this shard and, where the operator has them,
+    parameters); ``segments`` is ``[B, L]`` or None. ``initial``, the state before the shard, and the gradient of the
+    final state have the shape of ``B``: ``[B, ...]`` for a causal operator, ``[2, B, ...]`` for a non-causal one (from
+    the left, from the right).
+
+    A new operator defines `local_transition` and `apply_state` in differentiable PyTorch; the adjoints follow by
+    automatic differentiation of this shard alone. Fast operators override them.
+    """
+
+    causal: bool = True
+    transition: type[Transition] = Diagonal  # what the A of `local_transition` is
+    plain_sum: bool = True  # non-causal: without documents, both directions have the same B, and A = 1
+    __match_args__: tuple[str, ...] = ()  # settings that rebuild it under torch.compile; dataclasses define them
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _aliases.adopt_methods(cls, _aliases.OPERATOR_METHODS)
+
+    def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
+        """The implementation of this operator for such inputs; `scan` asks once per call."""
+        return self
+
+    def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This shard's ``(A, B)``, independent of the initial state.
+
+        ``A`` is the tensor of a `transition` and ignores documents (`local_map` masks it). ``B`` is the sum over the
+        last document; a non-causal operator stacks the sums over the last and the first document, ``[2, B, ...]``.
+        """
+        raise TypeError(f"{type(self).__name__} defines no local_transition")
+
+    def apply_state(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output ``[B, L, ...]`` and tensors for `input_grads`. ``initial`` reaches the first document only."""
+        raise TypeError(f"{type(self).__name__} defines no apply_state")
+
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
+        """Output and final state of a causal operator in one pass, where the initial state is known beforehand.
+
+        Used where no other rank holds tokens of the sequence; ``initial`` is None for zeros.
+        """
+        transition, state = local_map(self, inputs, segments)
+        initial = torch.zeros_like(state) if initial is None else initial.to(state.dtype)
+        y, saved = self.apply_state(inputs, segments, initial)
+        return FusedForward(initial, y, saved, transition.tensor, transition.apply(initial) + state)
+
+    def incoming_state_grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        initial: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> Tensor:
+        """What this shard's outputs contribute to the gradient of ``initial``; the shape of ``initial``."""
+        with torch.enable_grad():
+            initial = initial.detach().requires_grad_()
+            y, _ = self.apply_state(inputs, segments, initial)
+        return _vector_jacobian([y], [initial], [grad])[0]
+
+    def input_grads(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        initial: Tensor,
+        final_grad: Tensor,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, given those of the output (``grad``) and of the final state (``final_grad``)."""
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            y, _ = self.apply_state(leaves, segments, initial)
+            final = local_map(self, leaves, segments).apply(initial)
+        grads = iter(_vector_jacobian([y, final], [x for x in leaves if x.requires_grad], [grad, final_grad]))
+        return tuple(next(grads) if x.requires_grad else None for x in leaves)
+
+
+def _vector_jacobian(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products; zeros where an output, such as that of an empty shard, does not depend on an input."""
+    pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if y.requires_grad]
+    if not pairs or not inputs:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    used, upstream = zip(*pairs, strict=True)
+    return torch.autograd.grad(used, inputs, upstream, materialize_grads=True)
+
+
+def local_map(op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None) -> AffineMap:
+    """This shard's affine map: ``A = 0`` where a document begins in it, ``B`` of `StatefulOp.local_transition`."""
+    transition, state = op.local_transition(inputs, segments)
+    return AffineMap(_masked(op.transition(transition), segments, state if op.causal else state[0]), state)
+
+
+def _masked(transition: Transition, segments: Tensor | None, state: Tensor) -> Transition:
+    """The transition of a shard with documents: 0 where one begins inside it. ``state`` is one state ``[B, ...]``."""
+    if segments is None:
+        return transition
+    first, last = boundary_ids(segments)  # equal for an empty shard, which every state passes
+    return transition.masked(first == last, state)
+
+
+def boundary_ids(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids ``[B]`` of a shard's first and last document; `NO_TOKENS` for an empty shard."""
+    if not segments.shape[1]:
+        return (segments.new_full(segments.shape[:1], NO_TOKENS),) * 2
+    return segments[:, 0], segments[:, -1].clone()
+
+
+def continuation_masks(
+    ids: list[tuple[Tensor, Tensor]], carry: Carry | None
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Which shards continue the document before them.
+
+    Args:
+        ids: `boundary_ids` of all shards, in the order of the sequence.
+        carry: what came before the first shard.
+
+    Returns:
+        For each shard a mask ``[B]``, None for always, and the id ``[B]`` of the sequence's last document.
+    """
+    last = None if carry is None else carry.segment
+    found: list[Tensor | None] = []
+    for first_id, last_id in ids:
+        empty = first_id == NO_TOKENS
+        found.append(None if last is None else (first_id == last) | empty)
+        last = last_id if last is None else torch.where(empty, last, last_id)
+    return found, last
+
+
+class LocalScan(NamedTuple):
+    """The results of `local_scan`: output, final state ``[B, ...]``, and what `local_scan_backward` needs besides.
+
+    Attributes:
+        y: ``[B, L, ...]``.
+        final: the state to the right of the tokens, ``[B, ...]``.
+        transition: the tensor of ``A``, 0 where a document begins.
+        initial: ``[B, ...]``, or ``[2, B, ...]`` for a non-causal operator.
+        saved: of `StatefulOp.apply_state`.
+    """
+
+    y: Tensor
+    final: Tensor
+    transition: Tensor
+    initial: Tensor
+    saved: tuple[Tensor, ...]
+
+
+def local_scan(
+    op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+) -> LocalScan:
+    """The scan of a sequence that one rank holds whole; no gradients are recorded.
+
+    Args:
+        op: an implementation, from `StatefulOp.resolve_backend`.
+        inputs, segments: as of `StatefulOp`.
+        initial: ``[B, ...]``, the state before the sequence where its document goes on, 0 elsewhere; None for zeros.
+    """
+    if op.causal:
+        start, y, saved, transition, final = op.fused_forward(inputs, segments, initial)
+        return LocalScan(y, final, _masked(op.transition(transition), segments, final).tensor, start, saved)
+    own = local_map(op, inputs, segments)
+    start = both_directions(op, initial, own.state[0])
+    y, saved = op.apply_state(inputs, segments, start)
+    return LocalScan(y, own.transition.apply(start[0]) + own.state[0], own.transition.tensor, start, saved)
+
+
+def local_scan_backward(
+    op: StatefulOp,
+    inputs: tuple[Tensor, ...],
+    segments: Tensor | None,
+    initial: Tensor,
+    transition: Tensor,
+    saved: tuple[Tensor, ...],
+    grad: Tensor,
+    final_grad: Tensor | None,
+    need_initial_grad: bool,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The adjoint of `local_scan`.
+
+    Args:
+        initial, transition, saved: of `LocalScan`.
+        grad: of the output.
+        final_grad: of the final state ``[B, ...]``; None for zeros.
+        need_initial_grad: whether the gradient of the initial state is asked for.
+
+    Returns:
+        The gradients of the inputs, and that of the initial state ``[B, ...]`` or None.
+    """
+    one_way = initial if op.causal else initial[0]
+    initial_grad = None
+    if need_initial_grad:
+        own = op.incoming_state_grad(inputs, segments, initial, saved, grad)
+        initial_grad = own if op.causal else own[0]
+        if final_grad is not None:
+            initial_grad = initial_grad + op.transition(transition).adjoint().apply(final_grad)
+    grads = op.input_grads(inputs, segments, initial, both_directions(op, final_grad, one_way), saved, grad)
+    return grads, initial_grad
+
+
+def both_directions(op: StatefulOp, state: Tensor | None, like: Tensor) -> Tensor:
+    """A state of the left end, None for zeros, in the dtype of ``like [B, ...]``; a non-causal operator's is stacked
+    with zeros, the state of the right end.
+    """
+    one = torch.zeros_like(like) if state is None else state.to(like.dtype)
+    return one if op.causal else torch.stack([one, torch.zeros_like(one)])
+
+
+def masked_state(mask: Tensor | None, state: Tensor) -> Tensor:
+    """``state [B, ...]`` in the rows where ``mask [B]`` holds, 0 elsewhere; None keeps all."""
+    return state if mask is None else broadcast_rows(mask, state) * state
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """States and sums keep their dtype under autocast, which would run their matrix products in 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)

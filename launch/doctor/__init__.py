@@ -1,0 +1,1 @@
+"""The checks of `longreach doctor`, and what they measure."""

@@ -1,0 +1,51 @@
+"""How a process of this package begins and ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+from .exit_codes import BROKEN_PIPE, FAILED, report_error
+
+
+def use_huge_pages() -> None:
+    """Let torch ask for huge pages, before its first allocation; a value that is set in the environment is kept.
+
+    On a CPU, the page faults of a large new tensor cost more than filling it.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def interrupt_once(number: int, frame: object) -> NoReturn:
+    """A handler of SIGINT that acts on the first of several: the terminal sends one to every process of the
+    foreground, and the launcher sends its ranks another.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def exit_process(exit_code: int) -> NoReturn:
+    """End this process without finalizing the Python interpreter.
+
+    Background threads do not survive its finalization: a thread of gloo that drops the tensors of the last exchange
+    asks for the GIL, and torch aborts (https://github.com/pytorch/pytorch/pull/179291); a thread in a failed exchange
+    waits for ever; a thread of another library may still be at work after Ctrl-C.
+
+    Args:
+        exit_code: of this process; where it is 0 and the output cannot be written, another one is taken.
+    """
+    if not exit_code or "RANK" not in os.environ:
+        atexit._run_exitfuncs()  # those of a rank that failed could wait for ever
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        exit_code = exit_code or BROKEN_PIPE
+    except OSError as error:
+        exit_code = exit_code or report_error(f"standard output cannot be written: {error.strerror}", FAILED)
+    with suppress(OSError):
+        print(end="", file=sys.stderr, flush=True)
+    os._exit(exit_code)
