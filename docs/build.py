@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("kernels/*/README.md"))]
 PAGES += [ROOT / "benchmarks" / "README.md"]
-MODULES = [  # what users call; `kernels` is no package, so its operators are named
+MODULES = [  # what users call, the public names first; `kernels` is no package, so its operators are named
+    "longreach",
     "longreach.kernels.scan",
     "longreach.kernels.state",
     "longreach.kernels.transition",

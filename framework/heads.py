@@ -7,17 +7,21 @@ at the sequence's last token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ..kernels.state import StatefulOp
 from ..parallel.span import Span
 from .layers import RMSNorm
 
 IGNORED = -100  # the label of a token that the loss leaves out
-LOGITS_AT_ONCE = 2**22  # logits that the loss computes at a time (16 MiB in fp32)
+CPU_LOGIT_BYTES = 1 << 24  # of the fp32 logits that the loss holds at a time
+GPU_LOGIT_SHARE = 32  # on a GPU, one part in so many of its memory
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -69,13 +73,7 @@ class TokenHead(Head):
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.weight)
-        rows, wanted = x.flatten(0, 1), labels.flatten()
-        size = max(1, LOGITS_AT_ONCE // self.weight.shape[0])
-        losses = [
-            checkpoint(_token_loss, part, self.weight, ids, use_reentrant=False)
-            for part, ids in zip(rows.split(size), wanted.split(size), strict=True)
-        ]
-        return torch.cat(losses).view(labels.shape) if losses else x.sum(-1)
+        return _TokenLosses.apply(x.flatten(0, 1), self.weight, labels.flatten()).view(labels.shape)
 
     def measure(self, x: Tensor, labels: Tensor) -> Tensor:
         known = labelled(labels)
@@ -204,8 +202,60 @@ class Total(StatefulOp):
         return initial + self.local_transition(inputs, segments)[1], ()
 
 
-def _token_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_wide(F.linear(x, weight)), labels, ignore_index=IGNORED, reduction="none")
+class _TokenLosses(torch.autograd.Function):
+    """Negative log-likelihoods ``[N]`` of ``labels [N]`` under ``softmax(x W^T)``; 0 where a label is `IGNORED`.
+
+    ``x [N, D]``, ``W [V, D]``. Rows are processed in slabs, whose logits are recomputed in backward: only one slab of
+    logits is held. Losses are in fp32 or better, and so is the sum of the slabs' gradients of W: in 16 bits, each of
+    many additions would round.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        normalizers = x.new_empty(len(x), dtype=torch.promote_types(dtype, torch.float32))
+        losses = torch.empty_like(normalizers)
+        for rows in _slabs(x, weight):
+            logits = _logits(x[rows], weight, dtype)
+            normalizers[rows] = logits.logsumexp(-1)
+            ids = labels[rows]
+            picked = logits.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            losses[rows] = (normalizers[rows] - picked).masked_fill_(ids == IGNORED, 0.0)
+        ctx.save_for_backward(x, weight, labels, normalizers)
+        ctx.dtype = dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, labels, normalizers = ctx.saved_tensors
+        to_x = torch.empty_like(x)
+        to_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
+        for rows in _slabs(x, weight):
+            ids = labels[rows]
+            share = grad[rows].to(normalizers.dtype).masked_fill(ids == IGNORED, 0.0).unsqueeze(-1)
+            errors = _logits(x[rows], weight, ctx.dtype).sub_(normalizers[rows].unsqueeze(-1)).exp_().mul_(share)
+            errors.scatter_add_(-1, ids.clamp(min=0).unsqueeze(-1), -share)
+            errors = errors.to(ctx.dtype)
+            to_x[rows] = errors @ weight.to(ctx.dtype)
+            to_weight += errors.t() @ x[rows].to(ctx.dtype)
+        return to_x, to_weight.to(weight.dtype), None
+
+
+def _logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x W^T`` as a product in ``dtype``, in fp32 or better; a new tensor."""
+    logits = x.to(dtype) @ weight.to(dtype).t()
+    return logits.to(torch.promote_types(dtype, torch.float32))
+
+
+def _slabs(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Rows of ``x [N, D]`` whose logits are computed at a time."""
+    num_bytes = CPU_LOGIT_BYTES
+    if x.device.type == "cuda":
+        num_bytes = torch.cuda.get_device_properties(x.device).total_memory // GPU_LOGIT_SHARE
+    size = max(1, num_bytes // (4 * max(1, weight.shape[0])))
+    for start in range(0, len(x), size):
+        yield slice(start, min(start + size, len(x)))
 
 
 def _squared_error(answer: Tensor, label: Tensor) -> Tensor:

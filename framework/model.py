@@ -178,7 +178,9 @@ class Model(nn.Module):
             x = self.embedding(tokens.to(self.embedding.weight.dtype))
         else:
             x = self.embedding(tokens) * width**0.5
-        return x if self.config.positions == "none" else x + _sinusoids(span.position, x.shape[1], width).to(x)
+        if self.config.positions == "none":
+            return x
+        return x + _sinusoids(span.position, x.shape[1], width, x.device).to(x)
 
     def _run(self, block: nn.Module, x: Tensor, span: Span, name: str) -> tuple[Tensor, Tensor]:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -213,10 +215,10 @@ def _head(config: ModelConfig, embedding: nn.Module) -> Head:
     return kind(config.width, config.outputs, config.documents)
 
 
-def _sinusoids(start: int, length: int, width: int) -> Tensor:
+def _sinusoids(start: int, length: int, width: int, device: torch.device) -> Tensor:
     """``[length, width]`` sines and cosines of positions from ``start`` on, fp64, wavelengths from 2 pi to 2e4 pi."""
-    rates = 1e-4 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.arange(start, start + length, dtype=torch.float64).unsqueeze(-1) * rates
+    rates = 1e-4 ** (torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    angles = torch.arange(start, start + length, dtype=torch.float64, device=device).unsqueeze(-1) * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
 
 

@@ -109,6 +109,12 @@ class StateExchange(Protocol):
         """What ``collective`` returns; where a layer is recomputed for its gradients, what it returned at first."""
         ...
 
+    def detached(self) -> StateExchange:
+        """The exchange without its caches, for the backward pass: the autograd graph holds it. A graph that holds a
+        cache of its own results is a cycle that Python's garbage collector cannot see.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class ScanContext:
@@ -157,7 +163,7 @@ def cross_rank_scan(
         transition = transition.masked(continues, to_right)
     # Without documents, a plain sum is the same in both directions: one is sent.
     shared = not op.causal and op.plain_sum and segments is None
-    context = ScanContext(exchange, transition, continues, op.causal, shared)
+    context = ScanContext(exchange.detached(), transition, continues, op.causal, shared)
     initial = None if carry is None else carry.state.to(to_right.dtype)
     scans = [DirectionalScan(to_right, initial, False, exchange.need_final_state)]
     if not op.causal:
@@ -243,7 +249,8 @@ class _CrossRankScan(torch.autograd.Function):
         if segments is not None:
             ctx.mark_non_differentiable(carry_out.segment)
         ctx.set_materialize_grads(False)
-        return y, carry_out.state, carry_out.segment if segments is not None else None
+        final = carry_out.state.detach()  # another tensor than the cached one, which must not hold this graph
+        return y, final, carry_out.segment if segments is not None else None
 
     @staticmethod
     @once_differentiable

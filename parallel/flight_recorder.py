@@ -6,6 +6,7 @@ import json
 import os
 
 RECENT = 12  # collectives that are compared
+DUMPS = {"": "_dump_fr_trace_json", " (NCCL)": "_dump_nccl_trace_json"}  # of gloo and NCCL; torch has either or both
 _UNEVEN = ("all_to_all", "gather", "scatter", "barrier", "alltoall")  # whose payloads may differ between ranks
 
 Trace = dict[str, str]
@@ -13,7 +14,7 @@ Trace = dict[str, str]
 
 
 def enable() -> None:
-    """Have torch record the last collectives; before the world is joined."""
+    """Have torch record the last collectives, those of NCCL too; before the world is joined."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "32")
 
 
@@ -21,12 +22,15 @@ def recent_collectives() -> Trace:
     """The last collectives that this rank started; empty where torch records none."""
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None)
-    entries = json.loads(dump()).get("entries", []) if dump is not None else []
+    entries = []
+    for suffix, name in DUMPS.items():
+        dump = getattr(c10d, name, None)
+        found = json.loads(dump()).get("entries", []) if dump is not None else []
+        entries += [(int(entry["time_created_ns"]), int(entry["record_id"]), suffix, entry) for entry in found]
     trace = {}
-    for entry in sorted(entries, key=lambda entry: int(entry["record_id"])):
+    for _, _, suffix, entry in sorted(entries, key=lambda row: row[:3]):
         if not entry["is_p2p"]:
-            key = f"{entry['process_group'][0]}.{entry['collective_seq_id']}"
+            key = f"{entry['process_group'][0]}{suffix}.{entry['collective_seq_id']}"
             kind = entry["profiling_name"].rpartition(":")[2].strip("_")
             sizes = "x".join(str(size) for shape in entry["input_sizes"] for size in shape) or "1"
             trace[key] = kind if kind in _UNEVEN else f"{kind} of {sizes} {''.join(entry['input_dtypes'][:1])}"

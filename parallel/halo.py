@@ -104,19 +104,12 @@ class HaloExchange:
         lengths: tokens of each rank's shard; shards may be empty.
         left, right: halo tokens before and after the shard.
         count: counts the bytes.
-        cached: keeps the forward exchange for recomputation.
     """
 
     def __init__(
-        self,
-        axis: Axis,
-        lengths: Sequence[int],
-        left: int,
-        right: int,
-        count: ByteCounter = uncounted,
-        cached: CollectiveCache = uncached,
+        self, axis: Axis, lengths: Sequence[int], left: int, right: int, count: ByteCounter = uncounted
     ) -> None:
-        self.axis, self.width, self.count, self.cached = axis, left + right, count, cached
+        self.axis, self.width, self.count = axis, left + right, count
         self._forward: P2PBatch | None = None
         self._backward: P2PBatch | None = None
         transfers = halo_transfers(lengths, left, right) if axis.size > 1 else []
@@ -132,14 +125,14 @@ class HaloExchange:
             if t.destination == rank
         ]
 
-    def start(self, x: Tensor) -> None:
-        """Start to exchange tokens of ``x [B, n, ...]``."""
+    def start(self, x: Tensor, cached: CollectiveCache = uncached) -> None:
+        """Start to exchange tokens of ``x [B, n, ...]``; ``cached`` keeps the exchange for recomputation."""
 
         def exchange() -> P2PBatch:
             shapes = [(rank, _shape(x, place.stop - place.start)) for rank, place in self._receives]
             return P2PBatch([(rank, x[:, place]) for rank, place in self._sends], shapes, x, self.axis, self.count)
 
-        self._forward = self.cached(exchange)
+        self._forward = cached(exchange)
 
     def finish(self, like: Tensor, fill: float) -> Tensor:
         """The halo ``[B, left + right, ...]``, both sides end to end; ``fill`` beyond the sequence's ends."""
@@ -170,8 +163,10 @@ class _StartHalo(torch.autograd.Function):
     """Start an exchange. Returns x, its first and last ``edge`` tokens, and a handle that orders `_FinishHalo`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HaloExchange, edge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exchange.start(x)
+    def forward(
+        ctx: Any, x: Tensor, exchange: HaloExchange, edge: int, cached: CollectiveCache
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        exchange.start(x, cached)
         ctx.exchange, ctx.edge = exchange, edge
         return x.view_as(x), x[:, :edge].clone(), x[:, x.shape[1] - edge :].clone(), x.new_zeros(())
 
@@ -182,7 +177,7 @@ class _StartHalo(torch.autograd.Function):
         grad[:, : ctx.edge] += first
         grad[:, grad.shape[1] - ctx.edge :] += last
         ctx.exchange.finish_backward(grad)
-        return grad, None, None
+        return grad, None, None, None
 
 
 class _FinishHalo(torch.autograd.Function):
@@ -261,8 +256,8 @@ def halo(
         sides = x.new_zeros(_shape(x, width))
     else:
         overlap = fn is not None and length > 2 * width
-        exchange = HaloExchange(axis, lengths, left, right, count, cached)
-        x, opening, closing, handle = _StartHalo.apply(x, exchange, width if overlap else 0)
+        exchange = HaloExchange(axis, lengths, left, right, count)
+        x, opening, closing, handle = _StartHalo.apply(x, exchange, width if overlap else 0, cached)
         if fn is not None and overlap:
             inside = fn(x, slice(left, left + length))
         sides = _FinishHalo.apply(handle, x, exchange)

@@ -4,7 +4,8 @@ A process that is frozen, or whose machine is gone, closes no connection, and it
 rank sends a datagram each second: to the first rank, which monitors all others, or, from the first rank, to the second,
 which monitors the first. Sending never blocks. A datagram holds the rank's place in the program, its stack and its last
 collectives: a rank that falls silent is named with its last stack, and ranks in different collectives are named with
-both.
+both. gloo raises an error in a rank whose exchange takes too long; NCCL does not, so the monitor looks for different
+collectives by itself where no rank has started one for longer than the time-out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from . import flight_recorder
 from .mesh import Axis, ExchangeFailed, RanksDisagree, gather_values, is_lost
 
 INTERVAL = 1.0  # seconds between two heartbeats
-FRAMES = 5  # of a rank's stack in a heartbeat
+FRAMES = 3  # innermost and outermost functions of a rank's stack in a heartbeat
 PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 MONITOR, DEPUTY = 0, 1  # the rank that monitors all others, and the one that monitors it
 ALIVE, EXCHANGE_FAILED, FAILED = "alive", "exchange failed", "failed"
@@ -40,6 +41,7 @@ class _Report:
     place: str = "it never answered"
     status: str = ALIVE
     trace: flight_recorder.Trace = field(default_factory=dict)
+    since: float = 0.0  # when the trace last changed
 
 
 class Heartbeat:
@@ -56,6 +58,7 @@ class Heartbeat:
         self._place, self._status = "starting", ALIVE
         self._thread = threading.get_ident()  # whose stack is sent
         self._reports: dict[int, _Report] = {}
+        self._own: tuple[flight_recorder.Trace, float] = {}, time.monotonic()  # this rank's trace, and since when
         self._left = threading.Event()
 
     def set_phase(self, place: str) -> None:
@@ -121,7 +124,8 @@ class Heartbeat:
         except (OSError, ValueError, TypeError, RecursionError):
             return
         if token == self._token and rank in self._reports and isinstance(trace, dict):
-            self._reports[rank] = _Report(time.monotonic(), place, status, trace)
+            before, now = self._reports[rank], time.monotonic()
+            self._reports[rank] = _Report(now, place, status, trace, before.since if before.trace == trace else now)
 
     def _run(self) -> None:
         while not self._left.is_set():
@@ -136,18 +140,37 @@ class Heartbeat:
                     rank = self._world.ranks[other]
                     silent = f"has not answered for {self._timeout:g} s" if report.status != FAILED else "failed"
                     return self._on_lost(f"rank {rank} {silent}: {report.place}")
+            if line := self._stalled():
+                return self._on_lost(f"ranks disagree {self._place}: {line}")
         return None
+
+    def _stalled(self) -> str:
+        """Which ranks are in different collectives, where none has started another for longer than the time-out."""
+        trace, now = flight_recorder.recent_collectives(), time.monotonic()
+        if trace != self._own[0]:
+            self._own = trace, now
+        limit = self._timeout + 3 * INTERVAL  # gloo raises at the time-out, and the ranks say why
+        started = [self._own[1], *(report.since for report in self._reports.values())]
+        if not self._reports or any(now - one < limit for one in started):
+            return ""
+        rank = self._world.ranks[self._world.rank]
+        for other, report in self._reports.items():
+            if line := flight_recorder.first_mismatch(rank, trace, self._world.ranks[other], report.trace):
+                return line
+        return ""
 
 
 def _stack(thread: int) -> str:
-    """A thread's stack in one line: this package's functions, the innermost first."""
+    """A thread's stack in one line: this package's functions, the innermost first; those in the middle are left out."""
     frame = sys._current_frames().get(thread)
     found: list[str] = []
-    while frame is not None and len(found) < FRAMES:
+    while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(PACKAGE) and "site-packages" not in file:
             found.append(f"{frame.f_code.co_name} ({file.removeprefix(PACKAGE)}:{frame.f_lineno})")
         frame = frame.f_back
+    if len(found) > 2 * FRAMES:
+        found[FRAMES:-FRAMES] = ["..."]
     return ", in " + " of ".join(found) if found else ""
 
 

@@ -120,13 +120,28 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
         torch.cuda.set_device(local_rank())
     timeout, c10d = timedelta(seconds=timeout_seconds), cast(Any, dist.distributed_c10d)
     # Torch would let exchanges of groups that are made later, DeepSpeed's among them, hang for half an hour.
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    c10d.default_pg_timeout, c10d.default_pg_nccl_timeout = timeout, nccl_timeout(timeout_seconds)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        extend_nccl_timeout(dist.group.WORLD, timeout_seconds)
     except RuntimeError as error:
         allowed = f"the {ranks} ranks did not find each other within {timeout_seconds:g} s ({error})"
         fix = "start all ranks at about the same time, in a network where each reaches each, or raise parallel.timeout"
         raise InputError("rendezvous", f"{host}:{port}", allowed, fix) from None
+
+
+def nccl_timeout(timeout_seconds: float) -> timedelta:
+    """How long NCCL may take where an exchange may take ``timeout_seconds``: long enough for the heartbeat to name the
+    cause, before NCCL's watchdog aborts the process without one.
+    """
+    return timedelta(seconds=2 * timeout_seconds + 30)
+
+
+def extend_nccl_timeout(group: Any, timeout_seconds: float) -> None:
+    """Set `nccl_timeout` for the NCCL backend of a group, if it has one; its gloo backend keeps its time-out."""
+    for device in group._device_types:
+        if device.type == "cuda":
+            group._get_backend(device)._set_default_timeout(nccl_timeout(timeout_seconds))
 
 
 _START = "start the ranks with torchrun or deepspeed, or let longreach train start them (parallel.ranks)"
@@ -211,7 +226,20 @@ def init_mesh(
         raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or recursive_doubling")
     supposed = cost.links(device.type)
     axis = replace(_join(rows), relay=relay, node=node, peers=peers, near=near or supposed[0], far=far or supposed[1])
-    return Mesh(data=_join(columns), sequence=axis, world=world, device=device)
+    mesh = Mesh(data=_join(columns), sequence=axis, world=world, device=device)
+    for one in (world, mesh.data, axis, node, peers):
+        warm_up(one, device)
+    return mesh
+
+
+def warm_up(axis: Axis | None, device: torch.device) -> None:
+    """A first exchange with all ranks of a group; a collective.
+
+    NCCL makes a group's communicator at its first exchange. If that were a batch of sends and receives, all ranks of
+    the group would have to take part, but ranks without tokens have nothing to exchange.
+    """
+    if axis is not None and axis.group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
 
 
 def local_size() -> int:
@@ -234,6 +262,8 @@ def _join(layout: list[tuple[int, ...]]) -> Axis:
     mine = Axis()
     for ranks in layout:
         group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if group is not None and dist.get_rank() in ranks and torch.cuda.is_available():
+            extend_nccl_timeout(group, cast(Any, dist.distributed_c10d).default_pg_timeout.total_seconds())
         if dist.get_rank() in ranks:
             mine = Axis(ranks.index(dist.get_rank()), len(ranks), ranks, group)
     return mine

@@ -68,6 +68,9 @@ class AxisStateExchange:
         found: T = self._cached(collective)
         return found
 
+    def detached(self) -> AxisStateExchange:
+        return AxisStateExchange(self._axis, self._count)
+
     def gather_boundary_ids(self, first: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
         found: list[Any] = self._cached_ids(lambda: gather([first, last], self._axis, self._count_ids))
         return found

@@ -199,6 +199,14 @@ class Span:
         )
         return scan(op, *inputs, segments=self.segments, carry=self.carry.get(key), relay=exchange)
 
+    def release(self) -> None:
+        """Drop the outgoing carry and the cached exchanges, once this span is done with.
+
+        The autograd graph of a carry may hold the span (recomputation does), a cycle that Python cannot collect.
+        """
+        for shared in vars(self._cache).values():
+            shared.clear()
+
     @_untraced_across_ranks
     def halo(
         self, x: Tensor, left: int, right: int = 0, fn: LocalFunction | None = None, *, name: str = "halo"

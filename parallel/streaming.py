@@ -92,6 +92,7 @@ def train(
         outgoing = {key: span.carry_out[key].state for key, grad in grads.items() if grad is not None}
         backward(_InjectStateGrads.apply(value, [grads[key] for key in outgoing], *outgoing.values()))
         grads = {key: entry.state.grad for key, entry in carry.items()}
+        span.release()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...parallel.span import ChannelShard, Span
+
+MASK_ELEMENTS = 1 << 24  # of a mask of queries by keys that is held at a time
 
 
 @dataclass
@@ -47,22 +50,34 @@ class Softmax(nn.Module):
     def _attend(self, shard: ChannelShard) -> Tensor:
         """All tokens of some heads ``[B, T + L, H_r, 3K]`` -> ``[B, L, H_r, K]``."""
         q, k, v = (part.transpose(1, 2) for part in shard.tokens.chunk(3, dim=-1))
-        q = q[:, :, shard.num_past :]
-        mask = None
-        # A single token sees all tokens: no mask.
-        if shard.segments is not None or (self.causal and shard.num_past and q.shape[2] > 1):
-            place = torch.arange(k.shape[2], device=k.device)
-            mask = torch.ones(len(place) - shard.num_past, len(place), dtype=torch.bool, device=k.device)
-            if self.causal:
-                mask = place[shard.num_past :].unsqueeze(-1) >= place
-            if shard.segments is not None:
-                ids = shard.segments
-                mask = mask & (ids[:, shard.num_past :].unsqueeze(-1) == ids.unsqueeze(-2)).unsqueeze(1)
+        q, num_past, ids = q[:, :, shard.num_past :], shard.num_past, shard.segments
         if not q.numel():  # more ranks than heads
             return q.transpose(1, 2)
-        causal = self.causal and mask is None and not shard.num_past
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return y.transpose(1, 2)
+        # A single token sees all tokens: no mask.
+        if ids is None and not (self.causal and num_past and q.shape[2] > 1):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and not num_past)
+            return y.transpose(1, 2)
+        size = max(1, MASK_ELEMENTS // (len(q) * k.shape[2]))  # of a mask of all queries, some rows at a time
+        bounds = [(start, min(start + size, q.shape[2])) for start in range(0, q.shape[2], size)]
+        if len(bounds) == 1:
+            return self._masked(q, k, v, ids, num_past, *bounds[0]).transpose(1, 2)
+        parts = [
+            checkpoint(self._masked, q, k, v, ids, num_past, *rows, use_reentrant=False, preserve_rng_state=False)
+            for rows in bounds
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, num_past: int, start: int, stop: int
+    ) -> Tensor:
+        """Attention ``[B, H, stop - start, K]`` of some queries of ``q [B, H, L, K]``, with causality and documents."""
+        seen = num_past + stop if self.causal else k.shape[2]
+        place = torch.arange(seen, device=k.device)
+        queries = slice(num_past + start, num_past + stop)
+        mask = place[queries].unsqueeze(-1) >= place if self.causal else place.new_ones(1, seen, dtype=torch.bool)
+        if ids is not None:
+            mask = mask & (ids[:, queries].unsqueeze(-1) == ids[:, :seen].unsqueeze(-2)).unsqueeze(1)
+        return F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=mask)
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:

@@ -400,6 +400,7 @@ def _elementwise_query_grad_kernel(
     grad += row * grad_batch
     document_starts += row * (length + 1)
     part += row * length * width
+    part_size = tl.full([], part_size, tl.int64)  # three times it may exceed 32 bits where it does not itself
     dq += row * length * width
     a += row * length * width
     y += row * length * width

@@ -166,7 +166,7 @@ def _split_states_kernel(
     values += batch * value_batch + head * value_head
     row, column_k, column_v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     first = (index * split_len).to(tl.int32)
-    last = tl.minimum(first + split_len, length)
+    last = first + tl.minimum(split_len, length - first)
     chunks = tl.cdiv(last - first, CHUNK)
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
@@ -249,7 +249,7 @@ def _scan_kernel(
     for step in tl.range(0, num_splits, num_stages=4):
         index = num_splits - 1 - step if REVERSE else step
         begin = index * split_len
-        stop = tl.minimum(begin + split_len, length)
+        stop = begin + tl.minimum(split_len, length - begin)
         own = tl.load(states + index * stride, mask=mask, other=0.0)
         tl.store(states + index * stride, state.to(tl.float32), mask=mask)
         if DECAY:
@@ -333,7 +333,7 @@ def _output_kernel(
     values += batch * value_batch + head * value_head
     row, column_k, column_v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     first = (index * split_len).to(tl.int32)
-    last = tl.minimum(first + split_len, length)
+    last = first + tl.minimum(split_len, length - first)
     chunks = tl.cdiv(last - first, CHUNK)
 
     # `states` is [B, N, H, ...], the matrix and then z; dq and dk load the transposed matrix.

@@ -95,7 +95,7 @@ def _pack_kernel(
     """Places ``[low, high)`` of all rows: ``first`` zeros, tokens (zeros for the past if not PAST), zeros."""
     row, place, channel = _tile(width, low, high, TOKENS, CHANNELS)
     sequence, begin, count = _row(starts, lengths, row, num_past, length, DOCUMENTS)
-    inside = (place >= first) & (place < first + count)
+    inside = (place >= first) & (place - first < count)
     token = begin + place - first
     columns = (channel < width)[None, :]
     source = x + sequence * x_batch + (token * x_token)[:, None] + (channel * x_channel)[None, :]
@@ -136,7 +136,7 @@ def _unpack_kernel(
     """The tokens that start at ``first`` in each row, all in places ``[low, high)``, over ``size``."""
     row, place, channel = _tile(width, low, high, TOKENS, CHANNELS)
     sequence, begin, count = _row(starts, lengths, row, num_past, length, DOCUMENTS)
-    inside = (place >= first) & (place < first + count)
+    inside = (place >= first) & (place - first < count)
     token = begin + place - first
     columns = (channel < width)[None, :]
     if not PAST:

@@ -91,7 +91,7 @@ def _forward_kernel(
     mask = column < width
     batch = (program // num_tiles // num_chunks).to(tl.int64)
     first = program // num_tiles % num_chunks * chunk_len
-    last = tl.minimum(first + chunk_len, length)
+    last = first + tl.minimum(chunk_len, length - first)
     x += batch * x_batch
     past += batch * past_batch
     y += batch * length * width
@@ -178,7 +178,7 @@ def _backward_kernel(
     place = (program // num_tiles).to(tl.int64)
     batch = place // num_chunks
     first = program // num_tiles % num_chunks * chunk_len
-    last = tl.minimum(first + chunk_len, length)
+    last = first + tl.minimum(chunk_len, length - first)
     first = tl.where(first == 0, -num_past, first)
     grad += batch * grad_batch
     x += batch * x_batch

@@ -9,24 +9,26 @@ from typing import Any
 
 from ...errors import InputError
 
-SUMMARY = "check and measure on this machine: kernels, memory, parallel or decode"
+SUMMARY = "check and measure on this machine: kernels, memory, parallel, decode or static"
 DESCRIPTION = """Measure on this machine: a table, JSON and a plot, with machine, commit and date. NAME is one of
 
   kernels   checks the operators, then times them against what bounds them and what they replace (the default)
   memory    peak memory of a training step against the sequence's length: softmax, whole, and streamed in blocks
   parallel  ranks on gloo: training speed of two against one, and the bytes and time that a layer exchanges, beside
             DeepSpeed's Ulysses and ring attention
-  decode    tokens per second and bytes of state against the position, beside softmax attention with its cache"""
+  decode    tokens per second and bytes of state against the position, beside softmax attention with its cache
+  static    what can be known of the GPU kernels without a GPU: launches, bytes, registers, occupancy, instructions"""
 EXAMPLES = """
   longreach bench kernels --longest 65536
   longreach bench memory --memory-gib 4 --seconds 60
   longreach bench parallel"""
 
-BENCHES: dict[str, dict[str, int]] = {  # modules of `launch.bench`: the options of each, and their least values
+BENCHES: dict[str, dict[str, Any]] = {  # modules of `launch.bench`: the options of each, and their least values
     "kernels": {"threads": 0, "longest": 16_384},
     "memory": {"threads": 0, "longest": 1, "seconds": 1, "memory_gib": 0},
     "parallel": {},
     "decode": {"threads": 0, "longest": 4096, "memory_gib": 0},
+    "static": {"target": ""},
 }
 
 
@@ -36,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", default="kernels", choices=list(BENCHES), help=names)
     out_help = "directory of the results (default: benchmarks/results in the current directory)"
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help=out_help)
-    threads_help = "number of CPU threads; 0: all (default: all; decode: 1; not for parallel)"
+    threads_help = "number of CPU threads; 0: all (default: all; decode: 1; not for parallel and static)"
     parser.add_argument("--threads", type=int, help=threads_help)
-    longest_help = "longest sequence to measure, in tokens (default 2^20; not for parallel)"
+    longest_help = "longest sequence to measure, in tokens (default 2^20; not for parallel and static)"
     parser.add_argument("--longest", type=int, help=longest_help)
     seconds_help = "memory: the most seconds that a step may take, unless it is streamed (default 300)"
     parser.add_argument("--seconds", type=float, help=seconds_help)
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     memory_help += "values of softmax attention (default 4)"
     parser.add_argument("--memory-gib", type=float, help=memory_help)
+    target_help = "static: what to compile for (default sm_90)"
+    parser.add_argument("--target", choices=["sm_80", "sm_90"], help=target_help)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -168,7 +168,7 @@ def test_48_a_signal_saves_at_an_agreed_step(job_dir: JobDirectory, number: sign
         done = finish(process, 60)
     assert done.returncode == STOPPED
     last = steps(job_dir, run)[-1]
-    error_line(done, f"stopped after step {last}, as {number.name} asked", "run the same command again to resume")
+    error_line(done, f"stopped after step {last}, on {number.name}", "run the same command again to resume")
     assert job_dir.checkpoints(run) == [f"step-{last:08d}"]
     assert job_dir.train(run, "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0
     assert job_dir.train(f"{run}-whole", "parallel.ranks=2", f"train.steps={last + 3}").returncode == 0

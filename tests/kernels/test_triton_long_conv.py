@@ -132,7 +132,7 @@ def test_places_without_tokens(tiny: ModuleType) -> None:
 
 
 def test_fp64_is_left_to_the_portable_implementation() -> None:
-    lacks = BACKENDS.options["triton"].lacks
+    lacks = BACKENDS.options["triton"].unsupported_reason
     assert not lacks("cuda", torch.bfloat16, torch.float32)
     assert "fp32" in lacks("cuda", torch.float32, torch.float64) and "GPU" in lacks("cpu", torch.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -62,7 +62,7 @@ class Launch:
 
     Attributes:
         kernel: the function decorated with ``@triton.jit``.
-        programs: how many run.
+        grid: how many programs run, along up to three axes.
         arguments: the values by name, "constexpr" ones included.
         signature: Triton's type of each argument by name, such as "*bf16", "i64", or "constexpr".
         constants: the values of "constexpr" arguments, and of integers equal to 1, by position.
@@ -71,7 +71,7 @@ class Launch:
     """
 
     kernel: Any
-    programs: int
+    grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     signature: Mapping[str, str]
     constants: Mapping[tuple[int, ...], Any]
@@ -82,6 +82,10 @@ class Launch:
     def name(self) -> str:
         name: str = self.kernel.__name__
         return name
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def source(self) -> ASTSource:
@@ -166,6 +170,9 @@ class _StandInDriver:
 # Operations that launch nothing, besides views.
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "alias")
 
+# Operations that read their first argument's shape alone, or only write it.
+_NOT_READ = ("copy_", "fill_", "zero_", "new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like")
+
 
 class _TorchOperations(TorchDispatchMode):
     """Records the operations of PyTorch on meta tensors that would launch kernels on a GPU."""
@@ -177,8 +184,10 @@ class _TorchOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         name = str(function).removeprefix("aten.")
-        if not function.is_view and name.split(".")[0] not in _FREE:
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and x.device.type == "meta"]
+        short = name.split(".")[0]
+        if not function.is_view and short not in _FREE:
+            leaves = tree_leaves((args[short in _NOT_READ :], kwargs, out))
+            tensors = [x for x in leaves if isinstance(x, Tensor) and x.device.type == "meta"]
             if tensors:
                 self._operations.append(TorchOperation(name, sum(map(footprint, tensors))))
         return out
@@ -240,14 +249,10 @@ def _by_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 
 def _launch(kernel: Any, grid: Any, arguments: dict[str, Any], compile_arguments: dict[str, Any]) -> Launch:
-    sizes = grid(arguments) if callable(grid) else grid
-    programs = 1
-    for size in sizes:
-        programs *= size
     options = json.loads(compile_arguments["specialization_data"])["options"]
     return Launch(
         kernel,
-        programs,
+        tuple(grid(arguments) if callable(grid) else grid),
         arguments,
         compile_arguments["signature"],
         compile_arguments["constants"],
@@ -258,8 +263,3 @@ def _launch(kernel: Any, grid: Any, arguments: dict[str, Any], compile_arguments
 
 def _frozen(x: Any) -> Any:
     return tuple(x) if isinstance(x, list) else x
-
-
-def without_interpreter() -> dict[str, str]:
-    """This process's environment, for one that compiles."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

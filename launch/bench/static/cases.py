@@ -1,0 +1,204 @@
+"""The operators at named shapes, forward and backward, on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels.elementwise import elementwise_attention
+from ....kernels.linear_attention import linear_attention
+from ....kernels.long_conv import triton as long_conv
+from ....kernels.long_conv.chunked import LongConv
+from ....kernels.modal_conv import ModalConv
+from ....kernels.scan import scan
+from ....kernels.short_conv import short_conv
+from .capture import Gpu, Recording, footprint, recorded
+
+ORDER = 6  # of element-wise attention
+HEAD_WIDTH = 128  # K and V of linear attention
+TAPS = 4  # of the short convolution
+MODES = 8  # of the modal convolution
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B, L and D of ``[B, L, D]``; linear attention has ``D / HEAD_WIDTH`` heads, or D of width 1 where that is none.
+
+    Attributes:
+        taps: K of the long convolution; None for L.
+    """
+
+    batch: int
+    length: int
+    width: int
+    taps: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.batch * self.length * self.width
+
+
+STANDARD = Shape(1, 131_072, 2_048)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator in one of its variants.
+
+    Attributes:
+        operator: its name.
+        variant: "plain", "decay", "normalize", "documents", ...
+        make: given a shape, the operator's inputs (of which those that require gradients are counted) and the function
+            that computes its output from them.
+    """
+
+    operator: str
+    variant: str
+    make: Callable[[Shape], tuple[list[Tensor], Callable[..., Tensor]]] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.variant}"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of a case runs.
+
+    Attributes:
+        case, name: the case; "forward" or "backward".
+        recording: launches and operations of PyTorch.
+        least_bytes: of the tensors that the pass must at least read and write: inputs and output; forward's inputs, the
+            gradient of the output and those of the inputs.
+    """
+
+    case: Case
+    name: str
+    recording: Recording
+    least_bytes: int
+
+
+def passes(case: Case, shape: Shape, gpu: Gpu) -> tuple[Pass, Pass]:
+    """The forward pass, which saves tensors for the backward one, and the backward pass."""
+    inputs, function = case.make(shape)
+    with recorded(gpu.target) as forward:
+        y = function(*inputs)
+    grad = torch.empty_like(y, memory_format=torch.contiguous_format)
+    with recorded(gpu.target) as backward:
+        torch.autograd.grad(y, inputs, grad)
+    given = sum(map(footprint, inputs))
+    return (
+        Pass(case, "forward", forward, given + footprint(y)),
+        Pass(case, "backward", backward, 2 * given + footprint(y)),
+    )
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without data, which requires a gradient where its dtype can."""
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def _documents(shape: Shape, documents: bool) -> Tensor | None:
+    return tensor(shape.batch, shape.length, dtype=torch.int64) if documents else None
+
+
+def _elementwise(shape: Shape, *, causal: bool = True, documents: bool = False) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        segments = _documents(shape, documents)
+        return elementwise_attention(q, k, v, order=ORDER, causal=causal, segments=segments, backend="triton")[0]
+
+    return [tensor(shape.batch, shape.length, shape.width) for _ in range(3)], run
+
+
+def _linear_attention(
+    shape: Shape, *, causal: bool = True, decay: bool = False, normalize: bool = False, documents: bool = False
+) -> Any:
+    heads = max(1, shape.width // HEAD_WIDTH)
+    width = shape.width // heads
+    decays = [1 - 2.0 ** -(5 + i % 8) for i in range(heads)] if decay else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options: dict[str, Any] = {"decay": decays, "causal": causal, "normalize": normalize}
+        options["segments"] = _documents(shape, documents)
+        return linear_attention(q, k, v, scale=width**-0.5, backend="triton", **options)[0]
+
+    return [tensor(shape.batch, shape.length, heads, width) for _ in range(3)], run
+
+
+def _short_conv(shape: Shape, *, activation: str | None = "silu", documents: bool = False) -> Any:
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        segments = _documents(shape, documents)
+        return short_conv(x, weight, bias, activation=activation, segments=segments, backend="triton")[0]
+
+    x = tensor(shape.batch, shape.length, shape.width)
+    return [x, tensor(shape.width, TAPS), tensor(shape.width)], run
+
+
+def _long_conv(shape: Shape, *, causal: bool = True, documents: bool = False) -> Any:
+    def run(x: Tensor, kernel: Tensor, skip: Tensor) -> Tensor:
+        segments = None
+        if documents:  # the portable part reads where they begin
+            segments = torch.arange(shape.length).mul_(4).div_(shape.length, rounding_mode="floor")
+            segments = segments.expand(shape.batch, -1)
+        return convolution(x, kernel, skip, causal=causal, segments=segments)[0]
+
+    convolution = LongConv(long_conv.forward, long_conv.backward)
+    x, taps = tensor(shape.batch, shape.length, shape.width), shape.taps or shape.length
+    fp32 = partial(tensor, dtype=torch.float32)
+    return [x, fp32(shape.width, taps), fp32(shape.width)], run
+
+
+def _modal_conv(shape: Shape) -> Any:
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return scan(ModalConv(backend="chunked"), x, *parameters)[0]
+
+    return [tensor(shape.batch, shape.length, shape.width), *(tensor(shape.width, MODES) for _ in range(4))], run
+
+
+_MAKERS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Mapping[str, Any]]]] = {
+    "elementwise": (
+        _elementwise,
+        {
+            "plain": {},
+            "documents": {"documents": True},
+            "non-causal": {"causal": False},
+            "non-causal documents": {"causal": False, "documents": True},
+        },
+    ),
+    "linear_attention": (
+        _linear_attention,
+        {
+            "plain": {},
+            "decay": {"decay": True},
+            "normalize": {"normalize": True},
+            "documents": {"documents": True},
+            "non-causal": {"causal": False},
+            "non-causal normalize documents": {"causal": False, "normalize": True, "documents": True},
+        },
+    ),
+    "short_conv": (
+        _short_conv,
+        {"SiLU": {}, "plain": {"activation": None}, "SiLU documents": {"documents": True}},
+    ),
+    "long_conv": (_long_conv, {"plain": {}, "non-causal": {"causal": False}}),
+    "modal_conv": (_modal_conv, {"plain (no Triton kernel)": {}}),
+}
+
+
+def cases() -> list[Case]:
+    """Every operator in every variant."""
+    return [
+        Case(operator, variant, partial(make, **options))
+        for operator, (make, variants) in _MAKERS.items()
+        for variant, options in variants.items()
+    ]
+
+
+def long_conv_documents() -> Case:
+    """The long convolution of four documents, whose lengths are read from a real tensor."""
+    return Case("long_conv", "documents", partial(_long_conv, documents=True))
