@@ -97,7 +97,7 @@ class StateExchange(Protocol):
         Args:
             transition: the A of this shard's map, the same in all directions.
             scans: shapes and directions agree between ranks.
-            saved: of the forward scan, of which this is the adjoint: the transitions that it returned.
+            saved: in backward, the transitions that the forward scan returned; the exchange takes their adjoints.
 
         Returns:
             For each scan the state that enters this shard, and the final state (may be None where it is not needed);
@@ -110,8 +110,8 @@ class StateExchange(Protocol):
         ...
 
     def detached(self) -> StateExchange:
-        """The exchange without its caches, for the backward pass: the autograd graph holds it. A graph that holds a
-        cache of its own results is a cycle that Python's garbage collector cannot see.
+        """The exchange without its caches, for the backward pass. The autograd graph keeps it; with the caches, it
+        would keep its own outputs alive, a cycle that Python's garbage collector cannot see.
         """
         ...
 
@@ -280,7 +280,7 @@ def scan(
         op: the operator.
         inputs: activations ``[B, L, ...]`` of this shard, and parameters.
         segments: ``[B, L]`` int64 non-decreasing document ids >= 0 of this shard, or None for one document.
-        carry: what came before the whole sequence; the same on every rank.
+        carry: what came before the whole sequence (of all ranks); the same on every rank.
         relay: exchanges states with the ranks that hold the other shards; None if this is the whole sequence.
 
     Returns:

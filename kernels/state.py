@@ -4,8 +4,9 @@ A causal operator has one state, which flows from left to right. A non-causal on
 to the right, one to the left. Gradients of states flow against them.
 
 Documents: ``segments [B, L]`` are non-decreasing ids >= 0. A state enters a shard only where the shard's first token
-continues the document of the token before it. ``A = 0`` for a shard in which a document begins, and ``B`` is the sum of
-its last document alone.
+continues the document of the token before it. ``A = 0`` for a shard in which a document begins, and ``B`` is the final
+state of its last document alone. `local_map` looks for documents that begin after the shard's first token; across
+ranks, `scan` also looks at the first token.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class FusedForward(NamedTuple):
     Attributes:
         initial: the initial state ``[B, ...]`` in the dtype of states.
         y, saved: as of `StatefulOp.apply_state`.
-        transition: ``A``, ignoring documents, as of `StatefulOp.local_transition`.
+        transition: ``A``, as of `StatefulOp.local_transition`; it may be masked by documents already.
         final: the final state, ``A initial + B``.
     """
 
@@ -60,11 +61,17 @@ class StatefulOp:
 
     A new operator defines `local_transition` and `apply_state` in differentiable PyTorch; the adjoints follow by
     automatic differentiation of this shard alone. Fast operators override them.
+
+    Attributes:
+        causal: whether states flow from left to right only.
+        transition: the class of transitions of which `local_transition` returns the tensor.
+        plain_sum: of a non-causal operator whose A is 1, which has the same B in both directions where there are no
+            documents, and uses the sum of both initial states: one state is exchanged for both directions.
     """
 
     causal: bool = True
-    transition: type[Transition] = Diagonal  # what the A of `local_transition` is
-    plain_sum: bool = True  # non-causal: without documents, both directions have the same B, and A = 1
+    transition: type[Transition] = Diagonal
+    plain_sum: bool = False
     __match_args__: tuple[str, ...] = ()  # settings that rebuild it under torch.compile; dataclasses define them
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -86,7 +93,9 @@ class StatefulOp:
     def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output ``[B, L, ...]`` and tensors for `input_grads`. ``initial`` reaches the first document only."""
+        """The output ``[B, L, ...]`` and tensors for `input_grads`. ``initial`` reaches the first document
+        only, and the right-end state of a non-causal operator the last one.
+        """
         raise TypeError(f"{type(self).__name__} defines no apply_state")
 
     def fused_forward(
@@ -126,7 +135,7 @@ class StatefulOp:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, given those of the output (``grad``) and of the final state (``final_grad``)."""
         with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            leaves = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs)
             y, _ = self.apply_state(leaves, segments, initial)
             final = local_map(self, leaves, segments).apply(initial)
         grads = iter(_vector_jacobian([y, final], [x for x in leaves if x.requires_grad], [grad, final_grad]))
@@ -189,7 +198,7 @@ class LocalScan(NamedTuple):
 
     Attributes:
         y: ``[B, L, ...]``.
-        final: the state to the right of the tokens, ``[B, ...]``.
+        final: the state after the last token, ``[B, ...]``.
         transition: the tensor of ``A``, 0 where a document begins.
         initial: ``[B, ...]``, or ``[2, B, ...]`` for a non-causal operator.
         saved: of `StatefulOp.apply_state`.
@@ -205,7 +214,7 @@ class LocalScan(NamedTuple):
 def local_scan(
     op: StatefulOp, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
 ) -> LocalScan:
-    """The scan of a sequence that one rank holds whole; no gradients are recorded.
+    """The scan of a sequence that one rank holds whole. For autograd Functions and custom ops, which record no graph.
 
     Args:
         op: an implementation, from `StatefulOp.resolve_backend`.
@@ -264,7 +273,7 @@ def both_directions(op: StatefulOp, state: Tensor | None, like: Tensor) -> Tenso
 
 def masked_state(mask: Tensor | None, state: Tensor) -> Tensor:
     """``state [B, ...]`` in the rows where ``mask [B]`` holds, 0 elsewhere; None keeps all."""
-    return state if mask is None else broadcast_rows(mask, state) * state
+    return state if mask is None else state.where(broadcast_rows(mask, state) != 0, 0)  # 0 * inf would be NaN
 
 
 def full_precision(like: Tensor) -> torch.autocast:

@@ -52,8 +52,8 @@ class Transition(ABC):
 
     @abstractmethod
     def sections(self, state: Tensor, number: int) -> Iterator[tuple[slice, Transition]]:
-        """Cut the elements of a contiguous ``state``, in memory order, into at most ``number`` ranges that ``A`` maps
-        independently of each other: the range, and ``A`` restricted to it, for states of one dimension (`affine`).
+        """Cut the elements of a contiguous ``state``, in memory order, into at most ``number`` ranges over which ``A``
+        is block-diagonal. Yields each range, and ``A`` on it as a transition of flat states (`affine`).
         """
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Diagonal(Transition):
         return Diagonal(self.tensor.conj())
 
     def masked(self, keep: Tensor, state: Tensor) -> Diagonal:
-        return Diagonal(self.tensor * broadcast_rows(keep, state))
+        return Diagonal(self.tensor.where(broadcast_rows(keep, state) != 0, 0))
 
     def sections(self, state: Tensor, number: int) -> Iterator[tuple[slice, Transition]]:
         start = 0
@@ -125,13 +125,15 @@ def exclusive_chunk_scan(
         state: ``[B, N, ...]``, each chunk's ``B``.
         initial: ``[B, ...]``, the state before the first chunk (behind the last one if ``reverse``).
         continues: ``[B, N]`` bool, whether chunk i takes the final state of chunk i - 1 (i + 1 if ``reverse``); None
-            for always.
+            for always. A document that begins inside a chunk is in ``decay`` (0) and ``state`` already. For
+            ``reverse`` this is not the forward mask but the one shifted by a chunk.
         reverse: scan from right to left.
 
     Returns:
         ``[B, N + 1, ...]`` in fp64 (complex128): row i is the state before chunk i, the last row the final state. If
         ``reverse``, row i + 1 is the state that enters chunk i from the right, and row 0 is the final state. Depth
-        ``log2 N`` (Hillis and Steele 1986). fp64, so that sums of a million terms lose nothing.
+        ``log2 N`` (Hillis and Steele 1986), or a cumulative sum where every ``A`` is 1. In fp64, so that the rounding
+        of a million terms stays far below that of fp32.
     """
     wide = torch.complex128 if state.is_complex() else torch.float64
     if reverse:

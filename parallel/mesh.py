@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import cost, flight_recorder
 
+GATHER_RANKS = 8  # on GPUs, ranks of a sequence up to which `auto` gathers where the link was not measured
 BEAT_SECONDS, RUNNING = 1.0, -1.0  # how often the first rank reports that it is running, and the value it sends
 
 
@@ -192,6 +193,11 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def default_device() -> torch.device:
+    """Where this process computes: its GPU, if torch sees one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def init_mesh(
     sequence: int = 1,
     *,
@@ -213,8 +219,7 @@ def init_mesh(
     """
     ranks = world_size()
     check_mesh(ranks, sequence)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = default_device()
     if not dist.is_initialized():
         return Mesh(device=device)
     rows = [tuple(range(start, start + sequence)) for start in range(0, ranks, sequence)]
@@ -224,12 +229,23 @@ def init_mesh(
     if relay == "hierarchical" and node is None:
         allowed = f"needs a sequence over several nodes; its {sequence} ranks lie on one, or unevenly on several"
         raise InputError("parallel.relay", relay, allowed, "choose auto, gather, pipeline or recursive_doubling")
+    relay = default_relay(relay, sequence, device, near)
     supposed = cost.links(device.type)
     axis = replace(_join(rows), relay=relay, node=node, peers=peers, near=near or supposed[0], far=far or supposed[1])
     mesh = Mesh(data=_join(columns), sequence=axis, world=world, device=device)
     for one in (world, mesh.data, axis, node, peers):
         warm_up(one, device)
     return mesh
+
+
+def default_relay(relay: str, sequence: int, device: torch.device, near: cost.Link | None) -> str:
+    """``gather`` for ``auto`` between few GPUs whose link was not measured, else ``relay``.
+
+    The cost model would choose by a supposed latency. An all-gather has one, the other algorithms have several in
+    sequence; `longreach doctor` measures it.
+    """
+    unmeasured = relay == "auto" and device.type == "cuda" and near is None and sequence <= GATHER_RANKS
+    return "gather" if unmeasured else relay
 
 
 def warm_up(axis: Axis | None, device: torch.device) -> None:

@@ -1,12 +1,15 @@
-"""Span: the part of a sequence that this rank computes, and the four verbs by which a mixer reaches the rest of it.
+"""Span: the part of a sequence that this rank computes, and the verbs by which a mixer reaches the rest of it.
 
     y = span.scan(op, *inputs)           a stateful mixer: an exclusive scan of states over the shards
     x = span.halo(x, left, right)        the shard with its halo of neighbouring tokens
     y = span.by_channel(fn, x)           a function of the whole sequence, sharded by channels (all-to-all)
-    span.carry                           what came before the sequence, read and written by the verbs above
+    span.carry, span.carry_out           what the verbs read of earlier tokens, and write for later ones
 
 The rest of the sequence may be on other ranks (sequence parallelism), in an earlier block (streaming), or generated
 already (decoding). A mixer is the same code for all three; ``Span()`` is a whole sequence on one device.
+
+A span covers the tokens that all ranks process in one call: the whole sequence, or one streamed block of it, or the
+next generated token. Below, "the sequence" means these tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def shard_lengths(length: int, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ChannelShard:
-    """All tokens of some channels: what `Span.by_channel` passes to its function.
+    """All tokens of some channels: what `Span.by_channel` passes to its function, unless a halo is enough.
 
     Attributes:
         tokens: ``[B, T + L, D_r, ...]``, the carried tokens first.
@@ -95,7 +98,7 @@ class Span:
     Attributes of its geometry:
         axis: the ranks that share the sequence.
         lengths: tokens of each rank's shard; None for a single rank, which holds what it is given.
-        start: global position of the sequence's first token; not 0 where earlier blocks came before.
+        start: global position of the first token of all ranks; not 0 where earlier blocks came before.
         segments: ``[B, n]`` int64 non-decreasing document ids >= 0 of this rank's tokens; None for one document.
     of its state:
         carry: what came before ``start``, by layer and call; empty at the beginning. The same on every rank.
@@ -149,14 +152,17 @@ class Span:
         return self._cache.carry_out
 
     def shard(self, x: Tensor) -> Tensor:
-        """This rank's tokens of ``x [B, L, ...]``, which holds all tokens from position 0 on."""
+        """This rank's tokens of ``x [B, L, ...]``, which holds all tokens from position 0 on; x itself without
+        `lengths`, where a rank holds what it is given.
+        """
         return x if self.lengths is None else x[:, self.position : self.position + self.lengths[self.axis.rank]]
 
     def for_layer(self, layer: str, **fields: Any) -> Span:
         """The view of this span for one layer: carries and bytes of its verbs go under that name.
 
-        A layer that is recomputed takes a new view of the same name, with ``cache_collectives=True`` both times: then
-        states and halos are exchanged once, and the carry is that of the first time.
+        A layer that is recomputed takes a new view of the same name, with ``cache_collectives=True`` in the first
+        forward pass and in the recomputation: then states and halos are exchanged once, and the carry is that of the
+        first pass.
         """
         return replace(self, layer=f"{self.layer}.{layer}" if self.layer else layer, **fields, _names=set())
 
@@ -165,8 +171,11 @@ class Span:
         return replace(self, carry=carry, **fields, _cache=_SharedCache(), _names=set())
 
     def next_block(self, length: int) -> Span:
-        """The span of the tokens after this one's (``length`` tokens over all ranks), with the carry that it wrote."""
-        return self.with_carry(self.carry_out, start=self.start + length, segments=None)
+        """The span after this one, of as many tokens on each rank, with the carry that this one wrote.
+
+        ``length``: tokens of this span over all ranks.
+        """
+        return self.with_carry(dict(self.carry_out), start=self.start + length, segments=None)
 
     def scan(self, op: StatefulOp, *inputs: Tensor, name: str = "scan") -> Tensor:
         """A stateful mixer over the whole sequence.
@@ -265,7 +274,7 @@ class Span:
 
     @_untraced_across_ranks
     def by_channel(
-        self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = 0, *, name: str = "by_channel"
+        self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = None, *, name: str = "by_channel"
     ) -> Tensor:
         """A function of the whole sequence, run by each rank on its share of the channels.
 
@@ -274,8 +283,9 @@ class Span:
                 than channels).
             x: ``[B, n, D, ...]``, this shard; dimension 2 (channels, or heads) is what is split.
             reach: how many past tokens each output of ``fn`` depends on, and on no future ones, with zeros where there
-                are none; None for all tokens. Where a halo of that width is fewer bytes than the all-to-all, ``fn``
-                gets this shard with the halo instead, all channels of it.
+                are none; None for any, past or future. Where a halo of that width is fewer bytes than the all-to-all,
+                ``fn`` gets shards with their halos instead, all channels of them (``num_past = 0``; it answers for
+                every token that it gets), possibly in several calls.
             name: of this call; a layer that calls `by_channel` twice names its calls.
 
         Returns:

@@ -1,6 +1,7 @@
 """The parts of the layering that import-linter cannot express: who may reach torch.distributed, and who DeepSpeed."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,26 @@ def test_operators_have_the_same_files(operator: str) -> None:
     wanted |= {"compiled.py"} if operator in ("long_conv", "short_conv") else set()
     assert wanted <= {path.name for path in (ROOT / "kernels" / operator).iterdir()}
     assert {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} == set(OPERATORS)
+
+
+OLD_NAMES = (
+    r"summarize_grad|(?<!_)attend_grad|def (summarize|attend|advance|on)\(self, inputs|\.(summarize|attend)\(",
+    r"\bRelay\b|AxisRelay|\.sweep\(|\bFlow\b|\bPlace\b|at_edge|\bfold_grad\b|\bper_row\b|entering_states|\bAlone\b",
+    r"_Journey|\.(entered|following)\(|span\.(at|take)\(|\bremember=|\bnoise=|\bWhole\(|(?<!_)\bshares\(",
+    r"\bTrip\b|_Loan\b|class Move\b|_Pull\b|\bpulse\b|\bPulse\b|\bparting\b|cost\.through|_sent_last|_calls\b",
+    r"two_level|(?<!recursive[-_])\bdoubling\b|compare_with_nobody|\bcompare_ranks\b|first_alone|pretend_world",
+    r"kernels\.errors|kernels[./]library|framework\.(engine|zero|watch|agree|stop|finish|plan|carry|huggingface)\b",
+)
+PROSE = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/launch/*.md"), *ROOT.glob("kernels/*/README.md")]
+
+
+@pytest.mark.parametrize("pattern", OLD_NAMES)
+def test_old_names_are_gone_but_for_the_aliases(pattern: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*SOURCES.values(), *PROSE]
+        if path.name not in ("_aliases.py", "CHANGELOG.md")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not found, "\n".join(found)

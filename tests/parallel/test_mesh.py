@@ -19,6 +19,7 @@ from helpers import run_distributed
 from torch._C import _distributed_c10d
 
 from longreach.parallel import flight_recorder, mesh
+from longreach.parallel.cost import LINKS
 from longreach.parallel.halo import halo
 from longreach.parallel.mesh import Axis, PeerFailed, first_rank_only
 from longreach.parallel.recorder import Recorder
@@ -166,3 +167,20 @@ def test_the_flight_recorders_of_gloo_and_nccl_are_read(monkeypatch: pytest.Monk
         "0.2": "barrier",
         "0 (NCCL).2": "all_reduce of 3 Float",
     }
+
+
+@pytest.mark.parametrize(
+    ("relay", "sequence", "device", "measured", "expected"),
+    [
+        ("auto", 8, "cuda", False, "gather"),
+        ("auto", 16, "cuda", False, "auto"),
+        ("auto", 8, "cuda", True, "auto"),
+        ("auto", 8, "cpu", False, "auto"),
+        ("pipeline", 8, "cuda", False, "pipeline"),
+    ],
+)
+def test_few_gpus_gather_until_their_link_is_measured(
+    relay: str, sequence: int, device: str, measured: bool, expected: str
+) -> None:
+    near = LINKS["nvlink"] if measured else None
+    assert mesh.default_relay(relay, sequence, torch.device(device), near) == expected
