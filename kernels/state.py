@@ -273,7 +273,8 @@ def both_directions(op: StatefulOp, state: Tensor | None, like: Tensor) -> Tenso
 
 def masked_state(mask: Tensor | None, state: Tensor) -> Tensor:
     """``state [B, ...]`` in the rows where ``mask [B]`` holds, 0 elsewhere; None keeps all."""
-    return state if mask is None else state.where(broadcast_rows(mask, state) != 0, 0)  # 0 * inf would be NaN
+    # Not a product: 0 times a state that is not finite would be NaN in a document that has not seen it.
+    return state if mask is None else state.masked_fill(~broadcast_rows(mask, state), 0)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

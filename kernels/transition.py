@@ -77,7 +77,7 @@ class Diagonal(Transition):
         return Diagonal(self.tensor.conj())
 
     def masked(self, keep: Tensor, state: Tensor) -> Diagonal:
-        return Diagonal(self.tensor.where(broadcast_rows(keep, state) != 0, 0))
+        return Diagonal(self.tensor.masked_fill(~broadcast_rows(keep, state), 0))
 
     def sections(self, state: Tensor, number: int) -> Iterator[tuple[slice, Transition]]:
         start = 0
@@ -110,9 +110,8 @@ class AffineMap(NamedTuple):
 
 
 def broadcast_rows(values: Tensor, like: Tensor) -> Tensor:
-    """``values [B]`` as ``[B, 1, ...]`` in the real dtype of ``like [B, ...]``; booleans become 0 and 1."""
-    dtype = like.real.dtype if like.is_complex() else like.dtype
-    return values.to(dtype).view(-1, *(1 for _ in range(like.dim() - 1)))
+    """``values [B]`` as ``[B, 1, ...]``, with the dimensions of ``like [B, ...]``."""
+    return values.view(-1, *(1 for _ in range(like.dim() - 1)))
 
 
 def exclusive_chunk_scan(
