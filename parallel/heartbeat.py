@@ -27,7 +27,7 @@ from . import flight_recorder
 from .mesh import Axis, ExchangeFailed, RanksDisagree, gather_values, is_lost
 
 INTERVAL = 1.0  # seconds between two heartbeats
-FRAMES = 3  # innermost and outermost functions of a rank's stack in a heartbeat
+FRAMES = 4  # innermost and outermost functions of a rank's stack in a heartbeat
 PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 MONITOR, DEPUTY = 0, 1  # the rank that monitors all others, and the one that monitors it
 ALIVE, EXCHANGE_FAILED, FAILED = "alive", "exchange failed", "failed"
@@ -166,7 +166,7 @@ def _stack(thread: int) -> str:
     found: list[str] = []
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(PACKAGE) and "site-packages" not in file:
+        if file.startswith(PACKAGE) and "site-packages" not in file and frame.f_code.co_name != "<module>":
             found.append(f"{frame.f_code.co_name} ({file.removeprefix(PACKAGE)}:{frame.f_lineno})")
         frame = frame.f_back
     if len(found) > 2 * FRAMES:
