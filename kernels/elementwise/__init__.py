@@ -94,6 +94,7 @@ class ElementwiseAttention(StatefulOp):
     order: int = 6
     causal: bool = True
     backend: str = "auto"
+    plain_sum = True
 
     def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         q, k, v = inputs

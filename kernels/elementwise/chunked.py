@@ -42,6 +42,7 @@ class Chunked(StatefulOp):
 
     order: int = 6
     causal: bool = True
+    plain_sum = True
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         layout = _Layout.of(inputs[0])

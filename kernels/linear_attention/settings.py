@@ -28,6 +28,7 @@ class Settings:
     normalize: bool = False
     eps: float = 1e-6
     scale: float = 1.0
+    plain_sum = True  # of `StatefulOp`: a non-causal one has no decay
 
     def __post_init__(self) -> None:
         if self.decay is not None and not self.causal:

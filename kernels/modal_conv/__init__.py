@@ -81,7 +81,6 @@ class CentredModalConv(StatefulOp):
 
     backend: str = "auto"
     causal = False
-    plain_sum = False
 
     def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         x, log_decay, angle, re, im = inputs

@@ -18,7 +18,6 @@ class Centred(StatefulOp):
     """
 
     causal = False
-    plain_sum = False
 
     def __init__(self, one_way: StatefulOp) -> None:
         self._one_way = one_way

@@ -10,6 +10,9 @@ import torch
 from helpers import run_distributed
 from torch import Tensor
 
+from longreach.kernels.elementwise import ElementwiseAttention
+from longreach.kernels.linear_attention import LinearAttention
+from longreach.kernels.modal_conv import CentredModalConv
 from longreach.kernels.scan import Carry, StatefulOp, exclusive_chunk_scan, scan
 from longreach.parallel.mesh import Axis, node_axes
 from longreach.parallel.relay import AxisStateExchange
@@ -42,7 +45,6 @@ class TwoSided(StatefulOp):
     """A decaying sum over past and future tokens (non-causal, and not one plain sum)."""
 
     causal = False
-    plain_sum = False
     rate = 0.7
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,3 +183,22 @@ def test_entering_states(num_pieces: int, gated: bool, decayed: bool, reverse: b
     expected = [x, *expected] if reverse else [*expected, x]
     got = exclusive_chunk_scan(decay, state, start, gate, reverse=reverse)
     torch.testing.assert_close(got, torch.stack(expected, 1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [ElementwiseAttention(causal=False), LinearAttention(causal=False), CentredModalConv()],
+    ids=lambda op: op.__class__.__name__,
+)
+def test_a_plain_sum_is_declared_where_there_is_one(op: StatefulOp) -> None:
+    """Catches states that ranks exchange twice, or once where the two directions differ."""
+    x = torch.rand(3, 1, 6, 4, 8)
+    inputs = {
+        "ElementwiseAttention": (*x.flatten(3),),
+        "LinearAttention": (*x,),
+        "CentredModalConv": (x[0].flatten(2), -torch.rand(32, 2), torch.rand(32, 2), *torch.rand(2, 2, 32, 2)),
+    }[type(op).__name__]
+    own = op.resolve_backend(inputs)
+    transition, (to_right, to_left) = own.local_transition(inputs, None)
+    same = bool((transition == 1).all()) and torch.allclose(to_right, to_left)
+    assert op.plain_sum == own.plain_sum == same
