@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from ..errors import InputError
 from ..parallel import streaming
 from ..parallel.cost import Link
 from ..parallel.heartbeat import Heartbeat
-from ..parallel.mesh import Mesh, first_rank_only, gather_values, init_mesh, join_world, world_size
+from ..parallel.mesh import Mesh, first_rank_only, gather_values, init_mesh, join_world, to_device, world_size
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
 from .config import OptimConfig, RunConfig, validate
@@ -140,17 +141,18 @@ def train_step(
         ``optimizer_seconds`` in the rest of the engine's step, ``compute_seconds`` for all else: forward and backward.
     """
     started = time.monotonic()
-    for stopwatch in (traffic.waiting, engine.comm_timer):
+    for stopwatch in (traffic.waiting, engine.comm_timer, engine.step_timer):
         stopwatch.read()  # validation and checkpoints are not part of the step
     num_labels = _count_labels(batch, mesh, traffic)
-    nll_sum, penalty_sum = _accumulate_gradients(config, engine, mesh, batch, consumed, num_labels, traffic)
-    reducing, stepping = engine.comm_timer.read(), time.monotonic()
-    grad_norm = engine.step(lr)
-    gathering = engine.comm_timer.read()
-    optimizer_seconds = max(0.0, time.monotonic() - stepping - gathering)
+    sums = _accumulate_gradients(config, engine, mesh, batch, consumed, num_labels, traffic)
+    engine.comm_timer.lap()
+    norm = engine.step(lr)
+    nll_sum, penalty_sum, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # here the host waits
     with traffic.waiting:
         ranks = gather_values([nll_sum, penalty_sum, peak_memory(mesh.device)], mesh.world)
-    exchange_seconds, zero_seconds = traffic.waiting.read(), reducing + gathering
+    exchange_seconds = traffic.waiting.read()
+    reducing, gathering = engine.comm_timer.read_laps()
+    zero_seconds, optimizer_seconds = reducing + gathering, max(0.0, engine.step_timer.read() - gathering)
     elsewhere = exchange_seconds + zero_seconds + optimizer_seconds
     return {
         "loss": sum(row[0] for row in ranks) / num_labels,
@@ -166,8 +168,8 @@ def train_step(
 
 
 def _count_labels(batch: list[Batch], mesh: Mesh, traffic: Traffic) -> float:
-    """The labelled tokens of a step, over all data ranks."""
-    own = float(sum(int(labelled(micro.labels).sum()) for micro in batch))
+    """The labelled tokens of a step, over all data ranks; batches lie in main memory."""
+    own = float(sum(np.count_nonzero(labelled(micro.labels).numpy()) for micro in batch))
     with traffic.waiting:
         count = sum(row[0] for row in gather_values([own], mesh.data))
     if count == 0:
@@ -186,17 +188,17 @@ def _accumulate_gradients(
     consumed: int,
     num_labels: float,
     traffic: Traffic,
-) -> tuple[float, float]:
+) -> Tensor:
     """Forward and backward of this rank's shard of each micro-batch, block by block where it is streamed.
 
     Args:
         num_labels: of the whole step, over all ranks.
 
     Returns:
-        This rank's sum of token losses, and its part of the penalty on weights.
+        ``[2]`` fp64, on the device: this rank's sum of token losses, and its part of the penalty on weights.
     """
     first = consumed + mesh.data.rank * (config.data.batch_size // mesh.data.size)
-    nll_sum = penalty_sum = 0.0
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for number, micro in enumerate(batch):
         start = first + number * config.train.micro_batch_size
         rows = torch.arange(start, start + len(micro.tokens), device=mesh.device)
@@ -205,18 +207,16 @@ def _accumulate_gradients(
         num_terms = mesh.world.size * len(batch) * len(spans)
 
         def forward_only(span: Span, micro: Batch = micro) -> None:
-            engine(span.shard(micro.tokens).to(mesh.device), span=span, head=False)
+            engine(to_device(span.shard(micro.tokens), mesh.device), span=span, head=False)
 
         def block_loss(span: Span, micro: Batch = micro, num_terms: int = num_terms) -> Tensor:
-            nonlocal nll_sum, penalty_sum
-            tokens, labels = (span.shard(x).to(mesh.device) for x in (micro.tokens, micro.labels))
+            tokens, labels = (to_device(span.shard(x), mesh.device) for x in (micro.tokens, micro.labels))
             nll, penalty = engine(tokens, span=span, labels=labels)
-            nll_sum += float(nll.detach().double().sum())
-            penalty_sum += float(penalty.detach()) / num_terms
+            sums.add_(torch.stack([nll.detach().double().sum(), penalty.detach().double() / num_terms]))
             return nll.sum() / num_labels + penalty / num_terms
 
         streaming.train(spans, forward_only, block_loss, engine.backward, park=config.parallel.park_carries)
-    return nll_sum, penalty_sum
+    return sums
 
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
@@ -291,7 +291,8 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0},
     ]
     beta1, beta2 = optim.betas
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps)
+    fused = True if torch.cuda.is_available() else None  # one launch for many tensors
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=fused)
 
 
 def num_micro_batches(config: RunConfig) -> int:

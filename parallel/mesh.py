@@ -198,6 +198,13 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of main memory on ``device``; the host does not wait for a GPU, which copies from pinned memory."""
+    if device.type == "cuda":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def init_mesh(
     sequence: int = 1,
     *,
@@ -304,7 +311,8 @@ def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
     """Every rank's ``values`` (fp64), in rank order; a collective over an axis."""
     if axis.group is None:
         return [list(values)]
-    return all_gather(torch.tensor(values, dtype=torch.float64), axis).tolist()
+    gathered: list[list[float]] = all_gather(torch.tensor(values, dtype=torch.float64), axis).numpy().tolist()
+    return gathered
 
 
 class PeerFailed(RuntimeError):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.state import Carry
-from .mesh import Mesh
+from .mesh import Mesh, to_device
 from .span import Span
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def blocks(mesh: Mesh, length: int, block_len: int = 0, *, segments: Tensor | No
     for start in range(0, max(1, length), stride):
         span = Span.of(mesh, min(stride, length - start), start=start, **fields)
         if segments is not None:
-            span.segments = span.shard(segments).to(mesh.device)
+            span.segments = to_device(span.shard(segments), mesh.device)
         spans.append(span)
     return spans
 
@@ -104,12 +104,13 @@ class _CarryStore:
     def put(self, carries: Carries) -> list[tuple[str, Carry, torch.device]]:
         kept = []
         for key, (state, segment) in carries.items():
-            # `to` copies nothing that lies on the CPU already.
-            kept.append((key, Carry(state.to("cpu") if self.park else state, segment), state.device))
+            # `to` copies nothing that lies on the CPU already; from a GPU it copies to pinned memory, in stream order.
+            parked = state.to("cpu", non_blocking=True) if self.park else state
+            kept.append((key, Carry(parked, segment), state.device))
         return kept
 
     def get(self, kept: list[tuple[str, Carry, torch.device]]) -> Carries:
-        return {key: Carry(state.to(device), segment) for key, (state, segment), device in kept}
+        return {key: Carry(state.to(device, non_blocking=True), segment) for key, (state, segment), device in kept}
 
 
 def _as_leaves(carries: Carries) -> Carries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
@@ -19,9 +19,6 @@ CollectiveCache = Callable[[Callable[[], Any]], Any]
 """Runs a collective and returns its result; where a layer is recomputed, the result of the first time."""
 
 
-MAX_EVENTS = 1024  # pairs of CUDA events that are kept before their times are summed
-
-
 class Stopwatch:
     """Seconds that this rank's computation is blocked in what runs within it, waiting for slower ranks included.
 
@@ -29,14 +26,15 @@ class Stopwatch:
             dist.all_reduce(x)
         stopwatch.read()
 
-    On a GPU the stream waits and not Python: the time is that between two events on it. Nested uses count once.
+    On a GPU the stream waits and not Python: the time is that between two events on it, read when it is asked for.
+    Nested uses count once.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._on_gpu = device is not None and device.type == "cuda"
-        self._depth, self._seconds, self._started = 0, 0.0, 0.0
+        self._depth, self._started = 0, 0.0
         self._first: torch.cuda.Event | None = None
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._laps = [_Lap()]
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -49,23 +47,45 @@ class Stopwatch:
         if self._depth:
             return
         if self._first is None:
-            self._seconds += perf_counter() - self._started
+            self._laps[-1].seconds += perf_counter() - self._started
         else:
-            self._events.append((self._first, _event()))
-            if len(self._events) == MAX_EVENTS:
-                self._add_up()
+            self._laps[-1].add(self._first, _event())
+
+    def lap(self) -> None:
+        """Begin a new lap; waits for nothing."""
+        self._laps.append(_Lap())
+
+    def read_laps(self) -> list[float]:
+        """Seconds of each lap since the last reading. On a GPU, waits until they are over."""
+        laps, self._laps = self._laps, [_Lap()]
+        return [lap.read() for lap in laps]
 
     def read(self) -> float:
-        """Seconds since the last reading. On a GPU, waits until they are over."""
-        self._add_up()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        """Seconds since the last reading, over all laps. On a GPU, waits until they are over."""
+        return sum(self.read_laps())
 
-    def _add_up(self) -> None:
-        for first, last in self._events:
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
-        self._events.clear()
+
+class _Lap:
+    """Seconds, and pairs of events whose times are still to be added, in the order of the stream."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def add(self, first: torch.cuda.Event, last: torch.cuda.Event) -> None:
+        self._events.append((first, last))
+        while self._events and self._events[0][1].query():  # over already: few are kept
+            self._add_first()
+
+    def read(self) -> float:
+        while self._events:
+            self._events[0][1].synchronize()
+            self._add_first()
+        return self.seconds
+
+    def _add_first(self) -> None:
+        first, last = self._events.popleft()
+        self.seconds += first.elapsed_time(last) / 1000
 
 
 def _event() -> torch.cuda.Event:

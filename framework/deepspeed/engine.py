@@ -23,7 +23,7 @@ from ...errors import InputError
 from ...parallel.mesh import Mesh
 from ...parallel.traffic import Stopwatch, timed
 from .partition import FlatPartitionStore, ParameterPartitionStore, ReplicatedStore, partition_bounds
-from .workarounds import import_deepspeed, join_world
+from .workarounds import import_deepspeed, join_world, read_norm_once, take_norm
 
 _COLLECTIVES = (
     "all_reduce",
@@ -60,6 +60,7 @@ class Engine:
     Attributes:
         comm_timer: runs while DeepSpeed reduces gradients and gathers weights. With ``overlap_comm`` on a GPU, what
             overlaps with other work counts too.
+        step_timer: runs in `step`.
 
     Raises:
         InputError: this device cannot compute in the precision asked for.
@@ -69,7 +70,7 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
     ) -> None:
         deepspeed = import_deepspeed()
-        self.comm_timer = Stopwatch(mesh.device)
+        self.comm_timer, self.step_timer = Stopwatch(mesh.device), Stopwatch(mesh.device)
         join_world(deepspeed, mesh)
         self._backend = deepspeed.comm.comm.cdb
         for name in _COLLECTIVES:
@@ -96,6 +97,7 @@ class Engine:
         kind = ReplicatedStore if stage == 0 else ParameterPartitionStore if stage == 3 else FlatPartitionStore
         self._store = kind(self._deepspeed.optimizer, optimizer, trained, mesh.world)
         self._store.create_optimizer_state()
+        read_norm_once(self._deepspeed.optimizer)
         _set_learning_rates(optimizer, rates)
         self._update_scale: Callable[[bool], None] | None = None
         self._overflows: list[bool] = []
@@ -105,6 +107,10 @@ class Engine:
         self._reduces_gradients = stage == 0
         if self._reduces_gradients:
             self._deepspeed.enable_backward_allreduce = False
+            self._is_finite, self._clip = True, 0.0
+            if hasattr(self._deepspeed.optimizer, "overflow_checker"):
+                self._clip = settings.get("gradient_clipping", 0.0)
+                take_norm(self._deepspeed.optimizer, lambda: self._is_finite)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -139,38 +145,47 @@ class Engine:
         wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
         self._deepspeed.backward(wide * scale, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         """Update the weights with the gradient added up since the last step, which ends it.
 
         Args:
             lr: learning rate of all parameter groups.
 
         Returns:
-            The norm of the true gradient over all parameters, before clipping, the same on all ranks. Infinity if
-            the gradient was not finite: then nothing was updated (in fp16, the scale of the loss was reduced).
+            The norm of the true gradient over all parameters, before clipping, the same on all ranks; a scalar in
+            main memory or on the device. Infinity if the gradient was not finite: then nothing was updated (in fp16,
+            the scale of the loss was reduced).
         """
+        with self.step_timer:
+            norm = self._step(lr)
+        return torch.where(norm.isfinite() & (norm >= 0), norm, math.inf)
+
+    def _step(self, lr: float) -> Tensor:
         engine, optimizer = self._deepspeed, self._deepspeed.optimizer
         _set_learning_rates(optimizer, [lr] * len(optimizer.param_groups))
-        norm = self._reduce() if self._reduces_gradients else math.nan
-        if math.isinf(norm) and not hasattr(optimizer, "overflow"):  # a bare torch optimizer would go on
-            engine.zero_grad()
-            return math.inf
+        norm = self._reduce() if self._reduces_gradients else None
+        if norm is not None and not self._is_finite and not hasattr(optimizer, "overflow"):
+            engine.zero_grad()  # a bare torch optimizer would go on
+            return norm
         engine.step()
         self._store.after_step()
         while self._overflows and self._update_scale is not None:
             self._update_scale(self._overflows.pop())
         if not engine.was_step_applied():
-            return math.inf
-        norm = norm if self._reduces_gradients else float(engine.get_global_grad_norm())
-        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+            return torch.tensor(math.inf)
+        return norm if norm is not None else torch.as_tensor(engine.get_global_grad_norm())
 
-    def _reduce(self) -> float:
-        """Average the gradients of stage 0 and return the norm of the true gradient, or infinity."""
+    def _reduce(self) -> Tensor:
+        """Average the gradients of stage 0 and return the norm of the true gradient."""
         scale = self.gradient_scale / self.mesh.world.size
         self._deepspeed.buffered_allreduce_fallback()
-        norms = [p.grad.norm(dtype=torch.float32) for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.stack(norms).norm()) / scale if norms else 0.0
-        return norm if math.isfinite(norm) else math.inf
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        norm = torch.stack(norms).norm() / scale if norms else torch.zeros(())
+        self._is_finite = bool(norm.isfinite())
+        if self._clip:
+            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def partitions(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """This rank's partitions of the model and of the optimizer state; over all ranks, every value is there once.

@@ -9,9 +9,11 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import InputError
 from ...parallel.mesh import Mesh
@@ -80,3 +82,36 @@ def disable_stage3_order_check() -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+
+
+def read_norm_once(optimizer: Any) -> None:
+    """Let DeepSpeed's optimizer of stages 1 and 2 read the gradient's norm from the device, once, and nothing else.
+
+    It would look for what is not finite in all gradients first, though their norm tells, and read the norm twice.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    def in_main_memory(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **options: torch.tensor(float(norm(*args, **options)))
+
+    if hasattr(optimizer, "scaled_global_norm"):
+        optimizer.check_overflow = lambda partition_gradients=True: None
+        optimizer.scaled_global_norm = in_main_memory(optimizer.scaled_global_norm)
+    elif isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        if not hasattr(bf16_optimizer, "_norm_on_device"):
+            bf16_optimizer._norm_on_device = bf16_optimizer.get_global_norm_of_tensors
+        bf16_optimizer.get_global_norm_of_tensors = in_main_memory(bf16_optimizer._norm_on_device)
+
+
+def take_norm(optimizer: Any, is_finite: Callable[[], bool]) -> None:
+    """Let DeepSpeed's optimizer of stage 0 in 16 bits take our word on the gradient: it would read every one of them.
+
+    Args:
+        optimizer: clips nothing from now on.
+        is_finite: whether the gradient of the step is.
+    """
+    from deepspeed.runtime.fp16 import unfused_optimizer
+
+    optimizer.overflow_checker.check = lambda: not is_finite()
+    optimizer.clip_grad = 0.0
+    unfused_optimizer.get_weight_norm = lambda gradients, mpu=None: 0.0  # is looked at for what is not finite

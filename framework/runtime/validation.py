@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...parallel import streaming
-from ...parallel.mesh import Mesh, gather_values
+from ...parallel.mesh import Mesh, gather_values, to_device
 from ...parallel.span import Span
 from ...parallel.traffic import Traffic
 from ..config import RunConfig
@@ -82,19 +82,18 @@ def score(
     if split not in task.splits or not len(task.sequences(split, None)):
         return None
     names = head.metrics if task.has_metrics else ()
-    bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64)
+    bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64, device=mesh.device)
     for micro in batches_of(config, mesh, task, split).iterate(num_steps=max_batches or None):
 
         def add(span: Span, micro: Batch = micro) -> None:
-            labels = span.shard(micro.labels)
-            tokens, targets = (x.to(mesh.device) for x in (span.shard(micro.tokens), labels))
-            losses, _, *measured = run(tokens, span=span, labels=targets, measure=task.has_metrics)
+            tokens, labels = (to_device(span.shard(x), mesh.device) for x in (micro.tokens, micro.labels))
+            losses, _, *measured = run(tokens, span=span, labels=labels, measure=task.has_metrics)
             known = labelled(labels)
-            position = torch.arange(span.position, span.position + known.shape[1])
+            position = torch.arange(span.position, span.position + known.shape[1], device=mesh.device)
             position_bin = (position * POSITION_BINS // config.data.seq_len).expand_as(known).flatten()
             rows = [losses, known, *(measured[0].unbind(-1) if measured else ())]
             for row, values in zip(bins, rows, strict=True):
-                row.index_add_(0, position_bin, values.double().cpu().flatten())
+                row.index_add_(0, position_bin, values.double().flatten())
             if progress is not None:
                 progress(known.numel())
 
