@@ -76,6 +76,36 @@ class _Normed(torch.autograd.Function):
         return wide.addcmul_(normed, along, value=-1).mul_(rate).to(x.dtype), dweight.to(weight.dtype), None
 
 
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding` whose gradient in 16 bits is summed in fp32 on a CPU too, as on a GPU.
+
+    torch adds there in the weight's dtype: in bf16, the sum of equal terms stops at 256 of them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids ``[...]`` -> ``[..., D]``."""
+        if input.device.type == "cpu" and self.weight.dtype.itemsize == 2:
+            return _Rows.apply(self.weight, input)
+        return super().forward(input)
+
+
+class _Rows(torch.autograd.Function):
+    """``weight[ids]``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, dtype=torch.float32)
+        return total.index_add_(0, ids.flatten(), grad.reshape(-1, ctx.shape[1]).float()).to(ctx.dtype), None
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer ``W_down(silu(x W_gate) * (x W_up))``, Shazeer 2020 (arXiv 2002.05202)."""
 

@@ -17,7 +17,7 @@ from ..bounds import bounded
 from ..errors import InputError
 from ..parallel.span import Span
 from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
-from .layers import RMSNorm, SwiGLU, dropout
+from .layers import Embedding, RMSNorm, SwiGLU, dropout
 from .mixers import (
     CONFIGS,
     MIXERS,
@@ -203,7 +203,7 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def _embedding(config: ModelConfig) -> nn.Embedding:
-    return nn.Embedding(config.vocab, config.width)
+    return Embedding(config.vocab, config.width)
 
 
 def _head(config: ModelConfig, embedding: nn.Module) -> Head:

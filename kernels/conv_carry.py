@@ -55,7 +55,8 @@ def read_carry(x: Tensor, carry: Carry | None, segments: Tensor | None, reach: i
     A carry without ids belongs to the shard's first document, as in `kernels.scan.scan`.
     """
     if carry is None:
-        return Past(x[:, :0], None if segments is None else segments[:, :0])
+        no_tokens = x.new_empty(x.shape[0], 0, *x.shape[2:])  # not a slice, whose gradient would be zeros as large as x
+        return Past(no_tokens, None if segments is None else segments[:, :0])
     state, ids = carry
     if segments is not None and ids is None and x.shape[1]:
         ids = segments[:, :1].expand(state.shape[:2])

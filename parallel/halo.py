@@ -269,7 +269,7 @@ def halo(
     if inside is None:
         return fn(torch.cat([before, x, after], dim=1), slice(0, width + length))[:, left : left + length]
     # The outputs at either end that depend on the halo, from just the tokens that they depend on.
-    first = last = inside[:, :0]
+    first = last = inside.new_empty(_shape(inside, 0))  # not a slice, whose gradient would be zeros as large as it
     if left:
         first = fn(torch.cat([before, opening], dim=1), slice(0, left + width))[:, left : 2 * left]
     if right:

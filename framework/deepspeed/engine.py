@@ -108,6 +108,9 @@ class Engine:
         if self._reduces_gradients:
             self._deepspeed.enable_backward_allreduce = False
             self._is_finite, self._clip = True, 0.0
+            self._trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
+            for param in self._trained:
+                param.grad_dtype = torch.float32  # micro-batches add up in it, whatever the parameter's dtype
             if hasattr(self._deepspeed.optimizer, "overflow_checker"):
                 self._clip = settings.get("gradient_clipping", 0.0)
                 take_norm(self._deepspeed.optimizer, lambda: self._is_finite)
@@ -178,8 +181,11 @@ class Engine:
     def _reduce(self) -> Tensor:
         """Average the gradients of stage 0 and return the norm of the true gradient."""
         scale = self.gradient_scale / self.mesh.world.size
-        self._deepspeed.buffered_allreduce_fallback()
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for param in self._trained:  # every rank reduces the same ones
+            if param.grad is None:
+                param.grad = torch.zeros_like(param, dtype=torch.float32)
+        gradients = [param.grad for param in self._trained]
+        self._deepspeed.buffered_allreduce_fallback(gradients)
         norms = torch._foreach_norm(gradients, dtype=torch.float32)
         norm = torch.stack(norms).norm() / scale if norms else torch.zeros(())
         self._is_finite = bool(norm.isfinite())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import run_distributed
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longreach.kernels.long_conv import long_conv, reference_long_conv
 from longreach.kernels.scan import Carry
@@ -193,3 +194,39 @@ def test_channels_in_slices(lengths: list[int], with_segments: bool) -> None:
     data = make(sum(lengths), 19, 130, with_segments, *accumulate(lengths))
     expected = whole_of(reference_long_conv, data)
     assert_whole(run_distributed(sliced_share, len(lengths), data, lengths), expected)
+
+
+class _ZeroPadded(TorchDispatchMode):
+    """Counts the elements of gradients of slices: zeros as large as what was sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements += result.numel() if func.name() == "aten::slice_backward" else 0
+        return result
+
+
+def zero_gradients(axis: Axis, length: int, verb: str) -> int:
+    """Elements of zero-padded gradients in the backward pass of a causal short convolution of this rank's shard."""
+    width = 4
+    x, weight = torch.randn(1, length, width, requires_grad=True), torch.randn(width, TAPS, requires_grad=True)
+    span = Span(axis, (length,) * axis.size)
+    if verb == "halo":
+        y = span.halo(x, TAPS - 1, 0, lambda tokens, _: short_conv(tokens, weight, backend="chunked")[0])
+    else:
+        operator = short_conv if verb == "short_conv" else long_conv
+        y = operator(x, weight, backend="chunked")[0]
+    with _ZeroPadded() as padded:
+        y.sum().backward()
+    return padded.elements
+
+
+@pytest.mark.parametrize("verb", ["halo", "short_conv", "long_conv"])
+def test_an_empty_slice_has_no_gradient_of_the_whole_size(verb: str) -> None:
+    """Catches ``x[:, :0]`` in a graph: its gradient costs two passes over memory."""
+    length = 100
+    for elements in run_distributed(zero_gradients, 2, length, verb):
+        assert elements < length
