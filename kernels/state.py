@@ -279,4 +279,5 @@ def masked_state(mask: Tensor | None, state: Tensor) -> Tensor:
 
 def full_precision(like: Tensor) -> torch.autocast:
     """States and sums keep their dtype under autocast, which would run their matrix products in 16 bits."""
-    return torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)

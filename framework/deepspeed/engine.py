@@ -181,16 +181,18 @@ class Engine:
     def _reduce(self) -> Tensor:
         """Average the gradients of stage 0 and return the norm of the true gradient."""
         scale = self.gradient_scale / self.mesh.world.size
-        for param in self._trained:  # every rank reduces the same ones
-            if param.grad is None:
+        gradients = []
+        for param in self._trained:
+            if param.grad is None:  # every rank reduces the same ones
                 param.grad = torch.zeros_like(param, dtype=torch.float32)
-        gradients = [param.grad for param in self._trained]
+            gradients.append(param.grad)
         self._deepspeed.buffered_allreduce_fallback(gradients)
         norms = torch._foreach_norm(gradients, dtype=torch.float32)
         norm = torch.stack(norms).norm() / scale if norms else torch.zeros(())
         self._is_finite = bool(norm.isfinite())
         if self._clip:
-            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+            share = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, share)  # type: ignore[arg-type]
         return norm
 
     def partitions(self) -> Iterator[tuple[str, str, int, Tensor]]:

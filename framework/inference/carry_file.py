@@ -36,6 +36,7 @@ from ..runtime.files import remove, sync
 
 FORMAT = 2
 STATE, SEGMENT, LOGITS, RANDOM = ".state", ".segment", "logits", "random"
+RNG_BYTES = {5056: "cpu", 16: "cuda"}  # of the state of torch's random generator
 
 
 class SavedCarry(NamedTuple):
@@ -44,12 +45,12 @@ class SavedCarry(NamedTuple):
     Attributes:
         span: of the next token, with the carry.
         logits: ``[B, vocab]`` of the next token.
-        rng_state: uint8 ``[n]``, the state of the random generator for sampling.
+        rng_state: uint8 ``[n]``, the state of the random generator for sampling; None if it is to be seeded anew.
     """
 
     span: Span
     logits: Tensor
-    rng_state: Tensor
+    rng_state: Tensor | None
 
 
 def fingerprint(model: Model) -> str:
@@ -77,6 +78,7 @@ def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
         InputError: it cannot be written.
     """
     path = Path(path)
+    assert saved.rng_state is not None
     tensors = pack(saved.span.carry) | {LOGITS: saved.logits, RANDOM: saved.rng_state}
     kept = {name: _real(tensor).clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
@@ -98,8 +100,13 @@ def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
         ) from None
 
 
-def load(path: str | Path, model: Model) -> SavedCarry:
+def load(path: str | Path, model: Model, keep_rng: bool = True) -> SavedCarry:
     """Read a carry file; its tensors are on the model's device, the state of the random generator on the CPU.
+
+    Args:
+        path: of the file.
+        model: that wrote it.
+        keep_rng: read the state of the random generator, which depends on the kind of device.
 
     Raises:
         InputError: the file is missing, damaged, of another format, or the carry of another model.
@@ -125,13 +132,23 @@ def load(path: str | Path, model: Model) -> SavedCarry:
             tensors = others | pack({_aliases.carry_key(key, list(carries)): carries[key] for key in carries})
         if mismatch := _mismatch(model, tensors, header["position"]):
             raise InputError("carry", str(path), f"does not fit the model: {mismatch}")
-        torch.Generator(device=device).set_state(tensors[RANDOM])
+        if keep_rng:
+            _check_rng_state(path, tensors[RANDOM], device)
     except (RuntimeError, TypeError) as error:
         raise InputError("carry", str(path), f"is damaged: {error}") from None
     rng_state = tensors.pop(RANDOM)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     span = Span(start=header["position"], carry=unpack(tensors), keep_carry=True)
-    return SavedCarry(span, tensors[LOGITS], rng_state)
+    return SavedCarry(span, tensors[LOGITS], rng_state if keep_rng else None)
+
+
+def _check_rng_state(path: str | Path, state: Tensor, device: torch.device) -> None:
+    """Raise `InputError` unless ``state`` is that of a random generator on ``device``."""
+    kind = RNG_BYTES.get(state.numel(), device.type)
+    if kind != device.type:
+        allowed = f"was saved on {kind}, and the state of its random generator does not fit {device.type}"
+        raise InputError("carry", str(path), allowed, "give a seed (--seed) for a new one")
+    torch.Generator(device=device).set_state(state)
 
 
 def _header(path: str | Path, text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import _aliases
 from ...errors import InputError
 from ...parallel import streaming
-from ...parallel.mesh import Mesh
+from ...parallel.mesh import Mesh, to_device
 from ...parallel.span import Span
 from .. import tasks
 from ..config import RunConfig, load
@@ -170,7 +170,9 @@ def evaluate_task(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[T
     task.configure_model(config.model)
     num_tokens = len(task.sequences("test", None)) * config.data.seq_len
     with progress(f"reading {task.title}", num_tokens, unit="tokens") as advance:
-        return task, score_task(config, model, model.head, Mesh(), task, "test", progress=advance)
+        return task, score_task(
+            config, model, model.head, Mesh(device=next(model.parameters()).device), task, "test", progress=advance
+        )
 
 
 def evaluate(
@@ -352,22 +354,22 @@ def _sums_by_bin(model: Model, rows: ScoredRows, progress: Callable[[int], None]
     """Sum of the losses in nats, and number of labels, of each row's bins of positions: ``[B, bins, 2]`` fp64."""
     mesh = Mesh(device=next(model.parameters()).device)
     num_rows, length = rows.tokens.shape
-    sums = torch.zeros(num_rows, (length // FIRST_BIN_LEN).bit_length() + 1, 2, dtype=torch.float64)
+    sums = torch.zeros(num_rows, (length // FIRST_BIN_LEN).bit_length() + 1, 2, dtype=torch.float64, device=mesh.device)
 
     def losses(span: Span) -> Tensor:
         """The loss of each token of a block, and 1 if it has a label: ``[B, n, 2]`` fp64."""
-        ids, labels = (span.shard(x).to(device=mesh.device, dtype=torch.int64) for x in (rows.tokens, rows.labels))
+        ids, labels = (to_device(span.shard(x).long(), mesh.device) for x in (rows.tokens, rows.labels))
         nll = model(ids, span, labels)[0].double()
-        return torch.stack([nll, (labels != IGNORED).double()], dim=-1).cpu()
+        return torch.stack([nll, (labels != IGNORED).double()], dim=-1)
 
     spans = streaming.blocks(mesh, length, PREFILL_BLOCK_LEN if model.config.causal else 0, segments=rows.segments)
     for span, found in zip(spans, streaming.read(spans, losses), strict=True):
-        position = torch.arange(span.position, span.position + found.shape[1])
+        position = torch.arange(span.position, span.position + found.shape[1], device=mesh.device)
         bins = torch.log2((position // FIRST_BIN_LEN).double().clamp(min=0.5)).floor().long() + 1
         sums.index_add_(1, bins, found)
         if progress is not None:
             progress(found.shape[0] * found.shape[1])
-    return sums
+    return sums.cpu()
 
 
 class _BinSums:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import _aliases
 from ...errors import InputError
 from ...kernels.scan import Carry
+from ...parallel.mesh import to_device
 from ...parallel.span import Span
 from ..data import ByteVocabulary, Vocabulary
 from ..data.vocabulary import MAX_PENDING
@@ -36,7 +37,7 @@ def prefill(
 
     Args:
         model: causal, with a ``token`` head.
-        prompt: ``[B, L]`` int64 tokens, L >= 1.
+        prompt: ``[B, L]`` int64 tokens, L >= 1, on any device; blocks of tokens are moved to the model.
         span: of the first prompt token, with the carry of the tokens before it; None if there are none.
         progress: called with the number of tokens just read.
 
@@ -53,8 +54,9 @@ def prefill(
     if not prompt.shape[1]:
         raise InputError("prompt", "", "at least one token")
     span = span if span is not None else Span(keep_carry=True)
+    device = next(model.parameters()).device
     for block in prompt.split(PREFILL_BLOCK_LEN, dim=1):
-        features = model.features(block, span)[0]
+        features = model.features(to_device(block, device), span)[0]
         span = span.next_block(block.shape[1])
         if progress is not None:
             progress(block.numel())
@@ -79,7 +81,7 @@ class Decoder:
         self._logits = None if saved is None else saved.logits
         self._pending: Tensor | None = None  # [B], the last generated token; read once its next logits are needed
         self._generators = [torch.Generator(device=next(model.parameters()).device).manual_seed(seed)]
-        if saved is not None:
+        if saved is not None and saved.rng_state is not None:
             self._generators[0].set_state(saved.rng_state)
 
     @classmethod
@@ -89,15 +91,13 @@ class Decoder:
         Args:
             model: the one that wrote the file, or an export of it.
             path: of the file.
-            seed: of a new random generator; None continues with the saved state of the generator.
+            seed: of a new random generator; None continues with the saved state of the generator, which must be of
+                the same kind of device.
 
         Raises:
             InputError: the file is missing, damaged, of another format, or the carry of another model.
         """
-        decoder = cls(model, saved=carry_file.load(path, model))
-        if seed is not None:
-            decoder._generators[0].manual_seed(seed)
-        return decoder
+        return cls(model, seed or 0, saved=carry_file.load(path, model, keep_rng=seed is None))
 
     @classmethod
     def stack(cls, decoders: Sequence[Decoder]) -> Decoder | None:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from ...errors import InputError
+from ...parallel.mesh import default_device
 from .. import checkpoint
 from ..checkpoint import differences, tensors_of
 from ..config import RunConfig, load, typed_yaml
@@ -54,12 +55,15 @@ class ExportConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def load_run(place: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, Model]:
-    """Load the newest checkpoint of a run, or an export, on the CPU, in evaluation mode.
+def load_run(
+    place: str | Path, overrides: Sequence[str] = (), device: torch.device | None = None
+) -> tuple[RunConfig | None, Model]:
+    """Load the newest checkpoint of a run, or an export, in evaluation mode.
 
     Args:
         place: directory of a run or of an export.
         overrides: of the run's config, as of `config.load`.
+        device: where the model computes; by default on the GPU, where torch sees one.
 
     Returns:
         The run's config (None for an export), and the model.
@@ -70,12 +74,13 @@ def load_run(place: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfi
     if (Path(place) / CONFIG).is_file():
         if overrides:
             raise InputError("key=value", " ".join(overrides), "for a run: an export has no configuration of one")
-        return None, load_exported(place)
-    return load_step(place, overrides)[:2]
+        return None, load_exported(place).to(device or default_device())
+    config, model, _ = load_step(place, overrides)
+    return config, model.to(device or default_device())
 
 
 def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Model, int]:
-    """Load the newest checkpoint of a run, as `load_run`; also return the step after which it was saved.
+    """Load the newest checkpoint of a run, as `load_run`, on the CPU; also return the step after which it was saved.
 
     Raises:
         InputError: the directory is not a run's, or has no checkpoint.

@@ -172,6 +172,10 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no logits": (lambda path: rewrite(path, lambda t: t.pop("logits")), "logits has no rows"),
     "no random state": (lambda path: rewrite(path, lambda t: t.pop("random")), "random is missing"),
     "a wrong random state": (lambda path: rewrite(path, lambda t: t.update(random=torch.ones(3).byte())), "is damaged"),
+    "a random state of a GPU": (
+        lambda path: rewrite(path, lambda t: t.update(random=torch.zeros(16).byte())),
+        "was saved on cuda, .* does not fit cpu; give a seed",
+    ),
     "another type": (
         lambda path: rewrite(path, lambda t: t.update({"blocks.0.scan.state": t["blocks.0.scan.state"].double()})),
         "blocks.0.scan.state is missing or of another type",
@@ -195,6 +199,15 @@ def test_a_bad_carry_is_told_in_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=expected) as caught:
         Decoder.load(small_model(), tmp_path / "carry")
     assert "\n" not in str(caught.value)
+
+
+def test_a_carry_of_a_gpu_goes_on_with_a_seed(tmp_path: Path) -> None:
+    model = small_model()
+    decoder = Decoder(model, seed=5)
+    decoder.prefill(text(9))
+    decoder.save(tmp_path / "carry")
+    rewrite(tmp_path / "carry", lambda t: t.update(random=torch.zeros(16).byte()))
+    assert written(Decoder.load(model, tmp_path / "carry", seed=5), 8) == written(decoder, 8)
 
 
 def test_a_file_of_format_1_goes_on_as_one_of_format_2(tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_a_prompt_in_blocks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> 
         assert [token.tolist() for token in generate(model, prompt, 8)] == expected
 
 
+def test_a_prompt_in_main_memory_is_read_where_the_model_is() -> None:
+    """On torch's device without data, whose tensors refuse to meet others, as a GPU's do."""
+    model = small_model([*SMALL_STATE, "softmax"]).to("meta")
+    logits, span = prefill(model, torch.zeros(1, 9, dtype=torch.int64))
+    assert logits.is_meta and all(state.is_meta for state, _ in span.carry.values())
+
+
 def test_a_model_that_is_not_causal_cannot_write() -> None:
     with pytest.raises(InputError, match=r"model\.causal"):
         next(generate(small_model(["elementwise", "softmax"], causal=False), text(40), 1))
