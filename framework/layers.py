@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.dropout import dropout as position_dropout
+from ..kernels.rms_norm import rms_norm
 from ..kernels.short_conv import short_conv
 from ..parallel.span import Span
 
@@ -32,48 +34,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, D]`` -> the same, every group with root mean square ``scale``."""
-        if x.shape[-1] == self.group:
-            return self._normed(x, self.weight)
         whole = x.shape[-1] - x.shape[-1] % self.group
-        weights = self.weight.split([whole, x.shape[-1] - whole])
-        groups = x[..., :whole].unflatten(-1, (-1, self.group))
-        normed = self._normed(groups, weights[0].view(-1, self.group)).flatten(-2)
-        if whole < x.shape[-1]:
-            normed = torch.cat([normed, self._normed(x[..., whole:], weights[1])], dim=-1)
-        return normed
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return _Normed.apply(x, weight, self.eps) if torch.is_grad_enabled() else _normed(x, weight, self.eps)[0]
-        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps) * weight
-        return normed.to(x.dtype)  # a 16-bit x stays so under autocast, whose weights are fp32
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``weight * x / rms(x)`` over the last dimension, and ``1 / rms(x)``, in few passes over memory."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rate = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rate).mul_(weight).to(x.dtype), rate
-
-
-class _Normed(torch.autograd.Function):
-    """`_normed`; of tensors as large as x it saves x only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rate = _normed(x, weight, eps)
-        ctx.save_for_backward(x, weight, rate)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, rate = ctx.saved_tensors
-        normed, wide = x * rate, grad.to(rate.dtype)
-        dweight = (wide * normed).sum_to_size(weight.shape)
-        wide = wide * weight
-        along = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(x.shape[-1])
-        return wide.addcmul_(normed, along, value=-1).mul_(rate).to(x.dtype), dweight.to(weight.dtype), None
+        if whole == x.shape[-1]:
+            return rms_norm(x, self.weight, self.group, self.eps)
+        parts, weights = (t.split([whole, x.shape[-1] - whole], dim=-1) for t in (x, self.weight))
+        sizes = self.group, x.shape[-1] - whole
+        return torch.cat([rms_norm(*some, self.eps) for some in zip(parts, weights, sizes, strict=True)], dim=-1)
 
 
 class Embedding(nn.Embedding):
@@ -182,13 +148,8 @@ def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:
     """
     if span.dropout_seeds is None or rate == 0.0 or x.numel() == 0:
         return x
-    channels = x[0, 0].numel()
     salt = _crc32(f"{span.layer}.{name}")
-    position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
-    cell = position.unsqueeze(-1) * channels + torch.arange(channels, device=x.device)
-    bits = _mix(_mix(span.dropout_seeds.to(x.device) + salt).view(-1, 1, 1) + cell)
-    keep = (bits & 0x7FFFFFFF) >= int(rate * 0x80000000)
-    return x * keep.view_as(x).to(x.dtype) / (1.0 - rate)
+    return position_dropout(x, rate, span.dropout_seeds.to(x.device), span.position, salt)
 
 
 def _crc32(text: str) -> int:
@@ -199,11 +160,3 @@ def _crc32(text: str) -> int:
         for _ in range(8):
             crc = crc >> 1 ^ (crc & 1) * 0xEDB88320
     return crc ^ 0xFFFFFFFF
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014) on int64, whose products wrap around."""
-    bits = bits + -7046029254386353131
-    bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    bits = (bits ^ (bits >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    return bits ^ (bits >> 31 & (1 << 33) - 1)

@@ -192,7 +192,7 @@ class Engine:
         self._is_finite = bool(norm.isfinite())
         if self._clip:
             share = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, share)  # type: ignore[arg-type]
+            torch._foreach_mul_(gradients, share)
         return norm
 
     def partitions(self) -> Iterator[tuple[str, str, int, Tensor]]:
