@@ -57,4 +57,5 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from . import triton
 
-        return *triton.backward(grad, *ctx.saved_tensors, ctx.group), None, None
+        x, weight, rate = ctx.saved_tensors
+        return *triton.backward(grad, x, weight, rate, ctx.group), None, None

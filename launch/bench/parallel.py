@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import InputError
 from ...parallel.cost import Link
@@ -43,6 +44,7 @@ LAYOUTS = {
     "2 ranks of 1 thread": ["parallel.ranks=2", "parallel.sequence=2", "train.threads=1"],
     "1 rank of 2 threads": ["parallel.ranks=1", "parallel.sequence=1", "train.threads=2"],
 }
+THREADS = 2  # of all ranks together
 TURNS = 5
 STEPS, WARM_UP = 40, 10  # steps of a run, and how many of them are not counted
 RUN_SECONDS = 900.0  # that a run of training may take
@@ -50,7 +52,10 @@ RANKS_SECONDS = 3600.0  # that all layers together may take on some ranks
 SPEED_LIMIT = 0.95
 BYTES_LIMIT = 1 / 100
 ERROR_LIMIT = 1e-5  # of any layer against one rank: relative RMS
-SPEED_HEADER = table_header(["training", "tokens/s, median of runs", "slowest", "fastest"])
+MATRIX = 2048  # rows and columns of the product whose rate a training step is compared with
+SPEED_HEADER = table_header(
+    ["training", "tokens/s, median of runs", "slowest", "fastest", "GFLOP/s", "of a matrix product's"]
+)
 HEADER = table_header(
     [
         "layer",
@@ -67,8 +72,41 @@ HEADER = table_header(
 )
 
 
-def training_speeds(turns: int, steps: int) -> dict[str, list[float]]:
-    """Tokens per second of each run, by layout; the layouts take turns, so that other load slows both alike."""
+class Speeds(NamedTuple):
+    """What was found of training.
+
+    Attributes:
+        tokens: per second of each run, by layout.
+        num_parameters: of the model.
+        matrix_flops: floating-point operations per second of an fp32 matrix product, with as many threads in all.
+    """
+
+    tokens: dict[str, list[float]]
+    num_parameters: int
+    matrix_flops: float
+
+    def flops(self, layout: str) -> float:
+        """Floating-point operations per second, 6 for each token and parameter."""
+        return 6 * self.num_parameters * median(self.tokens[layout])
+
+
+def matrix_flops(threads: int) -> float:
+    """Floating-point operations per second of an fp32 matrix product, the best of a few."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    x, seconds = torch.rand(MATRIX, MATRIX), []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(x, x)
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(before)
+    return 2 * MATRIX**3 / min(seconds)
+
+
+def training_speeds(turns: int, steps: int) -> Speeds:
+    """Speeds of training; the layouts take turns, so that other load slows both alike."""
     speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as directory:
         packed = Path(directory) / "packed"
@@ -92,7 +130,13 @@ def training_speeds(turns: int, steps: int) -> dict[str, list[float]]:
                 _run(["train", "quickstart", *words], Path(directory))
                 rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
                 speeds[name].append(median([row["tokens_per_second"] for row in rows[WARM_UP:]]))
-    return speeds
+        return Speeds(speeds, _num_parameters(Path(directory) / f"{next(iter(LAYOUTS))} 0"), matrix_flops(THREADS))
+
+
+def _num_parameters(run_dir: Path) -> int:
+    from ...framework.inference.loading import load_run
+
+    return sum(p.numel() for p in load_run(run_dir)[1].parameters())
 
 
 def _run(words: list[str], directory: Path) -> None:
@@ -235,9 +279,11 @@ def run(out: Path) -> int:
     print(f"{JOB.tokens:,} tokens, width {JOB.width}, {JOB.heads} heads, fp32")
     speeds = training_speeds(TURNS, STEPS)
     print(SPEED_HEADER)
-    for name, runs in speeds.items():
-        print(table_line([name, *(f"{f(runs):,.0f}" for f in (median, min, max))]), flush=True)
-    two, one_rank = (median(runs) for runs in speeds.values())
+    for name, runs in speeds.tokens.items():
+        rate = speeds.flops(name)
+        rates = f"{rate / 1e9:,.1f}", f"{rate / speeds.matrix_flops:.1%}"
+        print(table_line([name, *(f"{f(runs):,.0f}" for f in (median, min, max)), *rates]), flush=True)
+    two, one_rank = (median(runs) for runs in speeds.tokens.values())
     print(HEADER)
     found: list[Found] = []
     links: dict[int, Link] = {}
@@ -253,7 +299,15 @@ def run(out: Path) -> int:
     report = {
         "command": "longreach bench parallel",
         "environment": where,
-        "training": {"tokens_per_second": speeds, "ratio": two / one_rank, "steps": STEPS, "not_counted": WARM_UP},
+        "training": {
+            "tokens_per_second": speeds.tokens,
+            "ratio": two / one_rank,
+            "steps": STEPS,
+            "not_counted": WARM_UP,
+            "num_parameters": speeds.num_parameters,
+            "flops": {name: speeds.flops(name) for name in speeds.tokens},
+            "matrix_flops": speeds.matrix_flops,
+        },
         "sizes": asdict(JOB),
         "links": {str(ranks): asdict(link) for ranks, link in links.items()},
         "rows": [

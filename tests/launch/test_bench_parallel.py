@@ -88,6 +88,9 @@ def test_two_ranks_train_and_the_first_steps_do_not_count(done: Done) -> None:
     (two,), (one,) = speeds["2 ranks of 1 thread"], speeds["1 rank of 2 threads"]
     assert one == 1e-3 and two > 1
     assert done.report["training"]["ratio"] == pytest.approx(two / one)
+    training, name = done.report["training"], "2 ranks of 1 thread"
+    assert training["flops"][name] == pytest.approx(6 * training["num_parameters"] * two)
+    assert 1e9 < training["matrix_flops"] < 1e13 and training["num_parameters"] > 1000
 
 
 @pytest.mark.parametrize("layout, ranks, of_one, threads", [(0, 2, 2, 1), (1, 1, 1, 2)])
@@ -165,7 +168,8 @@ def some_layers(ranks: int, states: int = 1000, error: float = 1e-7) -> list[exc
 def test_a_broken_bound_is_told_in_one_line(
     speed: float, states: int, error: float, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "training_speeds", lambda turns, steps: {"two": [9.0, speed, 0.1], "one": [1.0]})
+    runs = {"two": [9.0, speed, 0.1], "one": [1.0]}
+    monkeypatch.setattr(bench, "training_speeds", lambda turns, steps: bench.Speeds(runs, 1000, 1e9))
     monkeypatch.setattr(bench, "exchanges", lambda ranks, job: (LINK, some_layers(ranks, states, error)))
     done = run(tmp_path)
     assert done.code == bool(told), done.said
@@ -183,9 +187,10 @@ def test_runs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             given_metrics(Path(words[2].removeprefix("run.dir=")), [1.0] * bench.WARM_UP + [5.0, 7.0, 90.0])
 
     monkeypatch.setattr(bench, "_run", note)
+    monkeypatch.setattr(bench, "_num_parameters", lambda run_dir: 1000)
     speeds = bench.training_speeds(3, 13)
     assert ran == ["2", "1", "1", "2", "2", "1"]
-    assert speeds == {name: [7.0] * 3 for name in bench.LAYOUTS}
+    assert speeds.tokens == {name: [7.0] * 3 for name in bench.LAYOUTS}
 
 
 def test_a_rank_that_fails_says_why() -> None:
