@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.state import StatefulOp
 from ..parallel.span import Span
+from .data.labels import IGNORE
 from .layers import RMSNorm
 
-IGNORED = -100  # the label of a token that the loss leaves out
+IGNORED = IGNORE
 CPU_LOGIT_BYTES = 1 << 24  # of the fp32 logits that the loss holds at a time
 GPU_LOGIT_SHARE = 32  # on a GPU, one part in so many of its memory
 

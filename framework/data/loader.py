@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import InputError
 from .index import Index
+from .labels import IGNORE, next_token_labels
 from .stall import TIMEOUT, run_with_timeout
 
-IGNORE = -100  # the label that torch's cross-entropy ignores
 WORKER_DIED = "DataLoader worker"  # how the message begins that torch raises, from a signal handler, if a worker dies
 FILLER = -1  # the number of a sequence without labels, which completes the last validation batch
 Packing = Literal["stream", "documents"]
@@ -193,21 +193,20 @@ class SequenceDataset(Sequences):
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read a window: tokens, labels, segments (or None), each int64 ``[L]``."""
         stream, by_document = self.stream, self.packing == "documents"
-        tokens, labels = np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE, np.int64)
-        segments = np.full(self.seq_len, stream.num_documents, np.int64) if by_document else None
+        tokens, labels = torch.zeros(self.seq_len, dtype=torch.int64), torch.full((self.seq_len,), IGNORE)
+        segments = torch.full((self.seq_len,), stream.num_documents) if by_document else None
         if window != FILLER:
             start = window * self.seq_len
             stop = min(start + self.seq_len, stream.num_tokens)
             after = min(stop + 1, stream.num_tokens)
-            content = stream.read(start, after)
+            content = torch.from_numpy(stream.read(start, after).astype(np.int64))
             tokens[: stop - start] = content[: stop - start]
-            labels[: after - start - 1] = content[1:]
+            numbers = None
             if segments is not None:
-                numbers = stream.documents(start, after)
+                numbers = torch.from_numpy(stream.documents(start, after).astype(np.int64))
                 segments[: stop - start] = numbers[: stop - start]
-                labels[: after - start - 1][numbers[1:] != numbers[:-1]] = IGNORE
-        segments_l = None if segments is None else torch.from_numpy(segments)
-        return torch.from_numpy(tokens), torch.from_numpy(labels), segments_l
+            labels[: stop - start] = next_token_labels(content, numbers)[: stop - start]
+        return tokens, labels, segments
 
 
 class WorkerFailed(RuntimeError):

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
-from ..model import IGNORED, ModelConfig, build_model
+from ..data.labels import IGNORE, next_token_labels
+from ..heads import labelled
+from ..model import ModelConfig, build_model
 from .loading import MODEL_TYPE, read_json_as
 
 try:
@@ -105,11 +106,13 @@ class LongreachCache(Cache):
 
     Attributes:
         span: of the next token, with the carry.
+        mask: ``[B, T]`` bool, which of the tokens read are no padding; None where none is.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.span = Span(keep_carry=True)
+        self.mask: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens read, padding included."""
@@ -131,6 +134,7 @@ class LongreachCache(Cache):
             for key, (state, segment) in self.span.carry.items()
         }
         self.span = self.span.with_carry(carry)
+        self.mask = None if self.mask is None else chosen(self.mask)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same as `batch_select_indices`; called by beam search."""
@@ -143,7 +147,7 @@ class LongreachCache(Cache):
 
     def reset(self) -> None:
         """Discard the carry: the next token is the first of a text."""
-        self.span = Span(keep_carry=True)
+        self.span, self.mask = Span(keep_carry=True), None
 
     @property
     def is_croppable(self) -> bool:
@@ -231,12 +235,14 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ``[B, L]`` int64.
-            attention_mask: ``[B, T]``, 0 for padding; T = L, or T counts the tokens in the cache too. A row may be
-                padded on the left, on the right or on both sides.
+            attention_mask: ``[B, T]``, 0 for padding; T = L, or T counts the tokens in the cache too, whose part must
+                be what was given with them. A row may be padded on the left, on the right or on both sides; padding
+                does not enter the cache. A row that continues from the cache has none.
             past_key_values: the cache of earlier tokens; it is updated.
             labels: ``[B, L]`` int64, usually ``input_ids``: shifted here, so that each is the label of the token before
                 it. -100 for no label.
-            use_cache: create a cache if none is given; None creates one except in training.
+            use_cache: create a cache if none is given; None creates one, except in training and for a mask where the
+                model has positions.
             logits_to_keep: the number of last tokens, or the indices of the tokens, whose logits are returned; 0 for
                 all.
             num_items_in_batch: the number of labels in all batches of an optimizer step, by which the sum of losses is
@@ -252,24 +258,32 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in others.items():
             if value is not None and value is not False:
                 raise InputError(name, value, "is no argument of this model")
-        cache = _cache(past_key_values, not self.training if use_cache is None else use_cache)
-        segments = _segments(attention_mask, input_ids, cache)
+        has_positions = self.model.config.positions != "none"
+        if use_cache is None:  # a cache takes no padding behind tokens where positions count it
+            use_cache = not self.training and not (has_positions and attention_mask is not None)
+        cache = _cache(past_key_values, use_cache)
+        padding = _Padding.of(attention_mask, input_ids, cache)
         dropout_seeds = torch.randint(2**62, input_ids.shape[:1], device=input_ids.device) if self.training else None
         span = Span() if cache is None else cache.span
-        span = span.with_carry(span.carry, segments=segments, dropout_seeds=dropout_seeds)
-        if self.model.config.positions != "none" and attention_mask is not None and not attention_mask[:, 0].all():
-            allowed = f"no padding on the left: the model's {self.model.config.positions} positions would count it"
-            raise InputError("attention_mask", "0 in the first column", allowed, "padding_side='right'")
+        if has_positions and padding.shifts_tokens:
+            allowed = f"no padding before a token: the model's {self.model.config.positions} positions would count it"
+            fix = "padding_side='right', and use_cache=False"
+            raise InputError("attention_mask", "0 before a token", allowed, fix)
+        span = span.with_carry(span.carry, segments=padding.segments, dropout_seeds=dropout_seeds)
         self.model.recompute = self.gradient_checkpointing and self.training
-        x, penalty = self.model.features(input_ids, span)
+        x, penalty = self.model.features(padding.to_left(input_ids), span)
+        x = padding.back(x)
         if cache is not None:
-            cache.span = span.next_block(input_ids.shape[1])
+            cache.span, cache.mask = span.next_block(input_ids.shape[1]), padding.mask
         loss = logits = None
         if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            num_labels = (shifted != IGNORED).sum().clamp(min=1)
-            num_items = num_labels if num_items_in_batch is None else num_items_in_batch
-            loss = (self.model.head(x, shifted).sum() + penalty * num_labels) / num_items
+            if padding.documents is not None:
+                labels = labels.masked_fill(padding.documents == 0, IGNORE)
+            shifted = next_token_labels(labels, padding.documents)
+            num_labels = labelled(shifted).sum()
+            num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            # Without labels, the loss and its gradients are 0.
+            loss = (self.model.head(x, shifted).sum() + penalty * num_labels) / num_items.clamp(min=1).to(x.device)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(x[:, kept])
@@ -285,26 +299,77 @@ def _cache(given: Any, use_cache: bool) -> LongreachCache | None:
     return given
 
 
-def _segments(mask: Tensor | None, input_ids: Tensor, cache: LongreachCache | None) -> Tensor | None:
-    """Document ids ``[B, L]``: 0 for a row's left padding, 1 from its first token on; None without left padding.
+class _Padding(NamedTuple):
+    """Where the rows of a batch are padded.
 
-    Right padding needs no document of its own: the model is causal.
+    Before a row's tokens, padding is a document of its own. After them, it does no harm to a causal model, but for the
+    carry that a cache keeps: then `to_left` moves it before them.
+
+    Attributes:
+        mask: ``[B, T]`` bool, which tokens are none, those in the cache included; None where none is padding.
+        documents: ``[B, L]`` int64, 1 for tokens and 0 for padding; None where none is padding.
+        segments: the document ids ``[B, L]`` of the moved tokens, or None.
+        order: ``[B, L]``, the place that each moved token had; None where none is moved.
     """
-    carries = [] if cache is None else list(cache.span.carry.values())
-    padded = any(carry.segment is not None for carry in carries)  # earlier calls had left padding
-    if mask is None:
-        return torch.ones_like(input_ids) if padded else None
-    if mask.dim() != 2 or mask.shape[0] != input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
-        raise InputError("attention_mask", [*mask.shape], f"[batch, tokens], at least {[*input_ids.shape]}")
-    is_token = mask != 0
-    begun = is_token.cumsum(1) > 0
-    if (is_token[:, 1:] & ~is_token[:, :-1] & begun[:, :-1]).any():
-        raise InputError("attention_mask", "0 between 1s", "padding must be before or after a row's tokens")
-    if not padded and begun[:, 0].all():
-        return None
-    if carries and not padded:
-        raise InputError("attention_mask", "0 at the beginning", "was not given with the tokens in the cache")
-    return begun[:, -input_ids.shape[1] :].to(input_ids.dtype)
+
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+    segments: Tensor | None = None
+    order: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor | None, input_ids: Tensor, cache: LongreachCache | None) -> _Padding:
+        """From the mask of transformers.
+
+        Raises:
+            InputError: it does not fit the tokens or the cache, or has padding between tokens.
+        """
+        (rows, length), read = input_ids.shape, 0 if cache is None else cache.span.start
+        past = None if cache is None else cache.mask
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] not in (length, read + length):
+            known = f" or {[rows, read + length]}" if read else ""
+            raise InputError("attention_mask", [*mask.shape], f"[batch, tokens], here {[rows, length]}{known}")
+        now = mask[:, mask.shape[1] - length :] != 0
+        if mask.shape[1] > length:
+            given = mask[:, :read] != 0
+            if not (given.all() if past is None else torch.equal(given, past)):
+                fix = "give the mask that the tokens in the cache were given with"
+                raise InputError("attention_mask", "0 for a token in the cache", "as it was when it was read", fix)
+        if past is None and now.all():
+            return cls()
+        past = now.new_ones(rows, read) if past is None else past
+        if (past.any(1, keepdim=True) & ~now).any():
+            fix = "give each row as many tokens, or continue it alone"
+            raise InputError("attention_mask", "0 after tokens in the cache", "1 for every token that continues", fix)
+        begun = now.cumsum(1) > 0
+        if (now[:, 1:] & ~now[:, :-1] & begun[:, :-1]).any():
+            raise InputError("attention_mask", "0 between 1s", "padding must be before or after a row's tokens")
+        documents, order = now.long(), None
+        after = (begun & ~now).sum(1, keepdim=True)
+        if cache is None:  # padding behind the tokens is seen by none of them
+            segments = None if begun[:, 0].all() else begun.long()
+        else:
+            if after.any():
+                order = (torch.arange(length, device=now.device) - after) % length
+            segments = documents if order is None else documents.gather(1, order)
+        return cls(torch.cat([past, now], dim=1), documents, segments, order)
+
+    @property
+    def shifts_tokens(self) -> bool:
+        """Whether a token's place in its row is not its place in its text."""
+        return self.segments is not None and not bool(self.segments[:, 0].all())
+
+    def to_left(self, tokens: Tensor) -> Tensor:
+        """``[B, L]``, padding before the tokens."""
+        return tokens if self.order is None else tokens.gather(1, self.order)
+
+    def back(self, x: Tensor) -> Tensor:
+        """``[B, L, D]`` of moved tokens, in the order that they were given in."""
+        if self.order is None:
+            return x
+        return x.gather(1, self.order.argsort(1).unsqueeze(-1).expand_as(x))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

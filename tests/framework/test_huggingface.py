@@ -183,6 +183,67 @@ def test_padding_stays_padding_without_a_mask() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("whole_mask", [False, True], ids=["mask of the new tokens", "mask of all"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_behind_tokens_does_not_enter_the_cache(mixer: str, whole_mask: bool) -> None:
+    """Rows of 1, 2 and 9 tokens padded on the right, then continued: as each row alone."""
+    model, rows, ends = small_model([mixer]), [text(1), text(2), text(9)], text(4, rows=3)
+    tokens, mask = torch.full((3, 12), 7), torch.zeros(3, 12, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : row.shape[1]], mask[number, : row.shape[1]] = row[0], 1
+    first = model(tokens, attention_mask=mask, use_cache=True)
+    for row, logits in zip(rows, first.logits, strict=True):
+        torch.testing.assert_close(logits[: row.shape[1]], model(row).logits[0], **TIGHT)
+    cache, whole = first.past_key_values, torch.cat([mask, torch.ones_like(ends)], dim=1)
+    for end in ends.split(2, dim=1):
+        given = whole[:, : cache.get_seq_length() + 2] if whole_mask else None
+        logits = model(end, past_key_values=cache, attention_mask=given).logits
+    for row, end, found in zip(rows, ends, logits, strict=True):
+        torch.testing.assert_close(found, model(torch.cat([row, end[None]], 1)).logits[0, -2:], **TIGHT)
+
+
+@torch.no_grad()
+def test_a_mask_that_changes_what_was_read_is_refused() -> None:
+    model, tokens = small_model(["elementwise"]), text(4)
+    cache = model(tokens).past_key_values
+    with pytest.raises(InputError, match="as it was when it was read"):
+        model(tokens, past_key_values=cache, attention_mask=torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_token_whose_next_one_is_a_label(side: str) -> None:
+    """The loss and the gradients of padded rows, labels of padding left out or not, are those of the rows alone."""
+    model, rows = small_model().train(), [text(5), text(12), text(9)]
+    count = sum(row.shape[1] - 1 for row in rows)
+    nll = torch.stack([model(row, labels=row).loss * (row.shape[1] - 1) for row in rows])  # the penalty is the same
+    expected = nll.sum() / count
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for ignored in (7, -100):
+        tokens, mask = torch.full((3, 12), 7), torch.zeros(3, 12, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            here = slice(12 - row.shape[1], 12) if side == "left" else slice(0, row.shape[1])
+            tokens[number, here], mask[number, here] = row[0], 1
+        model.zero_grad()
+        loss = model(tokens, attention_mask=mask, labels=tokens.where(mask == 1, ignored)).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, **TIGHT)
+
+
+@pytest.mark.parametrize("num_items", [None, 0, 12])
+def test_rows_without_labels_have_no_loss_and_no_gradient(num_items: int | None) -> None:
+    """Catches a division by no labels, and a penalty that such a micro-batch adds once more."""
+    model, tokens = small_model().train(), text(6, rows=2)
+    items = None if num_items is None else torch.tensor(num_items)
+    loss = model(tokens, labels=torch.full_like(tokens, -100), num_items_in_batch=items).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
 def test_one_reading_is_gone_on_from_many_times() -> None:
     model, prompt = small_model(), text(12)
     cache = model(prompt).past_key_values
@@ -248,6 +309,22 @@ def at_positions(model: LongreachForCausalLM) -> LongreachForCausalLM:
         (lambda m, x: m(x, attention_mask=torch.ones(1, 3)), "attention_mask"),
         (lambda m, x: m(x, past_key_values=m(x).past_key_values, attention_mask=torch.eye(8)[7:]), "attention_mask"),
         (lambda m, x: at_positions(m)(x, attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding_side='right'"),
+        (
+            lambda m, x: m(x, past_key_values=m(x).past_key_values, attention_mask=torch.ones(1, 6)),
+            "\\[1, 4\\] or \\[1, 8\\]",
+        ),
+        (
+            lambda m, x: m(x, past_key_values=m(x).past_key_values, attention_mask=torch.tensor([[1, 1, 1, 0]])),
+            "continues",
+        ),
+        (
+            lambda m, x: m(x, attention_mask=torch.tensor([[1, 1, 1, 0]]), past_key_values=m(x).past_key_values),
+            "continues",
+        ),
+        (
+            lambda m, x: at_positions(m)(x, attention_mask=torch.tensor([[1, 1, 1, 0]]), use_cache=True),
+            "use_cache=False",
+        ),
         (lambda m, x: m(x, past_key_values=object()), "past_key_values = 'object'"),
         (lambda m, x: m(x, output_hidden_states=True), "output_hidden_states"),
         (lambda m, x: m(x).past_key_values.crop(1), "cannot take tokens back"),
