@@ -18,9 +18,9 @@ from ...errors import InputError
 from .baselines import BASELINES
 from .corpus import CPYTHON, check_source
 from .index import FILE_NAME, Index
+from .labels import IGNORE, next_token_labels
 from .loader import (
     FILLER,
-    IGNORE,
     WORKER_DIED,
     Batch,
     Batches,
@@ -62,6 +62,7 @@ __all__ = [
     "WorkerFailed",
     "check_labels",
     "load_vocabulary",
+    "next_token_labels",
     "pack",
     "packed_dir",
     "prepare",

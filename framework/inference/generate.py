@@ -7,6 +7,7 @@ mixer's state grows, as that of ``softmax``).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,14 @@ class Decoder:
             ``[B]`` int64, the next token of each row.
 
         Raises:
-            InputError: nothing was read yet, or the logits are not finite.
+            InputError: nothing was read yet, a setting is out of range, or the logits are not finite.
         """
+        if not 0 <= temperature < math.inf:
+            raise InputError("temperature", temperature, "a finite number, at least 0")
+        if top_k < 0:
+            raise InputError("top_k", top_k, "at least 0")
+        if not 0 < top_p <= 1:
+            raise InputError("top_p", top_p, "more than 0, at most 1")
         for _ in range(num_tokens):
             logits = self._next_logits().float()
             if not logits.isfinite().all():
@@ -273,15 +280,18 @@ def _sample(
     """Sample a token ``[B]`` from logits ``[B, vocab]``; each generator samples an equal number of the rows."""
     if temperature == 0:
         return logits.argmax(-1)
+    # In fp64, from the largest logit down: every positive temperature and top_p of Python is one there too.
+    logits = logits.double() - logits.max(-1, keepdim=True).values
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = probabilities.sort(descending=True, stable=True)
-        excluded = ranked.cumsum(-1) - ranked >= top_p  # never the first
+        excluded = ranked.cumsum(-1) - ranked >= top_p
+        excluded[:, 0] = False
         probabilities = probabilities.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), 0.0)
-    rows = zip(probabilities.chunk(len(generators)), generators, strict=True)
+    rows = zip(probabilities.float().chunk(len(generators)), generators, strict=True)
     return torch.cat([torch.multinomial(some, 1, generator=own) for some, own in rows]).squeeze(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from ...errors import InputError
@@ -87,10 +88,11 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--tokens", arguments.tokens, 0 if arguments.carry_out else 1),
         ("--top-k", arguments.top_k, 0),
         ("--seed", arguments.seed or 0, 0),
-        ("--temperature", arguments.temperature, 0),
     ):
-        if not low <= value < 2**63:  # NaN is refused too
-            raise InputError(name, value, f"at least {low}")
+        if not low <= value < 2**63:
+            raise InputError(name, value, f"at least {low}, below 2^63")
+    if not 0 <= arguments.temperature < math.inf:  # NaN is refused too
+        raise InputError("--temperature", arguments.temperature, "a finite number, at least 0")
     if not 0 < arguments.top_p <= 1:
         raise InputError("--top-p", arguments.top_p, "more than 0, at most 1")
     if not arguments.prompt and not arguments.carry_in:

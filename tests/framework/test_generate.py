@@ -63,6 +63,32 @@ def test_top_k_samples_only_from_the_likeliest() -> None:
     assert sampled.unique().tolist() == likeliest.sort().values.tolist()
 
 
+def test_the_smallest_and_largest_settings_sample() -> None:
+    """Catches numbers that fp32 does not hold: a temperature of 0, a top_p of 0, a quotient that overflows."""
+    model, prompt = small_model(["elementwise"]).float(), text(9, rows=3)
+    greedy = list(generate(model, prompt, 5, temperature=0))
+    for temperature in (5e-324, 1e-46, 1e-38, 1e-30):
+        assert all(map(torch.equal, generate(model, prompt, 5, temperature=temperature), greedy))
+    for top_p in (5e-324, 1e-46, 1e-8):
+        assert all(map(torch.equal, generate(model, prompt, 5, top_p=top_p), greedy))
+    hot = next(generate(model, prompt[:1].expand(4000, 9), 1, temperature=1.7e308))
+    assert torch.bincount(hot, minlength=256).float().std() < 6  # uniform: 15.6 of each, give or take 4
+    assert next(generate(model, prompt, 1, top_p=1 - 1e-16, top_k=10**9)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", x) for x in (-1.0, math.inf, math.nan)],
+        *[("top_p", x) for x in (0.0, 1.5, math.nan)],
+        ("top_k", -1),
+    ],
+)
+def test_settings_beyond_their_range_are_told(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=name):
+        next(generate(small_model(["elementwise"]), text(3), 1, **{name: value}))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mixer, grows", [*((name, False) for name in SMALL_STATE), ("softmax", True)])
 def test_the_carry_does_not_grow_with_the_position(mixer: str, grows: bool) -> None:
     """In bytes, at position 10 and at 200; the baseline's does, so the measure measures."""
