@@ -95,6 +95,7 @@ def train(config: RunConfig) -> Result:
                     metrics = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
                 warning = run.check_loss(guard, metrics, partial(batches.windows, state["consumed"]))
                 state["step"], state["consumed"] = step, state["consumed"] + config.data.batch_size
+                state["tokens"] += config.data.batch_size * config.data.seq_len
                 seconds = {"step_seconds": time.monotonic() - started, "data_wait_seconds": data_wait}
                 run.record_step(metrics, {**seconds, "save_seconds": save_seconds}, traffic, warning)
                 stopped = preemption.reason(mesh.world) if step < steps else ""

@@ -11,12 +11,23 @@ from ..tasks import Task
 
 
 def run_identity(config: RunConfig, task: Task) -> dict[str, Any]:
-    """What the order of the training data depends on; it is saved in every checkpoint."""
-    return {"seed": config.run.seed, "batch_size": config.data.batch_size, "data": task.fingerprint}
+    """What a position in the training data depends on; it is saved in every checkpoint."""
+    data = config.data
+    settings = {"seed": config.run.seed, "batch_size": data.batch_size, "seq_len": data.seq_len}
+    return {**settings, "packing": data.packing, "data": task.fingerprint}
+
+
+EFFECTS = {  # of another value, on what a resumed run reads
+    "run.seed": "the order of the data: what is left of this epoch is read in another order, some of it again",
+    "data.batch_size": "the sequences of a step, and the schedule",
+    "data.seq_len": "the sequences: reading goes on after as many tokens, in another order; of this epoch, some are read "
+    "twice and some not at all",
+    "data.packing": "the labels and the documents that a token sees",
+}
 
 
 def check_resume(config: RunConfig, task: Task, state: dict[str, Any]) -> list[str]:
-    """Compare a run with the ``state`` of the checkpoint that it resumes from.
+    """Compare a run with the ``state`` of the checkpoint that it resumes from, and count ``consumed`` in its sequences.
 
     Returns:
         One line for each setting with which the resumed run is not exact.
@@ -31,9 +42,12 @@ def check_resume(config: RunConfig, task: Task, state: dict[str, Any]) -> list[s
         allowed = "is not the corpus that this run began with: its position there means nothing"
         fix = "give another run.dir, or data.accept_change=true to go on all the same"
         raise InputError("data.source", config.data.source, allowed, fix)
-    affected = {"seed": "the order of the data", "batch_size": "the order of the data in steps, and the schedule"}
+    before = {name: state.get(name.split(".")[1]) for name in EFFECTS}
+    changed = {name: now[name.split(".")[1]] for name in EFFECTS}
+    if (seq_len := before["data.seq_len"]) is not None:
+        state["consumed"] = state["consumed"] * seq_len // config.data.seq_len
     return [
-        f"not an exact resume: {key} was {state.get(key)} and is {now[key]}, which changes {what}"
-        for key, what in affected.items()
-        if state.get(key) != now[key]
+        f"not an exact resume: {name} was {before[name]} and is {value}, which changes {EFFECTS[name]}"
+        for name, value in changed.items()
+        if before[name] not in (None, value)  # checkpoints of earlier versions do not hold all
     ]

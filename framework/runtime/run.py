@@ -35,8 +35,8 @@ class Run:
         config, mesh, task, engine: what it trains, and where.
         saver: writes its checkpoints.
         monitor: of the first rank; None on the others.
-        state: of the loop, as a checkpoint keeps it: ``step`` and ``consumed`` (steps and sequences so far),
-            ``held_out`` (loss of the last validation).
+        state: of the loop, as a checkpoint keeps it: ``step``, ``consumed`` and ``tokens`` (steps, sequences
+            and tokens so far), ``held_out`` (loss of the last validation).
     """
 
     config: RunConfig
@@ -72,7 +72,7 @@ class Run:
             tokens = self.config.data.batch_size * self.config.data.seq_len
             speed = {"tokens_per_second": tokens / seconds["step_seconds"], **seconds}
             sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
-            counts = {"tokens": tokens * self.state["step"]}
+            counts = {"tokens": self.state["tokens"]}
             self.monitor.step({"step": self.state["step"], **metrics, **counts, **speed, **sent})
             if warning:
                 self.monitor.print_line(warning)
@@ -145,15 +145,17 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
     run_dir, keep, lock = Path(config.run.dir), config.checkpoint, RunLock()
     directory = run_dir / "checkpoints"
     found = checkpoint.resume(engine, directory) if keep.resume else None
-    saved, state = found or (None, {"step": 0, "consumed": 0})
+    saved, state = found or (None, {"step": 0, "consumed": 0, "tokens": 0})
     inexact = [] if saved is None else check_resume(config, task, state)
+    state.setdefault("tokens", state["consumed"] * config.data.seq_len)
     kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
     saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
     first_rank_only(lambda: _open_directory(run_dir, config, task, lock, state["step"]), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
-        resumed = [] if saved is None else [_resume_line(saved, state["step"], config.train.steps), *inexact]
+        resumed = [] if saved is None else [_resume_line(saved, state["step"], config.train.steps)]
+        resumed += inexact if state["step"] < config.train.steps else []
         for line in (_summary_line(config, task, engine.num_parameters, mesh), *resumed):
             monitor.print_line(line)
     try:

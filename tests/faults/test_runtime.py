@@ -212,8 +212,8 @@ def test_58_another_seed_or_batch_size(job_dir: JobDirectory) -> None:
     assert job_dir.train("altered", "train.steps=2").returncode == 0
     done = job_dir.train("altered", "train.steps=3", "run.seed=5", "data.batch_size=4")
     assert done.returncode == 0
-    assert "not an exact resume: seed was 0 and is 5, which changes the order of the data\n" in done.stderr
-    assert "not an exact resume: batch_size was 2 and is 4" in done.stderr
+    assert "not an exact resume: run.seed was 0 and is 5, which changes the order of the data" in done.stderr
+    assert "not an exact resume: data.batch_size was 2 and is 4" in done.stderr
     done = job_dir.train("altered", "train.steps=4", "run.seed=5", "data.batch_size=4")
     assert "not an exact resume" not in done.stderr
 

@@ -154,6 +154,37 @@ def test_a_run_that_is_stopped_and_continued_equals_one_that_is_not(config: str,
         close(rows, whole)
 
 
+RESUMED = {  # another setting, and the tokens and sequences after step 4 where steps 1 and 2 read 2 of 24 tokens each
+    "data.seq_len=36": (2 * 2 * 24 + 2 * 2 * 36, 2 * 2 * 24 // 36 + 2 * 2),
+    "data.batch_size=4": (2 * 2 * 24 + 2 * 4 * 24, 2 * 2 + 2 * 4),
+    "data.packing=documents": (4 * 2 * 24, 4 * 2),
+    "run.seed=5": (4 * 2 * 24, 4 * 2),
+    "train.micro_batch_size=2": (4 * 2 * 24, 4 * 2),
+}
+
+
+def resume_with(rank: int, config: str, directory: str, change: str) -> tuple[Rows, str, dict[str, Any]]:
+    settings = [f"run.dir={directory}/{change}", "optim.warmup_steps=0", "optim.schedule_steps=4", "data.batch_size=2"]
+    train(load(config, [*settings, "data.seq_len=24", "train.steps=2"]))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        train(load(config, [*settings, "data.seq_len=24", change, "train.steps=4"]))
+    state = json.loads(next(Path(directory, change, "checkpoints").glob("step-*4/state.json")).read_text())["state"]
+    return rows_of(f"{directory}/{change}"), said.getvalue(), state
+
+
+@pytest.mark.parametrize("change", RESUMED)
+def test_a_run_resumed_with_other_data_settings_counts_on_and_says_so(change: str, config: str, tmp_path: Path) -> None:
+    """Catches tokens that are steps times the new size, and a position that silently means another one."""
+    rows, said, state = run_world(resume_with, 1, config, str(tmp_path), change)[0]
+    tokens, consumed = RESUMED[change]
+    assert [row["tokens"] for row in rows][:2] == [48, 96] and rows[-1]["tokens"] == tokens
+    assert state["tokens"] == tokens and state["consumed"] == consumed
+    name, value = change.split("=")
+    assert (f"not an exact resume: {name} was " in said) == (not name.startswith("train."))
+    assert said.count("not an exact resume") == (not name.startswith("train."))
+
+
 def lose_a_checkpoint(rank: int, config: str, run_dir: str) -> tuple[Rows, Rows, Rows, Rows]:
     """Steps 1 to 6, of which only 4 are in a checkpoint then, and on to 8: both files' rows before and after."""
     settings = [f"run.dir={run_dir}", "train.validate_every=2", "checkpoint.every=4", "optim.schedule_steps=8"]
