@@ -30,6 +30,7 @@ from .tar import MAX_DOCUMENT, BadSample
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".fa": "fasta", ".fasta": "fasta", ".fna": "fasta"}
 ARRAY = ".npy"
+MAX_IDS = 1 << 31  # of a vocabulary
 MAX_RECORD = 1 << 30  # bytes of a FASTA record
 SEQUENCE = re.compile(rb"[A-Za-z*.-]+")
 SCAN_IDS = 1 << 22  # ids of an array that are read at a time to find the largest
@@ -197,8 +198,12 @@ def _max_id(file: File) -> int:
         part = array[first : first + step]
         if part.size:
             max_id = max(max_id, int(part.max()))
-            if int(part.min()) < 0:
-                raise InputError("data.source", str(file.path), f"holds {part.min()}: token ids are at least 0")
+            for wrong in (int(part.min()), max_id):
+                if not 0 <= wrong < MAX_IDS:
+                    row, *column = np.unravel_index(int(np.argmax(part == wrong)), part.shape)
+                    place = ", ".join(str(int(i)) for i in (first + row, *column))
+                    allowed = f"holds {wrong} at [{place}]: token ids are from 0 to 2^31 - 1"
+                    raise InputError("data.source", str(file.path), allowed, "are these token ids, of this dtype?")
     return max_id
 
 

@@ -183,7 +183,10 @@ def test_what_is_no_array_of_ids(tmp_path: Path) -> None:
         "bool of 1 axes": good > 3,
         "uint16 of 3 axes": good.reshape(10, 10, 10),
         "uint16 of 0 axes": good[3],
-        "holds -100: token ids are at least 0": good.astype(int) - 100,
+        "holds -100 at [0]: token ids are from 0 to 2^31 - 1": good.astype(int) - 100,
+        f"holds {2**40} at [1, 2]: token ids": np.array([[0, 1, 2], [3, 4, 2**40]]),
+        f"holds {2**64 - 1} at [3]: token ids": np.array([0, 1, 2, -1]).astype(np.uint64),
+        f"holds {2**31} at [0]: token ids": np.array([2**31]),
         "is not a complete .npy array": np.array([Evil()], object),
         "must hold at least one": good[:0].reshape(0, 4),
     }
