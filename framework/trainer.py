@@ -35,7 +35,7 @@ from .monitoring.exchanges import record_exchanges
 from .monitoring.profile import StepProfile
 from .runtime.loss_guard import LossGuard
 from .runtime.preemption import Preemption
-from .runtime.process import abort, check_compile, peak_memory, set_num_threads
+from .runtime.process import abort, check_compile, compile_model, peak_memory, set_num_threads
 from .runtime.rank_consistency import check_rank_consistency
 from .runtime.run import open_run
 from .runtime.validation import batches_of, blocks_of
@@ -278,7 +278,7 @@ def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Eng
     model = build_model(config.model).to(mesh.device)
     model.recompute = config.train.recompute
     if config.train.compile:
-        model.compile(dynamic=False)
+        compile_model(model)
     return Engine(model, _optimizer(model, config.optim), settings, mesh)
 
 

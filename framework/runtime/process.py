@@ -6,11 +6,14 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from ...errors import InputError
+
+MAX_GRAPHS = 1024  # of one function: ranks trace each layer for itself, between its exchanges
 
 
 def set_num_threads(threads: int) -> None:
@@ -27,6 +30,17 @@ def check_compile(enabled: bool) -> None:
     if enabled and not torch.cuda.is_available() and " " in str(home):
         allowed = f"false where torch lies in a path with a space, to which its compiler cannot link: {home}"
         raise InputError("train.compile", True, allowed, "set it to false, or make .venv in another place")
+
+
+def compile_model(model: nn.Module, **options: Any) -> None:
+    """`torch.compile` the model in place: a graph for each shape of its inputs, whatever the blocks and steps.
+
+    A number that changes, such as a block's position, becomes an input of the second graph. Without ``dynamic`` and
+    within torch's limit of 8, every block would be a graph of its own, and from the ninth on run without one.
+    """
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
+    model.compile(**options)
 
 
 def peak_memory(device: torch.device) -> float:

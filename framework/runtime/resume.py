@@ -20,8 +20,8 @@ def run_identity(config: RunConfig, task: Task) -> dict[str, Any]:
 EFFECTS = {  # of another value, on what a resumed run reads
     "run.seed": "the order of the data: what is left of this epoch is read in another order, some of it again",
     "data.batch_size": "the sequences of a step, and the schedule",
-    "data.seq_len": "the sequences: reading goes on after as many tokens, in another order; of this epoch, some are read "
-    "twice and some not at all",
+    "data.seq_len": "the sequences: reading goes on after as many tokens, in another order; some of this epoch are "
+    "read twice, some not at all",
     "data.packing": "the labels and the documents that a token sees",
 }
 

@@ -17,8 +17,10 @@ from torch._dynamo.utils import counters
 from longreach.errors import InputError
 from longreach.framework.config import load
 from longreach.framework.model import ModelConfig, build_model
+from longreach.framework.runtime.process import compile_model
 from longreach.framework.trainer import train
-from longreach.parallel.mesh import Axis
+from longreach.parallel import streaming
+from longreach.parallel.mesh import Axis, Mesh
 from longreach.parallel.span import Span
 
 BATCH, LENGTH, VOCAB = 2, 20, 17
@@ -88,6 +90,62 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
     assert ("longreach.long_conv" in called) == (name == "taps")
     for mine, theirs in zip(got, expected, strict=True):
         assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def counted_model() -> tuple[Any, list[int]]:
+    """A compiled model, and the number of tokens for which each of its graphs was made."""
+    mixers, lengths = ["elementwise", "chela", "feedforward_kernel"], []
+    config = ModelConfig(vocab=VOCAB, width=16, depth=3, mixers=mixers, dropout=0.1, positions="sinusoidal")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        lengths.append(
+            max(x.shape[1] for x in inputs if isinstance(x, Tensor) and x.dim() == 2 and not x.requires_grad)
+        )
+        return lookup_backend("eager")(graph, inputs)
+
+    torch.compiler.reset()
+    model = build_model(config)
+    compile_model(model, backend=backend)
+    return model, lengths
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, of autograd Functions
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch, of carries
+def test_blocks_of_one_shape_share_their_graphs() -> None:
+    """20 blocks, three steps: one graph for the first position, one for all others, forward alone and with backward."""
+    model, graphs = counted_model()
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, 20 * LENGTH))
+    expected = build_model(model.config)
+    expected.load_state_dict(model.state_dict())
+
+    def step(model: Any, seed: int) -> None:
+        seeds = torch.tensor([seed, seed + 1])
+        spans = streaming.blocks(Mesh(), 20 * LENGTH, LENGTH, dropout_seeds=seeds)
+
+        def loss(span: Span) -> Tensor:
+            losses, penalty = model(span.shard(tokens), span, span.shard(labels))
+            return losses.sum() + penalty
+
+        streaming.train(spans, lambda span: model(span.shard(tokens), span, head=False), loss, lambda x: x.backward())
+
+    for seed in range(3):
+        step(model, seed)
+        step(expected, seed)
+    assert len(graphs) <= 6, graphs  # the last block keeps no carry
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert float((mine.grad - theirs.grad).norm()) <= 1e-5 * float(theirs.grad.norm())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, of autograd Functions
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch, of carries
+def test_every_length_has_its_graph() -> None:
+    """Catches lengths beyond torch's limit of graphs, which run without one and without a word."""
+    model, graphs = counted_model()
+    for _ in range(2):
+        for length in range(LENGTH, LENGTH + 12):
+            tokens = torch.randint(0, VOCAB, (BATCH, length))
+            model(tokens, Span(dropout_seeds=torch.tensor([1, 2])), tokens)
+    assert sorted(graphs) == list(range(LENGTH, LENGTH + 12))
 
 
 def eager_and_compiled(axis: Axis, lengths: list[int]) -> tuple[list[Tensor], list[Tensor], int]:

@@ -180,7 +180,7 @@ def test_a_run_resumed_with_other_data_settings_counts_on_and_says_so(change: st
     tokens, consumed = RESUMED[change]
     assert [row["tokens"] for row in rows][:2] == [48, 96] and rows[-1]["tokens"] == tokens
     assert state["tokens"] == tokens and state["consumed"] == consumed
-    name, value = change.split("=")
+    name = change.split("=")[0]
     assert (f"not an exact resume: {name} was " in said) == (not name.startswith("train."))
     assert said.count("not an exact resume") == (not name.startswith("train."))
 
