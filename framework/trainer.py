@@ -6,7 +6,6 @@ is split. Each rank adds the part of its own tokens; `Engine` sums gradients ove
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +37,7 @@ from .runtime.preemption import Preemption
 from .runtime.process import abort, check_compile, compile_model, peak_memory, set_num_threads
 from .runtime.rank_consistency import check_rank_consistency
 from .runtime.run import open_run
+from .runtime.schedule import learning_rate
 from .runtime.validation import batches_of, blocks_of
 from .tasks import Score, Task, kind_of, open_task
 
@@ -218,16 +218,6 @@ def _accumulate_gradients(
 
         streaming.train(spans, forward_only, block_loss, engine.backward, park=config.parallel.park_carries)
     return sums
-
-
-def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then a cosine down to ``min_lr_ratio * lr``."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    total = (optim.schedule_steps or num_steps) - optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total))
-    low = optim.min_lr_ratio
-    return optim.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def _set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:

@@ -83,7 +83,8 @@ class ParallelConfig:
 class OptimConfig:
     """AdamW and its schedule: linear warm-up, then a cosine to ``min_lr_ratio * lr`` at ``schedule_steps``.
 
-    ``schedule_steps`` is ``train.steps`` unless given; ``clip`` limits the gradient's norm, 0 does not.
+    ``schedule_steps`` is ``train.steps`` unless given; a warm-up that is as long takes half of it. ``clip`` limits the
+    gradient's norm, 0 does not.
     """
 
     lr: float = bounded(1e-3, above=0)
@@ -277,11 +278,6 @@ def validate(config: RunConfig) -> None:
     optim, parallel, train = config.optim, config.parallel, config.train
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise InputError("optim.betas", optim.betas, "must be two numbers in [0, 1)")
-    schedule_steps = train.steps if optim.schedule_steps is None else optim.schedule_steps
-    if optim.warmup_steps >= schedule_steps:
-        allowed = f"must be less than optim.schedule_steps = {schedule_steps}"
-        fix = f"set optim.warmup_steps=0, or train.steps above {optim.warmup_steps}"
-        raise InputError("optim.warmup_steps", optim.warmup_steps, allowed, fix)
     kind_of(config.task)
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"

@@ -24,6 +24,7 @@ from .files import write_text
 from .lock import RunLock
 from .loss_guard import Diverged, LossGuard
 from .resume import check_resume, run_identity
+from .schedule import shortened
 from .validation import score
 
 
@@ -155,7 +156,9 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
         resumed = [] if saved is None else [_resume_line(saved, state["step"], config.train.steps)]
-        resumed += inexact if state["step"] < config.train.steps else []
+        if state["step"] < config.train.steps:
+            shorter = shortened(config.optim, config.train.steps)
+            resumed += [*inexact, *([shorter] if shorter else [])]
         for line in (_summary_line(config, task, engine.num_parameters, mesh), *resumed):
             monitor.print_line(line)
     try:

@@ -272,10 +272,6 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         (["optim.lr=0"], "optim.lr = 0.0: must be more than 0"),
         (["optim.betas=[0.9]"], "must be two numbers"),
         (["optim.min_lr_ratio=2"], "between 0 and 1"),
-        (
-            ["optim.warmup_steps=10"],
-            "less than optim.schedule_steps = 10; set optim.warmup_steps=0, or",
-        ),
         (["data.valid_fraction=1"], "must be less than 1"),
         (["parallel.block_len=128", "model.causal=false"], "only a causal model can be streamed"),
         (

@@ -154,6 +154,25 @@ def test_a_run_that_is_stopped_and_continued_equals_one_that_is_not(config: str,
         close(rows, whole)
 
 
+def train_briefly(rank: int, config: str, directory: str, steps: int) -> tuple[Rows, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        settings = [f"run.dir={directory}/{steps}", f"train.steps={steps}", "optim.warmup_steps=10", "optim.lr=1e-2"]
+        result = train(load(config, settings))
+    return rows_of(result.run_dir), said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("steps", "rates"), [(1, [1e-2]), (2, [1e-2, 1e-2]), (5, [5e-3, 1e-2, 1e-2, 7.75e-3, 3.25e-3])], ids=str
+)
+def test_a_run_shorter_than_its_warm_up_works(steps: int, rates: list[float], config: str, tmp_path: Path) -> None:
+    """The warm-up takes half of it, and one line says so."""
+    rows, said = run_world(train_briefly, 1, config, str(tmp_path), steps)[0]
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
+    lines = [line for line in said.splitlines() if "warmup_steps" in line]
+    assert lines == [f"the schedule has {steps} steps: optim.warmup_steps = 10 is shortened to {steps // 2}"]
+
+
 RESUMED = {  # another setting, and the tokens and sequences after step 4 where steps 1 and 2 read 2 of 24 tokens each
     "data.seq_len=36": (2 * 2 * 24 + 2 * 2 * 36, 2 * 2 * 24 // 36 + 2 * 2),
     "data.batch_size=4": (2 * 2 * 24 + 2 * 4 * 24, 2 * 2 + 2 * 4),
