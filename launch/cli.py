@@ -82,6 +82,8 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still in the buffer
         return BROKEN_PIPE
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after ^C, a progress bar or half a line of text
         return report_error("interrupted", INTERRUPTED)
     return outcome.exit_code
 

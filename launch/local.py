@@ -10,23 +10,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .exit_codes import FAILED, Outcome, report_error
+from .exit_codes import FAILED, INTERRUPTED, Outcome, report_error
+from .process import forward_signal
 
 
 def train_on_local_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run ``longreach train`` with these arguments as ``num_ranks`` ranks; returns the exit code."""
+    signal.signal(signal.SIGINT, forward_signal)  # the ranks save a checkpoint
     with report_rank_errors() as outcome:
-        start_ranks(num_ranks, sys.executable, "-m", "longreach.launch.train", *arguments)
+        signals = "SIGTERM,SIGHUP,SIGQUIT"
+        start_ranks(num_ranks, sys.executable, "-m", "longreach.launch.train", *arguments, signals=signals)
     return outcome.exit_code
 
 
-def start_ranks(num_ranks: int, entry_point: Callable[..., Any] | str, *arguments: str) -> Any:
+def start_ranks(
+    num_ranks: int,
+    entry_point: Callable[..., Any] | str,
+    *arguments: str,
+    signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+) -> Any:
     """Start ranks on this machine and wait until all have ended.
 
     Args:
         num_ranks: how many.
         entry_point: of every rank: a function, or a program.
         arguments: of the function or the program.
+        signals: after which the ranks have 30 seconds to end.
 
     Returns:
         What the function returned, by rank; of a program, None for each rank.
@@ -44,6 +53,7 @@ def start_ranks(num_ranks: int, entry_point: Callable[..., Any] | str, *argument
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        signals_to_handle=signals,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
@@ -66,7 +76,9 @@ def report_rank_errors() -> Iterator[Outcome]:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         outcome.exit_code = failure.exitcode
-        if failure.exitcode < 0:
+        if failure.exitcode == -signal.SIGINT:
+            outcome.exit_code = report_error("interrupted", INTERRUPTED)
+        elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             outcome.exit_code = report_error(f"rank {rank} was ended by {name}", FAILED)
     except SignalException as error:

@@ -11,24 +11,20 @@ run that stopped early and saved a checkpoint for one that failed; from these ex
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-
-import psutil
 
 from ..errors import InputError
 from .exit_codes import FAILED, report_error, report_errors
 from .local import report_rank_errors
-from .process import use_huge_pages
+from .process import forward_signal, use_huge_pages
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run this node's ranks to their end; returns the exit code of the first that ended early, else 0."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _forward_signal)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, forward_signal)
     use_huge_pages()  # in the ranks, which inherit the environment
     with report_errors() as outcome:
         outcome.exit_code = _run(words)
@@ -47,9 +43,7 @@ def _run(words: Sequence[str] | None) -> int:
         raise InputError("--max-restarts", arguments.max_restarts, allowed, "start this again where it exits with 1")
     arguments.training_script_args.insert(0, arguments.training_script)
     arguments.training_script, arguments.module = "longreach.launch.train", True
-    arguments.signals_to_handle = (
-        "SIGINT,SIGHUP,SIGQUIT"  # after others, `_forward_signal` leaves the ranks time to save
-    )
+    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # after others, `forward_signal` leaves the ranks time to save
     try:
         with report_rank_errors() as outcome:
             run.run(arguments)
@@ -65,10 +59,10 @@ _DESCRIPTION = """Starts the ranks of one node of several: options of torchrun, 
 Run it on every node."""
 _EXIT_CODES = """exit codes, those of the first rank that ended early (torchrun itself exits with 1 for all of them):
   0    all steps are done
-  75   SIGTERM, SIGUSR1 or train.time_limit stopped it, and a checkpoint was saved: run the same command to resume
+  75   SIGTERM, SIGUSR1, Ctrl-C or train.time_limit stopped it, with a checkpoint: run the same command to resume
   2    a mistake in the arguments, the config or the data, reported in one line
   1    a fault, or the nodes did not meet: run the same command to resume from the newest checkpoint
-  130  Ctrl-C"""
+  130  Ctrl-C before the first step, or twice"""
 _ARGUMENTS = {
     "training_script": ("CONFIG", "path of a YAML file, or a name in configs/; see longreach train --help"),
     "training_script_args": ("key=value", "replaces one value of CONFIG, as in train.steps=1000"),
@@ -86,15 +80,6 @@ def _describe(parser: argparse.ArgumentParser) -> None:
             action.metavar, action.help = _ARGUMENTS[action.dest]
         elif action.dest in _HIDDEN:
             action.help = argparse.SUPPRESS
-
-
-def _forward_signal(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the ranks, which save a checkpoint and end; before there are ranks, end this process."""
-    ranks = psutil.Process().children()
-    for rank in ranks:
-        rank.send_signal(number)
-    if not ranks:
-        os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
-from .exit_codes import BROKEN_PIPE, FAILED, report_error
+import psutil
+
+from .exit_codes import BROKEN_PIPE, FAILED, INTERRUPTED, report_error
 
 
 def use_huge_pages() -> None:
@@ -18,6 +21,15 @@ def use_huge_pages() -> None:
     On a CPU, the page faults of a large new tensor cost more than filling it.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def forward_signal(number: int, frame: FrameType | None) -> None:
+    """Send a signal on to the ranks, which save a checkpoint and end; before there are ranks, end this process."""
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        rank.send_signal(number)
+    if not ranks:
+        os._exit(report_error("interrupted", INTERRUPTED) if number == signal.SIGINT else 128 + number)
 
 
 def interrupt_once(number: int, frame: object) -> NoReturn:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from ...errors import InputError
 from ..arguments import add_model_directory, check_output_file
+from ..exit_codes import INTERRUPTED, report_error
 
 SUMMARY = "continue a text"
 DESCRIPTION = """Continue a text with the newest model of a run, or with an exported model. Memory does not grow with
@@ -73,13 +78,45 @@ def run(arguments: argparse.Namespace) -> int:
         if len(prompts) > 1:
             sys.stdout.write(f"prompt {number} of {len(prompts)}:\n")
         sys.stdout.write(prompt.decode("utf-8", errors="replace") if len(prompt) <= 4096 else "...")
-        for text in decode_stream(tokens, vocabulary, ids, is_continuation=bool(arguments.carry_in)):
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        with _interruption(bool(arguments.carry_out)) as interrupted:
+            for text in decode_stream(
+                _until(tokens, interrupted), vocabulary, ids, is_continuation=bool(arguments.carry_in)
+            ):
+                sys.stdout.write(text)
+                sys.stdout.flush()
         sys.stdout.write("\n")
-    if arguments.carry_out:
-        decoders[0].save(arguments.carry_out)
-    return 0
+    if not arguments.carry_out:
+        return 0
+    decoders[0].save(arguments.carry_out)
+    sys.stdout.flush()
+    saved = f"interrupted; the state after these tokens is saved: --carry-in {arguments.carry_out} goes on from it"
+    return report_error(saved, INTERRUPTED) if interrupted else 0
+
+
+def _until(tokens: Iterator[int], interrupted: list[int]) -> Iterator[int]:
+    for token in tokens:
+        yield token
+        if interrupted:
+            return
+
+
+@contextmanager
+def _interruption(enabled: bool) -> Iterator[list[int]]:
+    """Where ``enabled``, the first Ctrl-C within appends to the list, so that no token is left half read."""
+    received: list[int] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    if not enabled:
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, record)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check(arguments: argparse.Namespace) -> None:

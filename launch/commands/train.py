@@ -151,7 +151,8 @@ def _finish(config: RunConfig, result: Result) -> int:
 
     if _is_first_rank() and result.stopped:
         reason = f"stopped after step {result.step}, {result.stopped}"
-        report_error(f"{reason}; a checkpoint was saved: run the same command again to resume", STOPPED)
+        kept = f"a checkpoint of step {result.step} was saved in {result.run_dir / 'checkpoints'}"
+        report_error(f"{reason}; {kept}: run the same command again to resume", STOPPED)
     elif _is_first_rank():
         report(config, result)
     leave_world()  # only after success: a rank that fails must not wait for the others

@@ -141,16 +141,18 @@ def _backends() -> Iterator[Finding]:
     """Which backend of each operator ``backend="auto"`` takes here, and why not another; each is run once."""
     import torch
 
-    from ...kernels import elementwise, linear_attention, long_conv, short_conv
+    from ...kernels import elementwise, linear_attention, long_conv, modal_conv, short_conv
+    from ...kernels.scan import scan
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, heads = torch.ones(1, 8, 4, device=device), torch.ones(1, 8, 2, 2, device=device)
-    fp32 = torch.float32
+    fp32, modes = torch.float32, torch.zeros(4, 4, 2, device=device)
     for operator, case, run_once in (
         (elementwise, (fp32, 6), lambda: elementwise.elementwise_attention(x, x, x)),
         (linear_attention, (fp32, fp32, 2, 2), lambda: linear_attention.linear_attention(heads, heads, heads)),
         (short_conv, (fp32, fp32, 4), lambda: short_conv.short_conv(x, x[0, :4])),
         (long_conv, (fp32, fp32), lambda: long_conv.long_conv(x, x[0, :4])),
+        (modal_conv, (fp32, fp32, 2), lambda: scan(modal_conv.ModalConv(), x, *modes)),
     ):
         name, unsupported = operator.BACKENDS.automatic(device, *case)
         run_once()

@@ -366,9 +366,9 @@ def test_two_ranks_tell_a_mistake_once(shelf: Path, words: list[str], expected: 
     assert sorted(shelf.rglob("*")) == folders and files_below(shelf) == before
 
 
-def train_for_ever(job: Job, name: str) -> subprocess.Popen[str]:
+def train_for_ever(job: Job, name: str, *changes: str) -> subprocess.Popen[str]:
     """A training of two ranks that has made a few steps."""
-    words = ["train", "tiny.yaml", "train.steps=1000000", f"run.dir=runs/{name}"]
+    words = ["train", "tiny.yaml", "train.steps=1000000", f"run.dir=runs/{name}", *changes]
     process = start("-m", "longreach", *words, cwd=job.directory)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -392,17 +392,57 @@ def assert_ended(numbers: list[int]) -> None:
             os.kill(number, 0)
 
 
-def test_ctrl_c_ends_all_ranks_quietly(job: Job) -> None:
-    process = train_for_ever(job, "interrupted")
-    ranks = ranks_of(process)
-    assert len(ranks) == 2
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_a_checkpoint(job: Job, ranks: int) -> None:
+    """As a terminal sends it, to all processes at once; the launcher hands it on besides."""
+    name = f"interrupted-{ranks}"
+    process = train_for_ever(job, name, f"parallel.ranks={ranks}")
+    children = ranks_of(process)
     os.killpg(process.pid, signal.SIGINT)
+    for child in children:
+        os.kill(child, signal.SIGINT)
     done = finish(process, 60)
-    assert done.returncode == 130
-    *progress, last = done.stderr.splitlines()
-    assert last == "longreach: interrupted"
-    assert_only_progress("\n".join(progress))
-    assert_ended(ranks)
+    assert done.returncode == 75, done
+    said = done.stderr.splitlines()
+    step = int(re.search(r"stopped after step (\d+), on Ctrl-C; a checkpoint of step \1 was saved in", said[-1])[1])  # type: ignore[index]
+    assert said.count("longreach: saving after this step; Ctrl-C again ends at once, without saving") == 1
+    checkpoints = job.directory / "runs" / name / "checkpoints"
+    assert checkpoints.joinpath("latest").read_text().strip() == f"step-{step:08d}"
+    assert_ended(children)
+
+
+@pytest.mark.parametrize(("pause", "code"), [(0.0, 0), (1.3, -signal.SIGINT)], ids=["the same", "another"])
+def test_a_second_ctrl_c_ends_at_once(pause: float, code: int, tmp_path: Path) -> None:
+    program = f"""
+import os, signal, time
+from longreach.framework.runtime.preemption import Preemption
+from longreach.parallel.mesh import Axis
+with Preemption() as preemption:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep({pause})
+    os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.reason(Axis()) == "on Ctrl-C"
+"""
+    assert finish(start("-c", program, cwd=tmp_path), 60).returncode == code
+
+
+def test_ctrl_c_while_a_text_is_continued_saves_its_carry(job: Job, tmp_path: Path) -> None:
+    """What was printed is what was saved: the next tokens are those that would have come."""
+    run_dir, words = str(job.directory / "runs/tiny"), ["--temperature", "0"]
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from longreach.launch.cli import program; program()"
+    first = [*words, "--prompt", "span", "--tokens", "1000000", "--carry-out", "carry"]
+    process = start("-c", program, "generate", run_dir, *first, cwd=tmp_path)
+    assert process.stdout is not None
+    begun = process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 60)
+    assert done.returncode == 130 and done.stderr.endswith("--carry-in carry goes on from it\n"), done
+    written = begun + done.stdout.removesuffix("\n")
+    number = len(written.encode()) - len("span")
+    more = longreach("generate", run_dir, *words, "--carry-in", "carry", "--tokens", "20", cwd=tmp_path)
+    whole = longreach("generate", run_dir, *words, "--prompt", "span", "--tokens", str(number + 20), cwd=tmp_path)
+    assert whole.stdout == written + more.stdout
 
 
 def test_a_killed_rank_ends_the_others(job: Job) -> None:

@@ -176,7 +176,7 @@ def test_torchrun_restarts_over_two_nodes(job_dir: JobDirectory) -> None:
 def test_the_help_of_a_node_is_its_own(job_dir: JobDirectory) -> None:
     done = finish(begin(job_dir, "python", "-m", "longreach.launch.node", "--help"), 60)
     assert done.returncode == 0 and "CONFIG [key=value ...]" in done.stdout and "--rdzv-endpoint" in done.stdout
-    assert re.search(r"^  75 +SIGTERM, SIGUSR1 or train\.time_limit", done.stdout, re.MULTILINE)
+    assert re.search(r"^  75 +SIGTERM, SIGUSR1, Ctrl-C or train\.time_limit", done.stdout, re.MULTILINE)
     for foreign in ("training_script", "--max-restarts", "--no-python", "Torch Distributed Elastic"):
         assert foreign not in done.stdout
 

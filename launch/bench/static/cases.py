@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ....framework.mixers.chela import Chela, ChelaConfig
+from ....framework.model import Block
+from ....kernels.dropout import dropout
 from ....kernels.elementwise import elementwise_attention
 from ....kernels.linear_attention import linear_attention
 from ....kernels.long_conv import triton as long_conv
 from ....kernels.long_conv.chunked import LongConv
 from ....kernels.modal_conv import ModalConv
+from ....kernels.rms_norm import rms_norm
 from ....kernels.scan import scan
 from ....kernels.short_conv import short_conv
+from ....parallel.span import Span
 from .capture import Gpu, Recording, footprint, recorded
 
 ORDER = 6  # of element-wise attention
 HEAD_WIDTH = 128  # K and V of linear attention
 TAPS = 4  # of the short convolution
 MODES = 8  # of the modal convolution
+DEVICE: ContextVar[str] = ContextVar("DEVICE", default="meta")  # of the tensors; those on "meta" have no data
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,18 @@ def passes(case: Case, shape: Shape, gpu: Gpu) -> tuple[Pass, Pass]:
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor without data, which requires a gradient where its dtype can."""
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+    """A tensor on `DEVICE`, of random numbers or the ids of 4 documents; it requires a gradient where its dtype can."""
+    device = DEVICE.get()
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=dtype.is_floating_point)
+    if not dtype.is_floating_point:
+        return _ids(shape, device)
+    return torch.randn(shape, dtype=dtype, device=device).mul_(0.5).requires_grad_()
+
+
+@cache
+def _ids(shape: tuple[int, ...], device: str) -> Tensor:
+    return (torch.arange(shape[-1], device=device) * 4 // shape[-1]).expand(shape).contiguous()
 
 
 def _documents(shape: Shape, documents: bool) -> Tensor | None:
@@ -153,11 +170,33 @@ def _long_conv(shape: Shape, *, causal: bool = True, documents: bool = False) ->
     return [x, fp32(shape.width, taps), fp32(shape.width)], run
 
 
-def _modal_conv(shape: Shape) -> Any:
+def _modal_conv(shape: Shape, *, dtype: torch.dtype = torch.bfloat16, documents: bool = False) -> Any:
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
-        return scan(ModalConv(backend="chunked"), x, *parameters)[0]
+        segments = _documents(shape, documents)
+        return scan(ModalConv(backend="triton"), x, *parameters, segments=segments)[0]
 
-    return [tensor(shape.batch, shape.length, shape.width), *(tensor(shape.width, MODES) for _ in range(4))], run
+    x = tensor(shape.batch, shape.length, shape.width, dtype=dtype)
+    return [x, *(tensor(shape.width, MODES, dtype=dtype) for _ in range(4))], run
+
+
+def _dropout(shape: Shape) -> Any:
+    seeds = tensor(shape.batch, dtype=torch.int64)
+    return [tensor(shape.batch, shape.length, shape.width)], lambda x: dropout(x, 0.1, seeds)
+
+
+def _rms_norm(shape: Shape, group: int = 0) -> Any:
+    weight = tensor(shape.width)
+    inputs = [tensor(shape.batch, shape.length, shape.width), weight]
+    return inputs, lambda x, weight: rms_norm(x, weight, min(group or shape.width, shape.width))
+
+
+def _chela_block(shape: Shape) -> Any:
+    """A block as of the config ``lm-125m``, with dropout: norms, mixer, gated feed-forward layer."""
+    with torch.device(DEVICE.get()):
+        mixer = Chela(shape.width, ChelaConfig(heads=2 * shape.width // HEAD_WIDTH, modes=MODES))
+        block = Block(mixer, shape.width, shape.width * 8 // 3 // 8 * 8, dropout=0.1).bfloat16()
+    span = Span(dropout_seeds=tensor(shape.batch, dtype=torch.int64), layer="blocks.0")
+    return [tensor(shape.batch, shape.length, shape.width), *block.parameters()], lambda x, *_: block(x, span)[0]
 
 
 _MAKERS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Mapping[str, Any]]]] = {
@@ -185,8 +224,11 @@ _MAKERS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Mapping[str, Any]]]
         _short_conv,
         {"SiLU": {}, "plain": {"activation": None}, "SiLU documents": {"documents": True}},
     ),
+    "dropout": (_dropout, {"plain": {}}),
+    "rms_norm": (_rms_norm, {"plain": {}, "groups of 64": {"group": 64}}),
+    "chela block": (_chela_block, {"dropout": {}}),
     "long_conv": (_long_conv, {"plain": {}, "non-causal": {"causal": False}}),
-    "modal_conv": (_modal_conv, {"plain (no Triton kernel)": {}}),
+    "modal_conv": (_modal_conv, {"plain": {}, "fp32": {"dtype": torch.float32}, "documents": {"documents": True}}),
 }
 
 
