@@ -6,6 +6,7 @@ is split. Each rank adds the part of its own tokens; `Engine` sums gradients ove
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -231,6 +232,10 @@ def _set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
     mesh = mesh_of(config)
     check_rank_consistency(config, mesh.world)
     task = start_task(config, mesh)
+    if config.data.epochs:
+        config.train.steps = max(
+            1, math.ceil(config.data.epochs * len(task.sequences("train", None)) / config.data.batch_size)
+        )
     return mesh, task, start_engine(config, settings, mesh)
 
 

@@ -89,6 +89,7 @@ class DataConfig:
         field: the field of a JSON line that holds the text.
         seq_len: tokens of a whole sequence, before it is split over ranks.
         batch_size: sequences per optimizer step, over all ranks.
+        epochs: passes over the training sequences, in place of ``train.steps``; 0 leaves those.
         packing: ``stream``: documents are concatenated, and tokens see earlier documents too; ``documents``: tokens see
             their own document only.
         workers: prefetching processes of each rank; 0 for a thread.
@@ -108,6 +109,7 @@ class DataConfig:
     field: str = "text"
     seq_len: int = bounded(MISSING, minimum=1)
     batch_size: int = bounded(MISSING, minimum=1)
+    epochs: float = bounded(0.0, minimum=0)
     packing: Packing = "stream"
     workers: int = bounded(0, minimum=0)
     cache: str = ""

@@ -27,6 +27,8 @@ from .resume import check_resume, run_identity
 from .schedule import shortened
 from .validation import score
 
+MANY_EPOCHS = 10  # from which on a run says that it reads the same data so often
+
 
 @dataclass
 class Run:
@@ -184,10 +186,13 @@ def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock,
 def _summary_line(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh) -> str:
     """Model, data and layout of a run."""
     mixers, model = ", ".join(config.model.mixers), config.model
+    epochs = config.train.steps * config.data.batch_size / max(1, len(task.sequences("train", None)))
+    often = f"; each is read {epochs:,.0f} times: give more data, or fewer steps" if epochs >= MANY_EPOCHS else ""
     return (
         f"{num_parameters:,} parameters ({mixers}; width {model.width}, depth {model.depth}), "
         f"{task.introduction()}, sequences of {config.data.seq_len:,} tokens, "
-        f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}"
+        f"{config.train.steps:,} steps or {epochs:,.3g} epochs, "
+        f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}{often}"
     )
 
 

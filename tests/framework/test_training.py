@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,27 @@ def test_a_run_shorter_than_its_warm_up_works(steps: int, rates: list[float], co
     assert [row["lr"] for row in rows] == pytest.approx(rates)
     lines = [line for line in said.splitlines() if "warmup_steps" in line]
     assert lines == [f"the schedule has {steps} steps: optim.warmup_steps = 10 is shortened to {steps // 2}"]
+
+
+def train_epochs(rank: int, config: str, directory: str, epochs: float) -> tuple[int, str]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        settings = [f"run.dir={directory}/{epochs}", f"data.epochs={epochs}", "data.seq_len=4096"]
+        result = train(load(config, settings))
+    return result.step, said.getvalue()
+
+
+@pytest.mark.parametrize(("epochs", "often"), [(0.01, False), (2, False), (12.5, True)])
+def test_a_run_says_how_often_it_reads_the_data(epochs: float, often: bool, config: str, tmp_path: Path) -> None:
+    """Catches a small corpus that is read a hundred times, without a word."""
+    steps, said = run_world(train_epochs, 1, config, str(tmp_path), epochs)[0]
+    found = re.search(r"([\d,]+) training tokens .* ([\d,]+) steps or ([\d.]+) epochs", said)
+    assert found is not None, said
+    sequences = -(-(int(found[1].replace(",", "")) - 1) // 4096)
+    assert sequences < 100, "a small corpus"
+    assert steps == int(found[2]) == max(1, math.ceil(epochs * sequences / 4))
+    assert float(found[3]) == pytest.approx(steps * 4 / sequences, rel=5e-3)
+    assert ("times: give more data, or fewer steps" in said) == often
 
 
 RESUMED = {  # another setting, and the tokens and sequences after step 4 where steps 1 and 2 read 2 of 24 tokens each
