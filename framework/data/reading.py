@@ -32,10 +32,10 @@ class Reader:
         self.files, self.field = files, field
         self.num_bytes = sum(file.num_bytes for file in files)
         if all(kind_of(file) == "file" for file in files):  # the names of files are the keys: none is opened
-            self.holdout = Holdout((file.key for file in files), valid_fraction)
+            self.holdout = Holdout(((file.key, file.num_bytes) for file in files), valid_fraction)
             return
         with progress("finding documents", self.num_bytes, callback) as advance:
-            self.holdout = Holdout(self._keys(advance), valid_fraction)
+            self.holdout = Holdout(self._sizes(advance), valid_fraction)
 
     def read(
         self,
@@ -64,10 +64,10 @@ class Reader:
                     yield document.key, content
             advance(document.num_bytes)
 
-    def _keys(self, advance: Callable[[int], None]) -> Iterator[str]:
+    def _sizes(self, advance: Callable[[int], None]) -> Iterator[tuple[str, int]]:
         for document in documents(self.files, self.field):
             advance(document.num_bytes)
-            yield document.key
+            yield document.key, document.num_bytes
 
 
 class BadSamples:

@@ -213,7 +213,7 @@ def test_the_end_of_a_lone_document_is_held_out(text: str, fraction: float) -> N
         path = write(Path(place) / "a.txt", text.encode("utf-8", "ignore"))
         if len(path.read_bytes()) < 4:
             return
-        holdout = Holdout(["a.txt"], fraction)
+        holdout = Holdout([("a.txt", 9)], fraction)
         parts = []
         for split in ("train", "valid"):
             (document,) = holdout.select(documents(list_files(str(path))), split)
@@ -222,6 +222,24 @@ def test_the_end_of_a_lone_document_is_held_out(text: str, fraction: float) -> N
     if len(text) > 20:
         assert "".join(part.decode() for part in parts) == text
         assert len(parts[1]) == pytest.approx(fraction * len(text.encode()), abs=5)
+
+
+@pytest.mark.parametrize("sizes", [(10, 20_000), (20_000, 10), (300, 400, 100_000)], ids=str)
+def test_no_more_is_held_out_than_trained_on(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """Under every name: where a large document would be held out, its end is instead."""
+    for name in "abcdefgh":
+        folder = tmp_path / name
+        for number, size in enumerate(sizes):
+            write(folder / f"{name}{number}.txt", b"x" * size)
+        index = pack(str(folder), tmp_path / f"{name}-out", name="x", valid_fraction=0.05)
+        train, valid = (index.splits[split].num_tokens for split in ("train", "valid"))
+        assert train + valid == sum(sizes) and 0 < valid <= train
+        assert index.splits["train"].num_documents >= 1
+    shares = []
+    for name in "abcdefgh":
+        index = pack(str(tmp_path / name), tmp_path / f"{name}-half", name="x", valid_fraction=0.3)
+        shares.append(index.splits["valid"].num_tokens / sum(sizes))
+    assert max(shares) == pytest.approx(0.3, abs=0.01)  # of the large one, held out by its name at least once
 
 
 def test_a_lone_document_that_is_too_short(tmp_path: Path) -> None:
