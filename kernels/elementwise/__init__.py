@@ -49,7 +49,8 @@ def elementwise_attention(
     [-0.70, 1.10] (order 2), [-1.32, 2.43] (order 4), [-1.91, 3.89] (order 6), so q and k want to be bounded. Inputs and
     upstream gradients up to 1e4 in magnitude give neither NaN nor Inf for orders up to 8: q is clamped to +-1000
     (no gradient beyond it), ``k^n w`` underflows to 0, the denominator is floored at 1e-30 (no gradient through it
-    there), what a token adds to the gradients saturates at +-1e25, and results are clamped to their finite range.
+    there), what a token adds to the gradients saturates at +-1e25, and results are clamped to their finite range. What
+    depends on NaN or on an infinity is NaN.
 
     Args:
         q, k, v: ``[B, L, D]`` of one device and dtype (fp16, bf16, fp32, fp64): this rank's shard of the sequence.

@@ -10,16 +10,18 @@ the left, from the right, or both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..backends import is_traced
 from ..chunks import Documents, from_chunks, to_chunks
 from ..state import StatefulOp
 from ..transition import exclusive_chunk_scan
-from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT, finite, state_dtype
+from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT, exposed, finite, state_dtype
 
 CHUNK_LEN = 64
 
@@ -45,6 +47,9 @@ class Chunked(StatefulOp):
     plain_sum = True
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        if segments is not None and _is_spoilt(*inputs):
+            state = self._leaving(segments, lambda one: self.local_transition(one.of(*inputs), None)[1], adjoint=False)
+            return state.new_ones(1, 1, 1, 1), state
         layout = _Layout.of(inputs[0])
         if inputs[0].shape[1] == 1:
             state = self._single(layout, inputs)
@@ -57,6 +62,12 @@ class Chunked(StatefulOp):
     def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if segments is not None and _is_spoilt(*inputs, initial):
+            y, *saved = (torch.empty_like(inputs[0], dtype=x) for x in (inputs[0].dtype, *[initial.dtype] * 2))
+            for one in _documents(segments):
+                part, kept = self.apply_state(one.of(*inputs), None, self._entering(initial, one, adjoint=False))
+                one.put((y, *saved), (part, *kept))
+            return y, tuple(saved)
         layout = _Layout.of(inputs[0])
         if inputs[0].shape[1] == 1:
             return self._apply_single(layout, inputs, initial)
@@ -83,6 +94,13 @@ class Chunked(StatefulOp):
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Tensor:
+        if segments is not None and _is_spoilt(*inputs, *saved, grad):
+
+            def of_one(one: _Document) -> Tensor:
+                start = self._entering(initial, one, adjoint=False)
+                return self.incoming_state_grad(one.of(*inputs), None, start, one.of(*saved), *one.of(grad))
+
+            return self._leaving(segments, of_one, adjoint=True)
         layout = _Layout.of(inputs[0])
         ends = None if segments is None else [segments == segments[:, :1], segments == segments[:, -1:]]
         return self._ends(layout, self._queries(layout, inputs, saved, grad), ends)
@@ -97,6 +115,12 @@ class Chunked(StatefulOp):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         q, k, v = inputs
+        if segments is not None and _is_spoilt(*inputs, initial, final_grad, *saved, grad):
+            grads = tuple(torch.empty_like(x) for x in inputs)
+            for one in _documents(segments):
+                ends = self._entering(initial, one, adjoint=False), self._entering(final_grad, one, adjoint=True)
+                one.put(grads, self.input_grads(one.of(*inputs), None, *ends, one.of(*saved), *one.of(grad)))
+            return grads
         layout = _Layout.of(q)
         from_left, from_right = (initial, None) if self.causal else initial
         key_sums = _Sums.of(layout, self._keys(layout, inputs), from_left, from_right, segments)
@@ -112,9 +136,26 @@ class Chunked(StatefulOp):
                 whole[:, slab.tokens] = finite(from_chunks(part, slab.num_tokens), whole.dtype)
         return grads
 
+    def _entering(self, state: Tensor, one: _Document, *, adjoint: bool) -> Tensor:
+        """What of the shard's ``state`` enters a document; of the gradient of its final state if ``adjoint``."""
+        sides = (one.is_last, one.is_first) if adjoint else (one.is_first, one.is_last)
+        states = [
+            x[one.row] if side else torch.zeros_like(x[one.row])
+            for x, side in zip((state,) if self.causal else state, sides)
+        ]
+        return states[0] if self.causal else torch.stack(states)
+
+    def _leaving(self, segments: Tensor, of_one: Callable[[_Document], Tensor], *, adjoint: bool) -> Tensor:
+        """The shard's final state, given each document's; the gradient of its initial state if ``adjoint``."""
+        first, last = ([one for one in _documents(segments) if getattr(one, end)] for end in ("is_first", "is_last"))
+        here, there = (first, last) if adjoint else (last, first)
+        if self.causal:
+            return torch.cat([of_one(one) for one in here])
+        return torch.stack([torch.cat([of_one(one)[i] for one in ends]) for i, ends in enumerate((here, there))])
+
     def _single(self, layout: _Layout, inputs: tuple[Tensor, ...]) -> Tensor:
         """The terms of a shard of one token, ``[B, 2, t+1, D]``: all orders at once, for decoding."""
-        k, v = (x.to(layout.dtype) for x in inputs[1:])
+        k, v = (exposed(x.to(layout.dtype)) for x in inputs[1:])
         powers = torch.cat([torch.exp(-k * k), k.expand(-1, self.order, -1)], dim=1).cumprod(dim=1)
         return torch.stack([powers * v, powers], dim=1)
 
@@ -122,8 +163,8 @@ class Chunked(StatefulOp):
         self, layout: _Layout, inputs: tuple[Tensor, ...], initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`apply_state` of a shard of one token."""
-        sums = self._single(layout, inputs) + (initial if self.causal else initial[0] + initial[1])
-        q = inputs[0].to(layout.dtype).clamp(-Q_LIMIT, Q_LIMIT)
+        sums = self._single(layout, inputs) + exposed(initial if self.causal else initial[0] + initial[1])
+        q = exposed(inputs[0].to(layout.dtype)).clamp(-Q_LIMIT, Q_LIMIT)
         ratios = 2 / torch.arange(1, self.order + 1, dtype=layout.dtype, device=layout.device)
         powers = torch.cat([torch.ones_like(q), q * ratios.unsqueeze(-1)], dim=1).cumprod(dim=1)
         num, den = (sums * powers.unsqueeze(1)).sum(dim=2, keepdim=True).unbind(1)
@@ -167,7 +208,7 @@ class Chunked(StatefulOp):
         """A token's terms of ``(S_n, Z_n)``: ``k^n w (v, 1)``."""
 
         def terms(slab: _Slab) -> Iterator[Tensor]:
-            k, v = (x[:, slab.tokens].to(layout.dtype) for x in inputs[1:])
+            k, v = (exposed(x[:, slab.tokens].to(layout.dtype)) for x in inputs[1:])
             weight = torch.exp(-k * k)
             # Padded after the exponential, so that the weight of padding is 0.
             x = to_chunks(torch.stack([weight * v, weight], dim=-2), layout.chunk_len)
@@ -221,6 +262,41 @@ class _Slab:
         return self.tokens.stop - self.tokens.start
 
 
+@dataclass(frozen=True)
+class _Document:
+    """A document's row of the batch and tokens, and whether it is the row's first and its last one."""
+
+    row: slice
+    tokens: slice
+    is_first: bool
+    is_last: bool
+
+    def of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x[self.row, self.tokens] for x in tensors)
+
+    def put(self, whole: Iterable[Tensor], parts: Iterable[Tensor | None]) -> None:
+        for x, part in zip(whole, parts, strict=True):
+            assert part is not None
+            x[self.row, self.tokens] = part
+
+
+def _documents(segments: Tensor) -> Iterator[_Document]:
+    """The documents of ``segments [B, L]``, row by row."""
+    length = segments.shape[1]
+    for row, ids in enumerate(segments):
+        starts = [0, *(ids.diff().nonzero().flatten() + 1).tolist(), length]
+        for start, stop in pairwise(starts):
+            yield _Document(slice(row, row + 1), slice(start, stop), start == 0, stop == length)
+
+
+def _is_spoilt(*tensors: Tensor) -> bool:
+    """Whether any number is not finite: then documents are computed one by one.
+
+    Elsewhere they share products with masks, and 0 times NaN is NaN. A GPU is not waited for: there it spreads.
+    """
+    return tensors[0].is_cpu and not is_traced(tensors[0]) and not all(x.isfinite().all() for x in tensors)
+
+
 Terms = Callable[[_Slab], Iterator[Tensor]]
 """Yields for n = 0..t the terms of a slab's tokens, ``[B, chunks, C, 2, D]``; each may overwrite the one before."""
 
@@ -252,8 +328,8 @@ class _Layout:
         return cls(x.shape, state_dtype(x.dtype), x.device, chunk_len, num_chunks, slabs)
 
     def chunks(self, x: Tensor, slab: _Slab) -> Tensor:
-        """A slab of ``x [B, L, D]`` as ``[B, chunks, C, D]`` in the dtype of the sums, padded with zeros."""
-        return to_chunks(x[:, slab.tokens].to(self.dtype), self.chunk_len)
+        """A slab of ``x [B, L, D]``, `exposed`, as ``[B, chunks, C, D]`` in the dtype of the sums, zero-padded."""
+        return to_chunks(exposed(x[:, slab.tokens].to(self.dtype)), self.chunk_len)
 
     def totals(self, terms: Terms, order: int, weights: Tensor | None = None) -> Tensor:
         """Every chunk's sum of terms ``[B, N, W, 2, t+1, D]``, its tokens weighted by ``weights [B, N, W, C]``."""
@@ -296,6 +372,7 @@ class _Sums:
     ) -> _Sums:
         """Sums over a shard's tokens and the states that enter it, ``left`` and ``right [B, 2, t+1, D]`` or None."""
         mask = torch.ones(layout.chunk_len, layout.chunk_len, dtype=layout.dtype, device=layout.device)
+        left, right = (None if x is None else exposed(x) for x in (left, right))
         everything = documents = None
         start = left if left is not None else right
         assert start is not None

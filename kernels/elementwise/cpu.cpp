@@ -99,6 +99,13 @@ inline void evaluate(Series& series, const Sums<T>& inside, const Sums<T>& befor
   if (derivative) series.top = top, series.bottom = bottom;
 }
 
+// NaN for infinities, which a clamp, an exponential or a quotient would turn into finite numbers.
+inline vec exposed(vec x) { return x + x * 0.0f; }
+template <class X>
+inline vec exposed(const X* p) {
+  return exposed(load(p));
+}
+
 inline vec quotient(const Series& series) { return series.num / vmax(series.den, splat(DEN_FLOOR)); }
 
 struct Gradients {
@@ -168,7 +175,7 @@ struct Wide {
   void add(const float* p, int64_t D) {
     if (p)
       for (int64_t i = 0; i < 2 * orders; ++i)
-        for (int64_t c = 0; c < n; ++c) sums[i * n + c] += p[i * D + c];
+        for (int64_t c = 0; c < n; ++c) sums[i * n + c] += p[i * D + c] + 0 * p[i * D + c];
   }
   void write(float* p, int64_t D) const {
     if (p)
@@ -197,7 +204,7 @@ template <class X>
 inline void weigh(const Tokens<const X>& k, int64_t b, int64_t c, int64_t first, int64_t last, int64_t ahead, vec* weights) {
   for (int64_t i = first; i < last; ++i) {
     k.prefetch(b, i + ahead, c);
-    vec x = load(k.at(b, i, c));
+    vec x = exposed(k.at(b, i, c));
     weights[i - first] = vexp(-x * x);
   }
 }
@@ -224,10 +231,10 @@ void forward(const Call<X>& x, const Task& task) {
           for (int n = 0; n < 2 * (T + 1); ++n) std::fill_n(total + n * wide.n, W, 0.0);
         }
         x.v.prefetch(b, i + CHUNK, c);
-        add_key(inside, load(x.k.at(b, i, c)), load(x.v.at(b, i, c)), weights[i - first]);
+        add_key(inside, exposed(x.k.at(b, i, c)), exposed(x.v.at(b, i, c)), weights[i - first]);
         if (x.y.data) {
           x.q.prefetch(b, i + CHUNK, c);
-          evaluate<T, false>(series[i - first], inside, before, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
+          evaluate<T, false>(series[i - first], inside, before, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT));
         }
       }
       inside.add_to(total, wide.n);
@@ -252,9 +259,9 @@ void right_to_left(const Call<X>& x, int64_t b, int64_t c, int64_t first, int64_
       for (int m = 0; m < 2 * (T + 1); ++m) std::fill_n(total + m * n, W, 0.0);
     }
     const Upstream& here = up[i - first];
-    add_query<T, tame>(inside, clamp(load(x.q.at(b, i, c)), Q_LIMIT), here.a, here.y);
+    add_query<T, tame>(inside, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT), here.a, here.y);
     if (x.dk.data) {
-      vec k = load(x.k.at(b, i, c)), v = load(x.v.at(b, i, c));
+      vec k = exposed(x.k.at(b, i, c)), v = exposed(x.v.at(b, i, c));
       Gradients grads = key_gradients(inside, before, k, v, weights[i - first]);
       store_finite(x.dk.at(b, i, c), grads.k);
       store_finite(x.dv.at(b, i, c), grads.v);
@@ -282,14 +289,14 @@ void backward(const Call<X>& x, const Task& task) {
       for (int64_t i = first; i < last; ++i) {
         for (const auto& t : {x.q, x.v}) t.prefetch(b, i - CHUNK, c);
         if (x.starts(b, i)) before.clear(), inside.clear();
-        add_key(inside, load(x.k.at(b, i, c)), load(x.v.at(b, i, c)), weights[i - first]);
-        evaluate<T, true>(series[i - first], inside, before, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
+        add_key(inside, exposed(x.k.at(b, i, c)), exposed(x.v.at(b, i, c)), weights[i - first]);
+        evaluate<T, true>(series[i - first], inside, before, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT));
       }
       for (int64_t i = first; i < last; ++i) {
         x.g.prefetch(b, i - CHUNK, c);
         for (const auto& t : {x.dq, x.dk, x.dv}) t.prefetch(b, i - CHUNK, c);
-        vec raw = load(x.q.at(b, i, c));
-        Upstream here = upstream(series[i - first], raw, load(x.g.at(b, i, c)));
+        vec raw = exposed(x.q.at(b, i, c));
+        Upstream here = upstream(series[i - first], raw, exposed(x.g.at(b, i, c)));
         if (x.dq.data) store_finite(x.dq.at(b, i, c), here.dq);
         wild |= (vabs(here.a) > TAME) | (vabs(here.y) > TAME) | (vabs(raw) > TAME_Q);
         up[i - first] = here;
@@ -321,7 +328,7 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
     for_chunks(start, stop, [&](int64_t first, int64_t last, int64_t c) {
       Sums<T> inside;
       for (int64_t i = first; i < last; ++i) {
-        vec k = load(x.k.at(b, i, c)), v = load(x.v.at(b, i, c));
+        vec k = exposed(x.k.at(b, i, c)), v = exposed(x.v.at(b, i, c));
         add_key(inside, k, v, vexp(-k * k));
       }
       inside.add_to(sums.at(c - task.first), sums.n);
@@ -336,7 +343,7 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
         all.read(sums.at(c - task.first), sums.n);
         for (int64_t i = first; i < last; ++i) {
           Series series;
-          evaluate<T, false>(series, all, none, clamp(load(x.q.at(b, i, c)), Q_LIMIT));
+          evaluate<T, false>(series, all, none, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT));
           store_finite(x.y.at(b, i, c), quotient(series));
         }
       });
@@ -349,10 +356,10 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
       Sums<T> all, none, inside;
       all.read(sums.at(c - task.first), sums.n);
       for (int64_t i = first; i < last; ++i) {
-        vec raw = load(x.q.at(b, i, c)), q = clamp(raw, Q_LIMIT);
+        vec raw = exposed(x.q.at(b, i, c)), q = clamp(raw, Q_LIMIT);
         Series series;
         evaluate<T, true>(series, all, none, q);
-        Upstream up = upstream(series, raw, load(x.g.at(b, i, c)));
+        Upstream up = upstream(series, raw, exposed(x.g.at(b, i, c)));
         if (x.dq.data) store_finite(x.dq.at(b, i, c), up.dq);
         add_query<T, false>(inside, q, up.a, up.y);
       }
@@ -366,7 +373,7 @@ void whole_documents(const Call<X>& x, const Task& task, bool gradients) {
       Sums<T> all, none;
       all.read(grads.at(c - task.first), grads.n);
       for (int64_t i = first; i < last; ++i) {
-        vec k = load(x.k.at(b, i, c)), v = load(x.v.at(b, i, c));
+        vec k = exposed(x.k.at(b, i, c)), v = exposed(x.v.at(b, i, c));
         Gradients to = key_gradients(all, none, k, v, vexp(-k * k));
         store_finite(x.dk.at(b, i, c), to.k);
         store_finite(x.dv.at(b, i, c), to.v);

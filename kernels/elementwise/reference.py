@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..state import Carry
 
@@ -42,6 +44,8 @@ def reference_elementwise_attention(
     4. The gradients of ``S_n(i)``, ``Z_n(i)`` and ``q_i`` saturate at +-`GRAD_LIMIT`, and outputs and gradients are
        clamped to the finite range of their dtype.
 
+    They hide nothing: what depends on NaN or on an infinity is NaN.
+
     Args:
         q, k, v: ``[B, L, D]``, any floating dtype.
         order: the highest power, even.
@@ -55,7 +59,7 @@ def reference_elementwise_attention(
     Source: arXiv 2501.05730, the EA-series; the text's reading, in which t is the highest power.
     """
     batch, length, width = q.shape
-    wide_q, wide_k, wide_v = _widened(q, GRAD_LIMIT).clamp(-Q_LIMIT, Q_LIMIT), _widened(k), _widened(v)
+    wide_q, wide_k, wide_v = _saturated(_widened(q, GRAD_LIMIT), Q_LIMIT), exposed(_widened(k)), _widened(v)
 
     powers = [torch.exp(-wide_k.square())]
     for _ in range(order):
@@ -67,7 +71,7 @@ def reference_elementwise_attention(
     visible = ids.unsqueeze(2) == ids.unsqueeze(1)  # [B, L, L], row i sees column j
     if causal:
         visible = visible.tril()
-    sums = torch.einsum("bij,bsnjd->bsnid", visible.double(), terms)
+    sums = _VisibleSum.apply(visible, terms)
 
     start = wide_q.new_zeros(batch, 2, order + 1, width)
     last = None
@@ -76,19 +80,19 @@ def reference_elementwise_attention(
     before = ids[:, :1] if segments is None or last is None else last.unsqueeze(1)
     # The carry reaches the first token's document, if that is the carry's document.
     continued = (ids == before) & (ids == ids[:, :1])
-    sums = sums + start.unsqueeze(3) * continued[:, None, None, :, None]
+    sums = sums + start.unsqueeze(3).where(continued[:, None, None, :, None], 0)
     if sums.requires_grad:
-        sums.register_hook(lambda grad: grad.clamp(-GRAD_LIMIT, GRAD_LIMIT))
+        sums.register_hook(lambda grad: _saturated(grad, GRAD_LIMIT))
 
     coefficients = torch.stack([2.0**n / math.factorial(n) * wide_q**n for n in range(order + 1)], dim=1)
     num, den = (coefficients.unsqueeze(1) * sums).sum(dim=2).unbind(dim=1)
-    y = finite(num / den.clamp(min=DEN_FLOOR), q.dtype)
+    y = _saturated(num / (den.clamp(min=DEN_FLOOR) + 0 * den), torch.finfo(q.dtype).max).to(q.dtype)
 
     state = start
     if length:
-        in_last = ids == ids[:, -1:]
-        whole = continued[:, -1]
-        state = start * whole[:, None, None, None] + torch.einsum("bj,bsnjd->bsnd", in_last.double(), terms)
+        in_last = (ids == ids[:, -1:])[:, None, None, :, None]
+        whole = continued[:, -1][:, None, None, None]
+        state = start.where(whole, 0) + terms.where(in_last, 0).sum(dim=3)
     if segments is not None:
         last = ids[:, -1] if length else last
     return y, Carry(state.to(state_dtype(q.dtype)), last)
@@ -123,10 +127,44 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def exposed(x: Tensor) -> Tensor:
+    """``x`` with NaN for infinities, which a clamp, an exponential or a quotient would turn into finite numbers."""
+    return torch.add(x, x, alpha=0)  # 0 times an infinity is NaN
+
+
 def finite(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``, clamped to its finite range."""
+    """``x`` in ``dtype``, clamped to its finite range; NaN stays NaN."""
     limit = torch.finfo(dtype).max
     return x.clamp(-limit, limit).to(dtype)
+
+
+def _saturated(x: Tensor, limit: float) -> Tensor:
+    """``x`` clamped to +-``limit``; NaN for what is not finite, and so for the gradient of what is not."""
+    return x.clamp(-limit, limit) + 0 * x
+
+
+class _VisibleSum(torch.autograd.Function):
+    """``sum_j visible_ij terms_j`` and its adjoint, in which what is not finite stays in its document."""
+
+    @staticmethod
+    def forward(ctx: Any, visible: Tensor, terms: Tensor) -> Tensor:
+        ctx.save_for_backward(visible)
+        return _visible_sum(visible, terms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (visible,) = ctx.saved_tensors
+        return None, _visible_sum(visible.mT, grad)
+
+
+def _visible_sum(visible: Tensor, terms: Tensor) -> Tensor:
+    """``[B, 2, t+1, L, D]``, given ``visible [B, L, L]`` and ``terms [B, 2, t+1, L, D]``."""
+    spoilt = ~terms.isfinite()
+    sums = torch.einsum("bij,bsnjd->bsnid", visible.double(), terms.masked_fill(spoilt, 0))
+    if spoilt.any():
+        sums = sums.masked_fill(torch.einsum("bij,bsnjd->bsnid", visible.double(), spoilt.double()) > 0, math.nan)
+    return sums
 
 
 def _widened(x: Tensor, grad_limit: float = math.inf) -> Tensor:
@@ -134,5 +172,5 @@ def _widened(x: Tensor, grad_limit: float = math.inf) -> Tensor:
     wide = x.to(torch.float64, copy=True)
     if wide.requires_grad:
         limit = min(grad_limit, torch.finfo(x.dtype).max)
-        wide.register_hook(lambda grad: grad.clamp(-limit, limit))
+        wide.register_hook(lambda grad: _saturated(grad, limit))
     return wide

@@ -10,6 +10,9 @@ many loads in flight, and processes them one by one. Chunks run in parallel; the
 of the chunks before it, which a small kernel sums in fp64. A sum in fp32 thus has at most `CHUNK` tokens: its relative
 error, for terms of one sign, stays below ``2 CHUNK 2^-24`` = 1.5e-5, and near 3e-7 for terms that vary.
 
+Instructions are as scarce as bytes, so whole groups of tokens have no masks, pointers walk from row to row, and powers
+and reciprocals do without denormals.
+
 Forward: totals of keys, states before the chunks, output. Backward: query gradient (which recomputes y and the
 denominator from the saved states, and computes the totals of queries), states from the right, key and value gradient.
 Non-causal with documents, a token's sums have a part from each side: one launch stores its part, the second adds its
@@ -44,6 +47,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from ..chunks import to_chunks
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
@@ -52,11 +56,56 @@ from .chunked import Chunked
 from .reference import DEN_FLOOR, GRAD_LIMIT, Q_LIMIT
 
 CHUNK = 128  # tokens whose sum is fp32
-FAR = tl.constexpr(1e4)  # the key of padding: its weight exp(-k^2) is 0
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _Q_LIMIT = tl.constexpr(Q_LIMIT)
 _DEN_FLOOR = tl.constexpr(DEN_FLOOR)
 _GRAD_LIMIT = tl.constexpr(GRAD_LIMIT)
+
+
+@triton.jit
+def _exposed(x):
+    """``x`` with NaN for infinities, which a clamp, an exponential or a quotient would turn into finite numbers."""
+    return x + 0.0 * x
+
+
+@triton.jit
+def _clamped(x, LIMIT: tl.constexpr):
+    """``x`` clamped to +-`LIMIT`; NaN stays NaN."""
+    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _query(q):
+    """q in fp32, clamped to +-`Q_LIMIT`; NaN where it is not finite."""
+    return _clamped(_exposed(q.to(tl.float32)), _Q_LIMIT)
+
+
+@triton.jit
+def _floored(den):
+    return tl.maximum(den, _DEN_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+# The interpreter lacks libdevice. On a GPU that takes one instruction for a power or a reciprocal, exact to 2 units in
+# the last place; Triton's own functions take up to six more, for denormals. A weight below 1e-38 is 0, and no
+# denominator leaves [1e-30, 1e38].
+
+
+@triton.jit
+def _weight(k):
+    """``exp(-k^2)``."""
+    if INTERPRETED:
+        return tl.exp(-k * k)
+    else:
+        return libdevice.exp2(k * (k * -1.4426950408889634))
+
+
+@triton.jit
+def _divided(x, den):
+    if INTERPRETED:
+        return x / den
+    else:
+        return libdevice.fast_dividef(x, den)
 
 
 @triton.jit
@@ -72,24 +121,25 @@ def _place(num_chunks, length, width, CHUNK: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _token(step, first, num, width, REVERSE: tl.constexpr):
-    """The token of a step, and the width of its row: 0 if there is no such token."""
+def _token(step, first, num, REVERSE: tl.constexpr):
+    """The token of a step."""
     if REVERSE:
-        return first + (num - 1 - step), tl.where(step < num, width, 0)
+        return first + (num - 1 - step)
     else:
-        return first + step, tl.where(step < num, width, 0)
+        return first + step
 
 
 @triton.jit
-def _row(x, token, stride, cols, mask, FILL: tl.constexpr):
-    """A token's row, `FILL` where the mask is not set."""
-    return tl.load(x + token * stride + cols, mask=mask, other=FILL)
+def _walk(x, first, num, stride, cols, REVERSE: tl.constexpr):
+    """Pointers to the row of the first step's token, and the distance to that of the next one."""
+    stride = tl.full([], stride, tl.int64)
+    return x + _token(0, first, num, REVERSE) * stride + cols, -stride if REVERSE else stride
 
 
 @triton.jit
-def _continues(document_starts, token, end, REVERSE: tl.constexpr):
+def _continues(document_starts, token, REVERSE: tl.constexpr):
     """Whether a token is of the same document as the token processed before it."""
-    return tl.load(document_starts + token + REVERSE, mask=end > 0, other=0) == 0
+    return tl.load(document_starts + token + REVERSE) == 0
 
 
 @triton.jit
@@ -116,7 +166,7 @@ def _store_sums(states, sums, width, cols, COUNT: tl.constexpr):
 
 @triton.jit
 def _reset(sums, keep, COUNT: tl.constexpr):
-    """The sums, or zeros where a document document_starts."""
+    """The sums, or zeros where a document begins."""
     kept = ()
     for n in tl.static_range(COUNT):
         kept += (tl.where(keep, sums[n], 0.0),)
@@ -125,8 +175,9 @@ def _reset(sums, keep, COUNT: tl.constexpr):
 
 @triton.jit
 def _add_key(sums, k, v, ORDER: tl.constexpr):
-    """``S_n + k^n w v`` for n = 0..t, then ``Z_n + k^n w``."""
-    power = tl.exp(-k * k)
+    """``S_n + k^n w v`` for n = 0..t, then ``Z_n + k^n w``; NaN for n > 0 where k or v is not finite."""
+    power = _weight(k)
+    v = _exposed(v)
     s, z = (), ()
     for n in tl.static_range(ORDER + 1):
         s += (sums[n] + power * v,)
@@ -141,9 +192,9 @@ def _add_query(sums, q, a, y, ORDER: tl.constexpr):
     power = a
     r, u = (), ()
     for n in tl.static_range(ORDER + 1):
-        term = tl.clamp(power, -_GRAD_LIMIT, _GRAD_LIMIT)
+        term = _clamped(power, _GRAD_LIMIT)
         r += (sums[n] + term,)
-        u += (sums[ORDER + 1 + n] - tl.clamp(term * y, -_GRAD_LIMIT, _GRAD_LIMIT),)
+        u += (sums[ORDER + 1 + n] - _clamped(term * y, _GRAD_LIMIT),)
         power = power * (q * (2.0 / (n + 1)))
     return r + u
 
@@ -176,7 +227,8 @@ def _at_key(sums, k, v, ORDER: tl.constexpr):
 
     Powers are built upwards from w: where w is 0, so are they.
     """
-    power = tl.exp(-k * k)
+    power = _weight(k)
+    v = _exposed(v)
     dv = power * sums[0]
     rising = power * (v * sums[0] + sums[ORDER + 1])
     falling = tl.full(k.shape, 0.0, tl.float32)
@@ -190,11 +242,47 @@ def _at_key(sums, k, v, ORDER: tl.constexpr):
 
 
 @triton.jit
+def _total_tokens(
+    sums,
+    x,
+    v,
+    y,
+    document_starts,
+    token,
+    x_step,
+    v_step,
+    y_step,
+    mask,
+    KEYS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of `_elementwise_totals_kernel` after `ROWS` more tokens, of which ``token`` is the first."""
+    xs, vs, ys = (), (), ()
+    for i in tl.static_range(ROWS):
+        xs += (tl.load(x + i * x_step, mask=mask),)
+        vs += (tl.load(v + i * v_step, mask=mask),)
+        if not KEYS:
+            ys += (tl.load(y + i * y_step, mask=mask),)
+    for i in tl.static_range(ROWS):
+        if DOCUMENTS:
+            keep = _continues(document_starts, token - i if REVERSE else token + i, REVERSE)
+            sums = _reset(sums, keep, 2 * ORDER + 2)
+        if KEYS:
+            sums = _add_key(sums, _exposed(xs[i].to(tl.float32)), vs[i].to(tl.float32), ORDER)
+        else:
+            sums = _add_query(sums, _query(xs[i]), vs[i], ys[i], ORDER)
+    return sums
+
+
+@triton.jit
 def _elementwise_totals_kernel(
     x,  # [B, L, D], k or q
     v,  # [B, L, D], v or a
     y,  # [B, L, D], unused with KEYS
-    document_starts,  # [B, L + 1] int8, whether a document document_starts; unused without DOCUMENTS
+    document_starts,  # [B, L + 1] int8, whether a document begins; unused without DOCUMENTS
     totals,  # [B, N, 2, t+1, D] fp32
     num_chunks,
     length,
@@ -219,24 +307,20 @@ def _elementwise_totals_kernel(
     y += row * length * width
     document_starts += row * (length + 1)
     sums = _zeros(COUNT, COLS)
-    for start in range(0, num, ROWS):
-        xs, vs, ys = (), (), ()
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            xs += (_row(x, token, x_token, cols, mask, FAR if KEYS else 0.0),)
-            vs += (_row(v, token, v_token, cols, mask, 0.0),)
-            if not KEYS:
-                ys += (_row(y, token, width, cols, mask, 0.0),)
-        for i in tl.static_range(ROWS):
-            if DOCUMENTS:
-                token, end = _token(start + i, first, num, width, REVERSE)
-                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
-            if KEYS:
-                sums = _add_key(sums, xs[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
-            else:
-                q = tl.clamp(xs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
-                sums = _add_query(sums, q, vs[i], ys[i], ORDER)
+    x, x_step = _walk(x, first, num, x_token, cols, REVERSE)
+    v, v_step = _walk(v, first, num, v_token, cols, REVERSE)
+    y, y_step = _walk(y, first, num, width, cols, REVERSE)
+    mask = cols < width
+    whole = num // ROWS * ROWS
+    for tail in tl.static_range(2):  # the tail token by token
+        for start in range(whole if tail else 0, num if tail else whole, 1 if tail else ROWS):
+            sums = _total_tokens(
+                sums, x, v, y, document_starts, _token(start, first, num, REVERSE), x_step, v_step, y_step, mask,
+                KEYS, REVERSE, DOCUMENTS, ORDER, 1 if tail else ROWS,
+            )  # fmt: skip
+            x += (1 if tail else ROWS) * x_step
+            v += (1 if tail else ROWS) * v_step
+            y += (1 if tail else ROWS) * y_step
     _store_sums(totals + (row * num_chunks + chunk) * COUNT * width, sums, width, cols, COUNT)
 
 
@@ -262,20 +346,75 @@ def _elementwise_chunk_states_kernel(
     first = tl.full((), 0, tl.int64)
     states += row * num_chunks * size
     decays += row * num_chunks
-    state = tl.load(initial + row * size + cols, mask=inside, other=0.0).to(tl.float64)
+    state = _exposed(tl.load(initial + row * size + cols, mask=inside, other=0.0).to(tl.float64))
     for start in range(0, num_chunks, ROWS):
-        totals = ()
+        totals, kept = (), ()
         for i in tl.static_range(ROWS):
-            chunk, stop = _token(start + i, first, num_chunks, size, REVERSE)
-            totals += (_row(states, chunk, size, cols, cols < stop, 0.0),)
-        for i in tl.static_range(ROWS):
-            chunk, stop = _token(start + i, first, num_chunks, size, REVERSE)
-            if WRITE:
-                tl.store(states + chunk * size + cols, state.to(tl.float32), mask=cols < stop)
+            chunk = _token(start + i, first, num_chunks, REVERSE)
+            end = tl.where(start + i < num_chunks, size, 0)
+            totals += (tl.load(states + chunk * size + cols, mask=cols < end, other=0.0),)
             if DOCUMENTS:
-                state = state * tl.load(decays + chunk, mask=stop > 0, other=1.0).to(tl.float64)
+                kept += (tl.load(decays + chunk, mask=end > 0, other=1.0) > 0,)
+        for i in tl.static_range(ROWS):
+            if WRITE:
+                here = states + _token(start + i, first, num_chunks, REVERSE) * size + cols
+                tl.store(here, state.to(tl.float32), mask=cols < tl.where(start + i < num_chunks, size, 0))
+            if DOCUMENTS:
+                state = tl.where(kept[i], state, 0.0)
             state += totals[i].to(tl.float64)
     tl.store(final + row * size + cols, state.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _output_tokens(
+    sums,
+    q,
+    k,
+    v,
+    document_starts,
+    part,
+    part_size,
+    out,
+    token,
+    q_step,
+    k_step,
+    v_step,
+    step,
+    mask,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of `_elementwise_output_kernel` after `ROWS` more tokens, of which ``token`` is the first."""
+    qs, ks, vs = (), (), ()
+    for i in tl.static_range(ROWS):
+        qs += (tl.load(q + i * q_step, mask=mask),)
+        if RUNNING:
+            ks += (tl.load(k + i * k_step, mask=mask),)
+            vs += (tl.load(v + i * v_step, mask=mask),)
+    for i in tl.static_range(ROWS):
+        if DOCUMENTS:
+            keep = _continues(document_starts, token - i if REVERSE else token + i, REVERSE)
+            sums = _reset(sums, keep, 2 * ORDER + 2)
+        if RUNNING and not REVERSE:
+            sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+        num_i, den = _at_query(sums, _query(qs[i]), ORDER)
+        if PARTS and REVERSE:
+            tl.store(part + i * step, num_i, mask=mask)
+            tl.store(part + part_size + i * step, den, mask=mask)
+        else:
+            if PARTS:
+                num_i += tl.load(part + i * step, mask=mask)
+                den += tl.load(part + part_size + i * step, mask=mask)
+            y = _clamped(_divided(num_i, _floored(den)), LIMIT)
+            tl.store(out + i * step, y.to(out.dtype.element_ty), mask=mask)
+        if RUNNING and REVERSE:
+            sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+    return sums
 
 
 @triton.jit
@@ -319,35 +458,106 @@ def _elementwise_output_kernel(
     part += row * length * width
     out += row * length * width
     sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
-    for start in range(0, num, ROWS):
-        qs, ks, vs = (), (), ()
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            qs += (_row(q, token, q_token, cols, mask, 0.0),)
-            if RUNNING:
-                ks += (_row(k, token, k_token, cols, mask, FAR),)
-                vs += (_row(v, token, v_token, cols, mask, 0.0),)
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            here = token * width + cols
-            if DOCUMENTS:
-                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
-            if RUNNING and not REVERSE:
-                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
-            num_i, den = _at_query(sums, tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT), ORDER)
-            if PARTS and REVERSE:
-                tl.store(part + here, num_i, mask=mask)
-                tl.store(part + part_size + here, den, mask=mask)
-            else:
-                if PARTS:
-                    num_i += tl.load(part + here, mask=mask, other=0.0)
-                    den += tl.load(part + part_size + here, mask=mask, other=0.0)
-                y = tl.clamp(num_i / tl.maximum(den, _DEN_FLOOR), -LIMIT, LIMIT)
-                tl.store(out + here, y.to(out.dtype.element_ty), mask=mask)
-            if RUNNING and REVERSE:
-                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+    q, q_step = _walk(q, first, num, q_token, cols, REVERSE)
+    k, k_step = _walk(k, first, num, k_token, cols, REVERSE)
+    v, v_step = _walk(v, first, num, v_token, cols, REVERSE)
+    part, step = _walk(part, first, num, width, cols, REVERSE)
+    out, step = _walk(out, first, num, width, cols, REVERSE)
+    mask = cols < width
+    whole = num // ROWS * ROWS
+    for tail in tl.static_range(2):  # the tail token by token
+        for start in range(whole if tail else 0, num if tail else whole, 1 if tail else ROWS):
+            sums = _output_tokens(
+                sums, q, k, v, document_starts, part, part_size, out, _token(start, first, num, REVERSE),
+                q_step, k_step, v_step, step, mask,
+                RUNNING, REVERSE, DOCUMENTS, PARTS, LIMIT, ORDER, 1 if tail else ROWS,
+            )  # fmt: skip
+            q += (1 if tail else ROWS) * q_step
+            k += (1 if tail else ROWS) * k_step
+            v += (1 if tail else ROWS) * v_step
+            part += (1 if tail else ROWS) * step
+            out += (1 if tail else ROWS) * step
+
+
+@triton.jit
+def _query_grad_tokens(
+    sums,
+    seeing,
+    leading,
+    q,
+    k,
+    v,
+    grad,
+    document_starts,
+    part,
+    part_size,
+    dq,
+    a,
+    y,
+    start,
+    token,
+    q_step,
+    k_step,
+    v_step,
+    grad_step,
+    step,
+    mask,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The state of `_elementwise_query_grad_kernel` after `ROWS` more tokens, of which ``token`` is the first."""
+    FLOAT_MAX: tl.constexpr = 3.4028234663852886e38
+    qs, ks, vs, gs = (), (), (), ()
+    for i in tl.static_range(ROWS):
+        qs += (tl.load(q + i * q_step, mask=mask),)
+        if not (PARTS and REVERSE):
+            gs += (tl.load(grad + i * grad_step, mask=mask),)
+        if RUNNING:
+            ks += (tl.load(k + i * k_step, mask=mask),)
+            vs += (tl.load(v + i * v_step, mask=mask),)
+    for i in tl.static_range(ROWS):
+        if DOCUMENTS:
+            keep = _continues(document_starts, token - i if REVERSE else token + i, REVERSE)
+            leading = leading & (keep | (start + i == 0))
+            sums = _reset(sums, keep, 2 * ORDER + 2)
+        if RUNNING and not REVERSE:
+            sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+        raw = _exposed(qs[i].to(tl.float32))
+        bounded = _clamped(raw, _Q_LIMIT)
+        num_i, den = _at_query(sums, bounded, ORDER)
+        top, bottom = _slope_at_query(sums, bounded, ORDER)
+        if PARTS and REVERSE:
+            tl.store(part + i * step, num_i, mask=mask)
+            tl.store(part + part_size + i * step, den, mask=mask)
+            tl.store(part + 2 * part_size + i * step, top, mask=mask)
+            tl.store(part + 3 * part_size + i * step, bottom, mask=mask)
+        else:
+            if PARTS:
+                num_i += tl.load(part + i * step, mask=mask)
+                den += tl.load(part + part_size + i * step, mask=mask)
+                top += tl.load(part + 2 * part_size + i * step, mask=mask)
+                bottom += tl.load(part + 3 * part_size + i * step, mask=mask)
+            scale = _divided(1.0, _floored(den))
+            y_i = tl.where(den < _DEN_FLOOR, 0.0, _clamped(num_i * scale, FLOAT_MAX))
+            a_i = _exposed(gs[i].to(tl.float32)) * scale
+            slope = _clamped(2.0 * a_i * (top - y_i * bottom), _GRAD_LIMIT)
+            slope = tl.where(tl.abs(raw) > _Q_LIMIT, 0.0, _clamped(slope, LIMIT))
+            tl.store(dq + i * step, slope.to(dq.dtype.element_ty), mask=mask)
+            tl.store(a + i * step, a_i, mask=mask)
+            tl.store(y + i * step, y_i, mask=mask)
+            if not PARTS:
+                if DOCUMENTS:  # no product with 0, which may be NaN
+                    bounded, a_i = tl.where(leading, bounded, 0.0), tl.where(leading, a_i, 0.0)
+                    y_i = tl.where(leading, y_i, 0.0)
+                seeing = _add_query(seeing, bounded, a_i, y_i, ORDER)
+        if RUNNING and REVERSE:
+            sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+    return sums, seeing, leading
 
 
 @triton.jit
@@ -392,7 +602,6 @@ def _elementwise_query_grad_kernel(
     With PARTS no totals are computed: the sides have different documents.
     """
     COUNT: tl.constexpr = 2 * ORDER + 2
-    FLOAT_MAX: tl.constexpr = 3.4028234663852886e38
     row, chunk, first, num, cols = _place(num_chunks, length, width, CHUNK, COLS)
     q += row * q_batch
     k += row * k_batch
@@ -407,57 +616,90 @@ def _elementwise_query_grad_kernel(
     sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
     seeing = _zeros(COUNT, COLS)
     leading = num > 0  # whether the token is in the chunk's first document
-    for start in range(0, num, ROWS):
-        qs, ks, vs, gs = (), (), (), ()
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            qs += (_row(q, token, q_token, cols, mask, 0.0),)
-            if not REVERSE:
-                gs += (_row(grad, token, grad_token, cols, mask, 0.0),)
-            if RUNNING:
-                ks += (_row(k, token, k_token, cols, mask, FAR),)
-                vs += (_row(v, token, v_token, cols, mask, 0.0),)
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            here = token * width + cols
-            if DOCUMENTS:
-                keep = _continues(document_starts, token, end, REVERSE)
-                leading = leading & (keep | (start + i == 0))
-                sums = _reset(sums, keep, COUNT)
-            if RUNNING and not REVERSE:
-                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
-            raw = qs[i].to(tl.float32)
-            bounded = tl.clamp(raw, -_Q_LIMIT, _Q_LIMIT)
-            num_i, den = _at_query(sums, bounded, ORDER)
-            top, bottom = _slope_at_query(sums, bounded, ORDER)
-            if PARTS and REVERSE:
-                tl.store(part + here, num_i, mask=mask)
-                tl.store(part + part_size + here, den, mask=mask)
-                tl.store(part + 2 * part_size + here, top, mask=mask)
-                tl.store(part + 3 * part_size + here, bottom, mask=mask)
-            else:
-                if PARTS:
-                    num_i += tl.load(part + here, mask=mask, other=0.0)
-                    den += tl.load(part + part_size + here, mask=mask, other=0.0)
-                    top += tl.load(part + 2 * part_size + here, mask=mask, other=0.0)
-                    bottom += tl.load(part + 3 * part_size + here, mask=mask, other=0.0)
-                scale = 1.0 / tl.maximum(den, _DEN_FLOOR)
-                y_i = tl.where(den < _DEN_FLOOR, 0.0, tl.clamp(num_i * scale, -FLOAT_MAX, FLOAT_MAX))
-                a_i = gs[i].to(tl.float32) * scale
-                slope = tl.clamp(2.0 * a_i * (top - y_i * bottom), -_GRAD_LIMIT, _GRAD_LIMIT)
-                slope = tl.where(tl.abs(raw) > _Q_LIMIT, 0.0, tl.clamp(slope, -LIMIT, LIMIT))
-                tl.store(dq + here, slope.to(dq.dtype.element_ty), mask=mask)
-                tl.store(a + here, a_i, mask=mask)
-                tl.store(y + here, y_i, mask=mask)
-                if not PARTS:
-                    seen = tl.where(leading, a_i, 0.0) if DOCUMENTS else a_i
-                    seeing = _add_query(seeing, bounded, seen, y_i, ORDER)
-            if RUNNING and REVERSE:
-                sums = _add_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+    q, q_step = _walk(q, first, num, q_token, cols, REVERSE)
+    k, k_step = _walk(k, first, num, k_token, cols, REVERSE)
+    v, v_step = _walk(v, first, num, v_token, cols, REVERSE)
+    grad, grad_step = _walk(grad, first, num, grad_token, cols, REVERSE)
+    part, step = _walk(part, first, num, width, cols, REVERSE)
+    dq, step = _walk(dq, first, num, width, cols, REVERSE)
+    a, step = _walk(a, first, num, width, cols, REVERSE)
+    y, step = _walk(y, first, num, width, cols, REVERSE)
+    mask = cols < width
+    whole = num // ROWS * ROWS
+    for tail in tl.static_range(2):  # the tail token by token
+        for start in range(whole if tail else 0, num if tail else whole, 1 if tail else ROWS):
+            sums, seeing, leading = _query_grad_tokens(
+                sums, seeing, leading, q, k, v, grad, document_starts, part, part_size, dq, a, y, start,
+                _token(start, first, num, REVERSE), q_step, k_step, v_step, grad_step, step, mask,
+                RUNNING, REVERSE, DOCUMENTS, PARTS, LIMIT, ORDER, 1 if tail else ROWS,
+            )  # fmt: skip
+            q += (1 if tail else ROWS) * q_step
+            k += (1 if tail else ROWS) * k_step
+            v += (1 if tail else ROWS) * v_step
+            grad += (1 if tail else ROWS) * grad_step
+            part += (1 if tail else ROWS) * step
+            dq += (1 if tail else ROWS) * step
+            a += (1 if tail else ROWS) * step
+            y += (1 if tail else ROWS) * step
     if not PARTS:
         _store_sums(totals + (row * num_chunks + chunk) * COUNT * width, seeing, width, cols, COUNT)
+
+
+@triton.jit
+def _key_grad_tokens(
+    sums,
+    q,
+    k,
+    v,
+    a,
+    y,
+    document_starts,
+    part,
+    part_size,
+    dk,
+    dv,
+    token,
+    q_step,
+    k_step,
+    v_step,
+    step,
+    mask,
+    RUNNING: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of `_elementwise_key_grad_kernel` after `ROWS` more tokens, of which ``token`` is the first."""
+    qs, ks, vs, a_s, ys = (), (), (), (), ()
+    for i in tl.static_range(ROWS):
+        ks += (tl.load(k + i * k_step, mask=mask),)
+        vs += (tl.load(v + i * v_step, mask=mask),)
+        if RUNNING:
+            qs += (tl.load(q + i * q_step, mask=mask),)
+            a_s += (tl.load(a + i * step, mask=mask),)
+            ys += (tl.load(y + i * step, mask=mask),)
+    for i in tl.static_range(ROWS):
+        if DOCUMENTS:
+            keep = _continues(document_starts, token - i if REVERSE else token + i, REVERSE)
+            sums = _reset(sums, keep, 2 * ORDER + 2)
+        if RUNNING and REVERSE:
+            sums = _add_query(sums, _query(qs[i]), a_s[i], ys[i], ORDER)
+        dk_i, dv_i = _at_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
+        if PARTS and not REVERSE:
+            tl.store(part + i * step, dk_i, mask=mask)
+            tl.store(part + part_size + i * step, dv_i, mask=mask)
+        else:
+            if PARTS:
+                dk_i += tl.load(part + i * step, mask=mask)
+                dv_i += tl.load(part + part_size + i * step, mask=mask)
+            tl.store(dk + i * step, _clamped(dk_i, LIMIT).to(dk.dtype.element_ty), mask=mask)
+            tl.store(dv + i * step, _clamped(dv_i, LIMIT).to(dv.dtype.element_ty), mask=mask)
+        if RUNNING and not REVERSE:
+            sums = _add_query(sums, _query(qs[i]), a_s[i], ys[i], ORDER)
+    return sums
 
 
 @triton.jit
@@ -507,39 +749,31 @@ def _elementwise_key_grad_kernel(
     dk += row * length * width
     dv += row * length * width
     sums = _load_sums(states + row * state_batch + chunk * state_chunk, width, cols, COUNT)
-    for start in range(0, num, ROWS):
-        qs, ks, vs, a_s, ys = (), (), (), (), ()
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            ks += (_row(k, token, k_token, cols, mask, 0.0),)
-            vs += (_row(v, token, v_token, cols, mask, 0.0),)
-            if RUNNING:
-                qs += (_row(q, token, q_token, cols, mask, 0.0),)
-                a_s += (_row(a, token, width, cols, mask, 0.0),)
-                ys += (_row(y, token, width, cols, mask, 0.0),)
-        for i in tl.static_range(ROWS):
-            token, end = _token(start + i, first, num, width, REVERSE)
-            mask = cols < end
-            here = token * width + cols
-            if DOCUMENTS:
-                sums = _reset(sums, _continues(document_starts, token, end, REVERSE), COUNT)
-            if RUNNING and REVERSE:
-                bounded = tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
-                sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
-            dk_i, dv_i = _at_key(sums, ks[i].to(tl.float32), vs[i].to(tl.float32), ORDER)
-            if PARTS and not REVERSE:
-                tl.store(part + here, dk_i, mask=mask)
-                tl.store(part + part_size + here, dv_i, mask=mask)
-            else:
-                if PARTS:
-                    dk_i += tl.load(part + here, mask=mask, other=0.0)
-                    dv_i += tl.load(part + part_size + here, mask=mask, other=0.0)
-                tl.store(dk + here, tl.clamp(dk_i, -LIMIT, LIMIT).to(dk.dtype.element_ty), mask=mask)
-                tl.store(dv + here, tl.clamp(dv_i, -LIMIT, LIMIT).to(dv.dtype.element_ty), mask=mask)
-            if RUNNING and not REVERSE:
-                bounded = tl.clamp(qs[i].to(tl.float32), -_Q_LIMIT, _Q_LIMIT)
-                sums = _add_query(sums, bounded, a_s[i], ys[i], ORDER)
+    q, q_step = _walk(q, first, num, q_token, cols, REVERSE)
+    k, k_step = _walk(k, first, num, k_token, cols, REVERSE)
+    v, v_step = _walk(v, first, num, v_token, cols, REVERSE)
+    a, step = _walk(a, first, num, width, cols, REVERSE)
+    y, step = _walk(y, first, num, width, cols, REVERSE)
+    part, step = _walk(part, first, num, width, cols, REVERSE)
+    dk, step = _walk(dk, first, num, width, cols, REVERSE)
+    dv, step = _walk(dv, first, num, width, cols, REVERSE)
+    mask = cols < width
+    whole = num // ROWS * ROWS
+    for tail in tl.static_range(2):  # the tail token by token
+        for start in range(whole if tail else 0, num if tail else whole, 1 if tail else ROWS):
+            sums = _key_grad_tokens(
+                sums, q, k, v, a, y, document_starts, part, part_size, dk, dv, _token(start, first, num, REVERSE),
+                q_step, k_step, v_step, step, mask,
+                RUNNING, REVERSE, DOCUMENTS, PARTS, LIMIT, ORDER, 1 if tail else ROWS,
+            )  # fmt: skip
+            q += (1 if tail else ROWS) * q_step
+            k += (1 if tail else ROWS) * k_step
+            v += (1 if tail else ROWS) * v_step
+            a += (1 if tail else ROWS) * step
+            y += (1 if tail else ROWS) * step
+            part += (1 if tail else ROWS) * step
+            dk += (1 if tail else ROWS) * step
+            dv += (1 if tail else ROWS) * step
 
 
 def _tilings(rows: int, cols: int) -> tuple[Tiling, ...]:
@@ -553,9 +787,9 @@ def _tilings(rows: int, cols: int) -> tuple[Tiling, ...]:
 
 TILINGS = {
     "_elementwise_totals_kernel": _tilings(4, 128),
-    "_elementwise_output_kernel": _tilings(2, 128),
-    "_elementwise_query_grad_kernel": _tilings(2, 64),
-    "_elementwise_key_grad_kernel": _tilings(2, 128),
+    "_elementwise_output_kernel": _tilings(3, 128),
+    "_elementwise_query_grad_kernel": _tilings(3, 64),
+    "_elementwise_key_grad_kernel": _tilings(3, 128),
 }
 CHUNK_STATES_TILE = {"ROWS": 16, "COLS": 32}
 ONE_WARP = {"num_warps": 1, "num_stages": 1}

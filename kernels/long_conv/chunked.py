@@ -87,7 +87,7 @@ def _direct(x: Tensor, kernel: Tensor, skip: Tensor | None, past: Tensor, ids: T
         seen = slice(i + centre - num_taps + 1, i + centre + 1)
         product = tokens[:, seen] * taps
         if ids is not None:
-            product = product * (ids[:, seen] == ids[:, i : i + 1]).unsqueeze(-1).to(taps.dtype)
+            product = product.where((ids[:, seen] == ids[:, i : i + 1]).unsqueeze(-1), 0)
         rows.append(product.sum(dim=1, keepdim=True))
     y = torch.cat(rows, dim=1)
     if skip is not None:
@@ -151,7 +151,7 @@ class Spectra:
         parts = [x.new_zeros(x.shape[0], batch.num_past, x.shape[2]) if past is None else past, x]
         if batch.documents is not None:
             index, valid = batch.documents
-            parts = [torch.cat(parts, dim=1).flatten(0, 1)[index].mul_(valid.unsqueeze(-1))]
+            parts = [torch.cat(parts, dim=1).flatten(0, 1)[index].where(valid.unsqueeze(-1), 0)]
         rows = x.new_zeros(parts[0].shape[0], x.shape[2], batch.size, dtype=dtype)
         for part in parts:
             rows[:, :, first : first + part.shape[1]] = part.transpose(1, 2)

@@ -125,4 +125,4 @@ def _seen(tokens: Tensor, ids: Tensor | None, tap: int, left: int, length: int) 
     if ids is None or tap == left:
         return seen
     same = ids[:, tap : tap + length] == ids[:, left : left + length]
-    return seen * same.unsqueeze(-1).to(seen.dtype)
+    return seen.where(same.unsqueeze(-1), 0)
