@@ -233,9 +233,9 @@ def _set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
     check_rank_consistency(config, mesh.world)
     task = start_task(config, mesh)
     if config.data.epochs:
-        config.train.steps = max(
-            1, math.ceil(config.data.epochs * len(task.sequences("train", None)) / config.data.batch_size)
-        )
+        sequences = len(task.sequences("train", None))
+        config.train.steps = max(1, math.ceil(config.data.epochs * sequences / config.data.batch_size))
+        config.optim.schedule_steps = config.optim.schedule_steps or config.train.steps
     return mesh, task, start_engine(config, settings, mesh)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from ..framework.config import RunConfig
-from ..framework.data import BASELINES, IdVocabulary, Index, load_vocabulary, packed_dir
+from ..framework.data import BASELINES, Index, TokenStream, Vocabulary, load_vocabulary, packed_dir
+from ..framework.data.corpus import CPYTHON
 from ..framework.inference.generate import decode_stream, encode, generate
 from ..framework.inference.loading import load_run
 from ..framework.monitoring.monitor import BITS
 from ..framework.trainer import Result
 
-PROMPT = "def "
+PROMPT_LEN = 8  # tokens of the sample's prompt
 
 
 def report(config: RunConfig, result: Result) -> None:
@@ -40,11 +44,23 @@ def report(config: RunConfig, result: Result) -> None:
         console.print(f"TensorBoard:  tensorboard --logdir {result.run_dir / 'tensorboard'}")
 
 
+def _prompt(config: RunConfig, vocabulary: Vocabulary | None) -> Tensor:
+    """``[1, n]``: for Python's library the word that begins a function; else the first `PROMPT_LEN` tokens held out, or
+    of the training data.
+    """
+    if config.data.source == CPYTHON:
+        return encode("def ", vocabulary)
+    index = Index.load(packed_dir(config.data), verify=False)
+    split = "valid" if index.splits["valid"].num_tokens else "train"
+    stream = TokenStream(index, split)
+    return torch.from_numpy(stream.read(0, min(PROMPT_LEN, stream.num_tokens)).astype(np.int64)).unsqueeze(0)
+
+
 def sample(config: RunConfig, result: Result) -> tuple[str, str]:
     """A short prompt, and the prompt with what the run's saved model generates after it."""
     _, model = load_run(result.run_dir)
     vocabulary = load_vocabulary(result.run_dir)
-    prompt = "0" if isinstance(vocabulary, IdVocabulary) else PROMPT
-    ids = encode(prompt, vocabulary)
+    ids = _prompt(config, vocabulary)
+    prompt = "".join(decode_stream(ids[0].tolist(), vocabulary, None))
     tokens = generate(model, ids, config.monitor.sample_len, temperature=0.8, top_k=40, seed=config.run.seed)
     return prompt, prompt + "".join(decode_stream((int(token) for token in tokens), vocabulary, ids))

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +206,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _check_interpolations(trees)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *trees)
+        if _source_alone(trees[1:]) and merged.task.name != "series":  # there, the name selects a data set
+            merged.data.name = ""
         if missing := OmegaConf.missing_keys(merged):
             allowed = f"mandatory, and given neither in {file} nor on the command line"
             raise InputError(", ".join(sorted(missing)), MISSING, allowed, "add each as key=value")
@@ -223,9 +225,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         run_files(config.model.code)
     except InputError as error:
         raise without_secrets(error, config) from None
-    if config.optim.schedule_steps is None:
+    if config.optim.schedule_steps is None and not config.data.epochs:
         config.optim.schedule_steps = config.train.steps
     return config
+
+
+def _source_alone(overrides: Sequence[Any]) -> bool:
+    """Whether another source is given without a name: that in the file is the name of the file's own source."""
+    sections = [tree.get("data") for tree in overrides]
+    given = {key for section in sections if isinstance(section, Mapping) for key in section}
+    return "source" in given and "name" not in given
 
 
 def as_written(config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from longreach.bounds import bounded, check_bounds
 from longreach.errors import InputError
 from longreach.framework import config as config_module
 from longreach.framework.config import RunConfig, load, save, to_yaml, typed_yaml, validate
+from longreach.framework.data import corpus_name
 
 MINIMAL = """\
 model: {vocab: 256, width: 64, depth: 2, mixers: [elementwise]}
@@ -50,6 +51,17 @@ def test_defaults_file_and_overrides_merge_in_that_order(tmp_path: Path) -> None
     assert type(config) is RunConfig and type(config.optim.betas) is list
     assert config.run.dir == "runs/run" and config.optim.schedule_steps == 10
     assert load(path, ["train.steps=20", "train.steps=30"]).train.steps == 30
+
+
+def test_the_name_of_the_files_source_is_not_that_of_another(tmp_path: Path) -> None:
+    """Catches runs on one's own genome that are called "e-coli"."""
+    assert load("genome").data.name == load("genome", ["train.steps=3"]).data.name == "e-coli"
+    assert load("genome", ["data.source=mine.fna"]).data.name == ""
+    assert corpus_name(load("genome", ["data.source=mine.fna"]).data) == "mine"
+    assert load("genome", ["data.source=mine.fna", "data.name=yeast"]).data.name == "yeast"
+    assert load("genome", ["data={source: mine.fna}"]).data.name == ""
+    # The name of a series data set selects it within its source.
+    assert load("japanese-vowels", ["data.source=/archive"]).data.name == "JapaneseVowels"
 
 
 def test_a_saved_config_loads_as_the_same(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_train_starts_its_ranks(job: Job) -> None:
     assert_only_progress(job.trained.stderr)
     assert (
         "step 2/2  loss " in job.trained.stderr
-        and "129 tokens, sequence-parallel 2, data-parallel 1" in job.trained.stderr
+        and "129 tokens, 2 steps or 0.0465 epochs, sequence-parallel 2, data-parallel 1" in job.trained.stderr
     )
     for word in (
         "order-0 entropy",
