@@ -195,9 +195,8 @@ FUSED = ("dropout", "rms_norm")  # of each token alone: what a GPU computes in o
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_have_the_same_files(operator: str) -> None:
-    """The modal convolution has no GPU kernel yet. Of stateful operators, torch.compile sees kernels/compiled.py."""
+    """Of stateful operators, torch.compile sees kernels/compiled.py."""
     wanted = {"__init__.py", "reference.py", "chunked.py", "cpu.py", "cpu.cpp", "triton.py", "README.md"}
-    wanted -= {"triton.py"} if operator == "modal_conv" else set()
     wanted |= {"compiled.py"} if operator in ("long_conv", "short_conv") else set()
     assert wanted <= {path.name for path in (ROOT / "kernels" / operator).iterdir()}
     assert {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} == {*OPERATORS, *FUSED}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from ...errors import InputError
+from .. import gpu
 from ..backends import Backends, Option
 from ..state import StatefulOp
 from . import cpu
@@ -16,10 +19,25 @@ from .reference import reference_modal_conv
 
 __all__ = ["CentredModalConv", "ModalConv", "modal_kernel", "reference_modal_conv"]
 
+MAX_TRITON_MODES = 16
+
+
+def _triton() -> type[Chunked]:
+    from .triton import Triton
+
+    return Triton
+
+
+def _triton_unsupported(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype, modes: int) -> str:
+    most = f"up to {MAX_TRITON_MODES} modes, not {modes}"
+    return gpu.unsupported_reason(device, dtype, parameter_dtype) or ("" if modes <= MAX_TRITON_MODES else most)
+
+
 BACKENDS: Backends[type[Chunked]] = Backends(
     "modal_conv",
     {
         "cpu": Option(lambda: cpu.Native, cpu.unsupported_reason),
+        "triton": Option(_triton, _triton_unsupported),
         "chunked": Option(lambda: Chunked),
     },
 )
@@ -29,7 +47,8 @@ BACKENDS: Backends[type[Chunked]] = Backends(
 class ModalConv(StatefulOp):
     """Causal modal convolution as `scan` runs it: ``y = scan(ModalConv(), x, log_decay, angle, re, im)``.
 
-    With ``c = re + i im``, ``lambda = exp(-exp(log_decay) + i angle)`` and s zero at the start of every document::
+    With ``c = re + i im``, ``lambda = exp(-exp(log_decay) + i angle)`` (NaN where log_decay or angle is not finite) and
+    s zero at the start of every document::
 
         s_i = lambda s_(i-1) + x_i          y_i = sum_n Re(c_n s_i)
 
@@ -39,7 +58,7 @@ class ModalConv(StatefulOp):
 
     Attributes:
         causal: must be True; `CentredModalConv` is the bidirectional operator.
-        backend: "auto", "cpu" (C++) or "chunked" (portable PyTorch).
+        backend: "auto", "cpu" (C++), "triton" (GPUs) or "chunked" (portable PyTorch).
 
     Raises:
         InputError: ``causal`` is False, or (when it is run) shapes or the backend do not fit.
@@ -59,7 +78,8 @@ class ModalConv(StatefulOp):
         if x.dim() != 3 or len(shape) != 2 or shape[0] != x.shape[2] or any(p.shape != shape for p in parameters):
             given = [list(t.shape) for t in inputs]
             raise InputError("ModalConv: inputs", given, "x [B, L, D] and log_decay, angle, re, im, each [D, N]")
-        return BACKENDS.choose(self.backend, x.device, x.dtype, parameters[0].dtype)()
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters))
+        return BACKENDS.choose(self.backend, x.device, x.dtype, dtype, shape[1])()
 
 
 @dataclass(frozen=True)
@@ -84,4 +104,5 @@ class CentredModalConv(StatefulOp):
 
     def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
         x, log_decay, angle, re, im = inputs
-        return Centred(ModalConv(backend=self.backend).resolve_backend((x, log_decay, angle, re[0], im[0])))
+        one_way, inputs = ModalConv(backend=self.backend), (x, log_decay, angle, re[0], im[0])
+        return Centred(one_way.resolve_backend(inputs), one_way.resolve_backend(inputs))

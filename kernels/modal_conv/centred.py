@@ -14,13 +14,14 @@ class Centred(StatefulOp):
     """The passes of `CentredModalConv`, each as two passes of a causal implementation.
 
     Args:
-        one_way: an implementation of `ModalConv`.
+        from_left, from_right: two objects of an implementation of `ModalConv`, which may keep what one pass computes
+            for the next.
     """
 
     causal = False
 
-    def __init__(self, one_way: StatefulOp) -> None:
-        self._one_way = one_way
+    def __init__(self, from_left: StatefulOp, from_right: StatefulOp) -> None:
+        self._ways = from_left, from_right
 
     def _sides(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None
@@ -33,7 +34,8 @@ class Centred(StatefulOp):
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         (decay, to_right), (_, to_left) = (
-            self._one_way.local_transition(*side) for side in self._sides(inputs, segments)
+            one_way.local_transition(*side)
+            for one_way, side in zip(self._ways, self._sides(inputs, segments), strict=True)
         )
         return decay, torch.stack([to_right, to_left])
 
@@ -41,8 +43,8 @@ class Centred(StatefulOp):
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (left, left_saved), (right, right_saved) = (
-            self._one_way.apply_state(*side, start)
-            for side, start in zip(self._sides(inputs, segments), initial, strict=True)
+            one_way.apply_state(*side, start)
+            for one_way, side, start in zip(self._ways, self._sides(inputs, segments), initial, strict=True)
         )
         return left + right.flip(1), (*left_saved, *right_saved)
 
@@ -56,9 +58,9 @@ class Centred(StatefulOp):
     ) -> Tensor:
         return torch.stack(
             [
-                self._one_way.incoming_state_grad(*side, start, (states,), upstream)
-                for side, start, states, upstream in zip(
-                    self._sides(inputs, segments), initial, saved, (grad, grad.flip(1)), strict=True
+                one_way.incoming_state_grad(*side, start, (states,), upstream)
+                for one_way, side, start, states, upstream in zip(
+                    self._ways, self._sides(inputs, segments), initial, saved, (grad, grad.flip(1)), strict=True
                 )
             ]
         )
@@ -73,9 +75,15 @@ class Centred(StatefulOp):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (dx, *ways), (dx_flipped, *back) = (
-            cast(tuple[Tensor, ...], self._one_way.input_grads(*side, start, end, (states,), upstream))
-            for side, start, end, states, upstream in zip(
-                self._sides(inputs, segments), initial, final_grad, saved, (grad, grad.flip(1)), strict=True
+            cast(tuple[Tensor, ...], one_way.input_grads(*side, start, end, (states,), upstream))
+            for one_way, side, start, end, states, upstream in zip(
+                self._ways,
+                self._sides(inputs, segments),
+                initial,
+                final_grad,
+                saved,
+                (grad, grad.flip(1)),
+                strict=True,
             )
         )
         ddecay, dangle = ways[0] + back[0], ways[1] + back[1]

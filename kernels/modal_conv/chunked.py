@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..chunks import Documents
 from ..state import StatefulOp
-from ..transition import exclusive_chunk_scan
 
 CHUNK_LEN = 64
 # Elements of a slab of tokens: few enough for a processor's cache, or enough to keep a GPU busy.
@@ -188,6 +187,8 @@ class Modes:
     @classmethod
     def of(cls, x: Tensor, parameters: list[Tensor]) -> Modes:
         log_decay, angle, re, im = (p.double() for p in parameters)
+        # NaN where either is not finite: exp(-inf + i NaN) would be 0, and hide it.
+        log_decay = torch.add(log_decay, log_decay + angle, alpha=0)
         dtype = torch.float32
         for tensor in (x, *parameters):
             dtype = torch.promote_types(dtype, tensor.dtype)
@@ -301,14 +302,14 @@ class _Slab:
     def chunk_states(self, rows: Tensor, token_to_state: Tensor) -> Tensor:
         """Each chunk's own contribution to the state after it: ``[D, B, n, N]``."""
         if self.documents is not None:
-            rows = rows * self.documents.tail.flatten(0, 1).to(rows.dtype)
+            rows = _kept(rows, self.documents.tail.flatten(0, 1))
         return _as_complex(torch.bmm(rows, token_to_state)).unflatten(1, (self.num_rows, -1))
 
     def state_outputs(self, initial_states: Tensor, state_to_token: Tensor) -> Tensor:
         """The outputs ``[D, M, C]`` of the states before the chunks, ``[D, B, n, N]``."""
         out = torch.bmm(_as_real(initial_states).flatten(1, 2), state_to_token)
         if self.documents is not None:
-            out = out * self.documents.head.flatten(0, 1).to(out.dtype)
+            out = _kept(out, self.documents.head.flatten(0, 1))
         return out
 
     def scan(self, chunk_states: Tensor | None, chunk_decays: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,31 +330,31 @@ class _Slab:
         groups = F.pad(chunk_states, (0, 0, 0, missing)).unflatten(2, (-1, self.group_len))
         decay, whole, gates = chunk_decays[:, 1, None, None], None, None
         if self.documents is not None and self.gate is not None:
-            real = decay.real.dtype
-            gates = F.pad(self.gate, (0, missing)).to(real).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
-            whole = F.pad(self.documents.whole, (0, missing)).to(real).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
+            gates, whole = (
+                F.pad(mask, (0, missing)).unflatten(1, (-1, self.group_len)).unsqueeze(-1)
+                for mask in (self.gate, self.documents.whole)
+            )
         state = torch.zeros_like(groups[:, :, :, 0])
         local_states = []  # before each chunk of a group, from zero before the group
         for chunk in range(self.group_len):
-            if gates is not None:
-                state = state * gates[:, :, chunk]
+            state = _kept(state, None if gates is None else gates[:, :, chunk])
             local_states.append(state)
-            state = decay * (state if whole is None else state * whole[:, :, chunk]) + groups[:, :, :, chunk]
-        decay_over_group = chunk_decays[:, -1, None, None]
-        decay_in_group = chunk_decays[:, None, None, :-1]
+            state = decay * _kept(state, None if whole is None else whole[:, :, chunk]) + groups[:, :, :, chunk]
+        reach = passes = None
         if gates is not None and whole is not None:
-            reach = (gates * torch.cat([torch.ones_like(whole[:, :, :1]), whole[:, :, :-1]], dim=2)).cumprod(2)
-            decay_in_group = decay_in_group * reach
-            decay_over_group = decay_over_group * (reach[:, :, -1] * whole[:, :, -1])
-        group_starts = exclusive_chunk_scan(
-            decay_over_group.expand(-1, *state.shape[1:3], -1).permute(1, 2, 0, 3), state.permute(1, 2, 0, 3), initial
-        )[:, :-1]
-        group_starts = group_starts.to(initial.dtype).permute(2, 0, 1, 3)
-        initial_states = torch.stack(local_states, dim=3) + decay_in_group * group_starts.unsqueeze(3)
+            reach = (gates & F.pad(whole[:, :, :-1], (0, 0, 1, 0), value=True)).cumprod(2).bool()
+            passes = reach[:, :, -1] & whole[:, :, -1]
+        start, group_starts = initial.transpose(0, 1), []  # in fp64, so that a sum of many groups keeps its digits
+        for group, total in enumerate(state.unbind(2)):
+            group_starts.append(start)
+            passed = _kept(start, None if passes is None else passes[:, group])
+            start = chunk_decays[:, -1, None].to(torch.complex128) * passed + total
+        starts = torch.stack(group_starts, dim=2).to(initial.dtype).unsqueeze(3)
+        initial_states = torch.stack(local_states, dim=3) + _kept(chunk_decays[:, None, None, :-1] * starts, reach)
         initial_states = initial_states.flatten(2, 3)[:, :, : self.num_chunks]
         last = initial_states[:, :, -1]
         if self.documents is not None:
-            last = last * self.documents.whole[:, -1:].to(last.real.dtype)
+            last = _kept(last, self.documents.whole[:, -1:])
         final_state = chunk_decays[:, 1, None] * last + chunk_states[:, :, -1]
         return initial_states, final_state.transpose(0, 1)
 
@@ -400,11 +401,16 @@ def _within_documents(rows: Tensor, token_to_token: Tensor, ids: Tensor) -> Tens
     while half < length:
         left, right = ids.unflatten(1, (-1, 2, half)).flatten(0, 1).unbind(1)
         last_id = left[:, -1:]
-        pairs = (rows.flatten(1).unflatten(1, (-1, 2, half))[:, :, 0]) * (left == last_id).to(rows.dtype)
-        seen = torch.bmm(pairs, token_to_token[:, :half, half : 2 * half]) * (right == last_id).to(rows.dtype)
+        pairs = _kept(rows.flatten(1).unflatten(1, (-1, 2, half))[:, :, 0], left == last_id)
+        seen = _kept(torch.bmm(pairs, token_to_token[:, :half, half : 2 * half]), right == last_id)
         out = out + F.pad(seen, (half, 0)).view(out.shape)
         half *= 2
     return out[:, :, :length]
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` where ``mask`` is set, else 0; no product, as 0 times what is not finite is NaN. None keeps all."""
+    return x if mask is None else x.masked_fill(~mask, 0)
 
 
 def _as_real(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ LANES, GROUP = 8, 4  # channels and modes are padded to multiples of these
 SAVED = 256  # tokens between the states saved for backward, as in cpu.cpp
 
 
-def unsupported_reason(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> str:
+def unsupported_reason(device: str, dtype: torch.dtype, parameter_dtype: torch.dtype, modes: int) -> str:
     """Why the C++ kernels do not serve such inputs; "" if they do."""
     return native.unsupported_reason(SOURCE, device, dtype, parameter_dtype)
 

@@ -20,7 +20,8 @@ def reference_modal_conv(
 ) -> tuple[Tensor, Carry]:
     """The recurrence ``s_i = lambda s_{i-1} + x_i``, ``y_i = sum_n Re((re + i im) s_i)``, from zero in every document.
 
-    ``lambda = exp(-exp(log_decay) + i angle)``. Computed in fp64, token by token.
+    ``lambda = exp(-exp(log_decay) + i angle)``, NaN where log_decay or angle is not finite. Computed in fp64, token by
+    token.
 
     Args:
         x: ``[B, L, D]``, any floating dtype.
@@ -32,7 +33,9 @@ def reference_modal_conv(
     Returns:
         ``y [B, L, D]`` in x's dtype, and the carry after the last token, complex128.
     """
-    decay = torch.exp(torch.complex(-log_decay.double().exp(), angle.double()))
+    log_decay, angle = log_decay.double(), angle.double()
+    log_decay = log_decay + 0 * (log_decay + angle)
+    decay = torch.exp(torch.complex(-log_decay.exp(), angle))
     amplitude = torch.complex(re.double(), im.double())
     state, ids = carry if carry is not None else (decay.new_zeros(x.shape[0], *decay.shape), None)
     if segments is not None and carry is None:
@@ -41,7 +44,7 @@ def reference_modal_conv(
     for i in range(x.shape[1]):
         if segments is not None:
             if ids is not None:
-                state = state * (segments[:, i] == ids).view(-1, 1, 1)
+                state = state.where((segments[:, i] == ids).view(-1, 1, 1), 0)
             ids = segments[:, i]
         state = decay * state + x[:, i].double().unsqueeze(-1)
         rows.append((amplitude * state).real.sum(-1))

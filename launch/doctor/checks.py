@@ -12,14 +12,16 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from ... import __version__
 from .bandwidth import copy_bandwidth, write_bandwidth
@@ -30,6 +32,9 @@ GIB = 2**30
 LOW_DISK, LOW_SHM, FEW_FILES = 5 * GIB, GIB, 4096
 CONNECT_SECONDS = 3.0  # to wait for MASTER_ADDR
 PORT = 29500  # torchrun's default
+# Of ptxas, the last one that may overwrite registers which a product of a warp group (WGMMA) has not read yet: Triton's
+# pull request 11781, flash-linear-attention's issues 640 and 1262.
+LAST_FAULTY_ASSEMBLER = "12.9"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def findings_of_all(directory: str = ".") -> Iterator[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _software,
         _devices,
+        _assembler,
         _backends,
         _memory,
         _network,
@@ -127,6 +133,31 @@ def _devices() -> Iterator[Finding]:
         yield Finding(
             "note", "compiler", f"none for C++: on a CPU the operators run in PyTorch, which is slower; {fix}"
         )
+
+
+def _assembler(capabilities: Sequence[int] | None = None) -> Iterator[Finding]:
+    """The assembler of Triton's kernels, ptxas, and whether it is one to avoid on a GPU of compute capability 9.
+
+    Args:
+        capabilities: the major numbers of the GPUs' compute capabilities; None for the GPUs of this machine.
+    """
+    import torch
+
+    if torch.version.hip or find_spec("triton") is None:
+        return
+    from triton import knobs
+
+    if capabilities is None:
+        capabilities = [torch.cuda.get_device_capability(number)[0] for number in range(torch.cuda.device_count())]
+    used, other = knobs.nvidia.ptxas, getattr(knobs.nvidia, "ptxas_blackwell", None)
+    text = f"ptxas {used.version}, {used.path}"
+    if 9 not in capabilities or Version(used.version) > Version(LAST_FAULTY_ASSEMBLER):
+        yield Finding("ok", "assembler", text)
+        return
+    newer = other is not None and Version(other.version) > Version(LAST_FAULTY_ASSEMBLER)
+    path = other.path if other is not None and newer else "/path/to/ptxas"
+    fault = f"up to {LAST_FAULTY_ASSEMBLER} it may miscompile matrix products of GPUs of capability 9"
+    yield Finding("note", "assembler", f"{text}: {fault}; export TRITON_PTXAS_PATH={path}, of a newer CUDA")
 
 
 def _driver_version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_the_modal_convolution_is_its_recurrence(length: int, small_workspace: N
         data = make(length, with_carry=with_carry, with_segments=with_segments)
         expected = all_of(reference_modal_conv, data)
         assert_all_close(all_of(modal_conv, data), expected, TOLERANCES[torch.float64])
-        if not BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32):
+        if not BACKENDS.options["cpu"].unsupported_reason("cpu", torch.float32, torch.float32, MODES):
             actual = all_of(modal_conv, data, torch.float32, backend="cpu")
             assert_all_close(actual, expected, TOLERANCES[torch.float32])
 
@@ -218,6 +219,57 @@ def test_modal_gradients_are_those_of_finite_differences() -> None:
         return y, after.state
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+WAYS = {
+    "reference": reference_modal_conv,
+    "chunked": partial(modal_conv, backend="chunked"),
+    "cpu": partial(modal_conv, backend="cpu"),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Any:
+    if request.param == "cpu" and (
+        lack := BACKENDS.options["cpu"].unsupported_reason("cpu", *[torch.float32] * 2, MODES)
+    ):
+        pytest.skip(lack)
+    return WAYS[request.param]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_documents_do_not_share_what_is_not_finite(way: Any, value: float, small_workspace: None) -> None:
+    """Catches a mask that is a product: 0 times NaN. Documents end inside of chunks, with one, and with a slab."""
+    edges = [0, 10, 40, 64, 150, 192, 300, 500]
+    data = make(500)
+    x, state = data["inputs"][0], data["carry"].state
+    ids = torch.bucketize(torch.arange(500), torch.tensor(edges), right=True).expand(BATCH, -1)
+    for spoilt in range(1, len(edges)):
+        start, stop = edges[spoilt - 1 : spoilt + 1]
+        spoilt_x, carry = x.clone(), Carry(state.clone(), ids[:, 0])
+        spoilt_x[:, start, 0] = carry.state[:, 1] = value
+        inputs = [spoilt_x, *data["inputs"][1:]]
+        y, after, _, dx, *_ = all_of(way, {"inputs": inputs, "carry": carry, "segments": ids}, torch.float32)
+        assert y is not None and after is not None and dx is not None
+        wanted = torch.ones(BATCH, 500, WIDTH, dtype=torch.bool)
+        wanted[:, start:stop, 0] = wanted[:, :10, 1] = False
+        assert y.isfinite().equal(wanted) and dx.isfinite().all()
+        assert after[:, 2:].isfinite().all() and after[:, 0].isfinite().all() == (stop < 500)
+
+
+@pytest.mark.parametrize(
+    ("log_decay", "angle"), [(torch.inf, torch.nan), (torch.inf, 1.0), (-torch.inf, 1.0), (800.0, torch.nan)]
+)
+def test_parameters_that_are_not_finite_show(way: Any, log_decay: float, angle: float) -> None:
+    """Catches exp(-inf + i NaN), which is 0, and rates that make all decays finite."""
+    data = make(70)
+    data["inputs"][1][0, 0], data["inputs"][2][0, 0] = log_decay, angle
+    y, after, _, dx, *others = all_of(way, data, torch.float32)
+    assert y is not None and after is not None and dx is not None
+    assert not y[..., 0].isfinite().any() and not dx[:, :-1, 0].isfinite().any()
+    assert y[..., 1:].isfinite().all() and dx[..., 1:].isfinite().all()
+    assert not after[:, 0, 0].isfinite().any() and after[:, 1:].isfinite().all()
+    assert not any(x[0, 0].isfinite() for x in others[:2] if x is not None)
 
 
 def modal_shard(axis: Axis, data: dict[str, Any], lengths: list[int]) -> tuple[Tensor | None, ...]:
