@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c co
 VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev release-check test test-faults test-gpu docs check check-format check-lint check-types check-imports clean FORCE
+.PHONY: help quickstart dev release-check test test-faults test-gpu gpu-once docs check check-format check-lint check-types check-imports clean FORCE
 
 help:
 	@echo "make quickstart   set up .venv and train the main example"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         make dev, then run the tests; choose some with ARGS='tests/parallel -k halo'"
 	@echo "make test-faults  make dev, then kill, freeze, fill and damage real trainings, and look at what is left"
 	@echo "make test-gpu     make dev, then test the kernels on this machine's GPU"
+	@echo "make gpu-once     make dev, then all that only a GPU tells, in 8 minutes, into build/gpu-once.json; small where there is none"
 	@echo "make check        make dev, then check format, lint, types and the import contracts"
 	@echo "                  one of them: make check-format, check-lint, check-types, check-imports"
 	@echo "make docs         make dev, then build the reference into build/docs and check the links of all pages"
@@ -40,10 +41,15 @@ test: .venv/installed-dev
 test-faults: .venv/installed-dev
 	@$(PY) -m pytest tests/faults $(ARGS)
 
+# The tests that are skipped without a GPU, one process per core: compiling the kernels takes most of the time.
 test-gpu: .venv/installed-dev
 	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
 		echo "no GPU that torch can use; make test checks the GPU kernels as far as one can without" >&2; exit 2; }
-	@$(PY) -m pytest tests/kernels $(ARGS)
+	@$(PY) -m pytest tests/kernels/test_triton_*.py tests/kernels/test_tilings.py -m skipif \
+		-n $$(nproc) --dist worksteal $(ARGS)
+
+gpu-once: .venv/installed-dev
+	@tests/gpu/once.sh $(ARGS)
 
 check: check-format check-lint check-types check-imports
 

@@ -299,6 +299,11 @@ def scan(
             own = op.resolve_backend(inputs)
             y, final, last = _CrossRankScan.apply(own, relay, segments, segment, state, *inputs)
         return y, Carry(final, last if last is not None else segment)
+    if state is not None and inputs[0].shape[1] == 1 and not torch.is_grad_enabled():
+        # A step of decoding: what is rounded once a block must not be rounded once a token.
+        state, dtype, inputs = _wide(state), inputs[0].dtype, tuple(map(_wide, inputs))
+    else:
+        dtype = None
     masks, last = continuation_masks([] if segments is None else [boundary_ids(segments)], carry)
     initial = state if state is None or not masks else masked_state(masks[0], state)
     if torch.compiler.is_compiling():
@@ -306,7 +311,13 @@ def scan(
     else:
         with full_precision(inputs[0]):
             y, final = _LocalScan.apply(op.resolve_backend(inputs), segments, initial, *inputs)
+    y = y if dtype is None else y.to(dtype)
     return y, Carry(final, last if segments is not None else segment)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A floating tensor in fp64, a complex one in complex128."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def __getattr__(name: str) -> Any:

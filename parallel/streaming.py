@@ -122,7 +122,7 @@ class _InjectStateGrads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *states: Tensor) -> Tensor:
-        ctx.grads = grads
+        ctx.grads = [grad.to(state.dtype) for grad, state in zip(grads, states, strict=True)]
         return loss.clone()
 
     @staticmethod

@@ -93,7 +93,7 @@ def linear_attention(
         q, k: ``[B, L, H, K]``, floating; L may be 0 on some ranks.
         v: ``[B, L, H, V]``, floating.
         decay: ``[H]``, one number in (0, 1] for each head, or None for 1; it gets no gradient. Only with ``causal``.
-            A sequence of floats, or a tensor in main memory, does not synchronize with the device.
+            A sequence of floats, or a tensor in main memory, synchronizes with the device in its first call alone.
         causal: whether token i sees tokens j <= i only; otherwise it sees all tokens of its document.
         normalize: divide by the sum of the weights.
         carry: of the tokens before the sequence: state ``[B, H, K, V]``, or ``[B, H, K, V + 1]`` with ``normalize`` (z

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Documents
-from ..state import StatefulOp
+from ..state import FusedForward, StatefulOp
 from ..transition import exclusive_chunk_scan
 from .settings import Settings, state_dtype
 
@@ -47,10 +47,31 @@ class Chunked(Settings, StatefulOp):
             if self.scale != 1:
                 out *= self.scale
             if divisor is not None:
-                out, divisor[:, tokens] = out[..., :-1], out[..., -1:]
+                # 0 times an infinite divisor is NaN, where the quotient would be 0.
+                out, divisor[:, tokens] = out[..., :-1], torch.add(out[..., -1:], out[..., -1:], alpha=0)
                 out = out / divisor[:, tokens].clamp(min=self.eps)
             y[:, tokens] = out
         return y, () if divisor is None else (y, divisor)
+
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
+        if inputs[0].shape[1] != 1:
+            return super().fused_forward(inputs, segments, initial)
+        # Decoding: the recurrence itself.
+        v, dtype, decays = inputs[2], state_dtype(*inputs), self.decays(inputs[0].device)
+        q, k, values = (x[:, 0].to(dtype) for x in (*inputs[:2], self.values(v)))
+        update = k.unsqueeze(-1) * values.unsqueeze(-2)
+        initial = torch.zeros_like(update) if initial is None else initial.to(dtype)
+        kept = initial if decays is None else initial * decays.to(dtype).view(-1, 1, 1)
+        final = kept.add(update)
+        out = (q.unsqueeze(-2) @ final).transpose(1, 2) * self.scale
+        transition = self.decay_over(1, final)
+        if not self.normalize:
+            return FusedForward(initial, out.to(v.dtype), (), transition, final)
+        out, divisor = out[..., :-1], torch.add(out[..., -1:], out[..., -1:], alpha=0)
+        y = (out / divisor.clamp(min=self.eps)).to(v.dtype)
+        return FusedForward(initial, y, (y, divisor), transition, final)
 
     def incoming_state_grad(
         self,

@@ -376,12 +376,13 @@ class Heads {
       }
       float sum = 0;
       for (int lane = 0; lane < W; ++lane) sum += products[lane];
-      to[i * Vw + x.V] = divisor >= x.eps ? -sum : 0;
+      to[i * Vw + x.V] = divisor < x.eps ? 0 : -sum;
     }
   }
   void divide(const Chunk& at) {
     for (int64_t i = 0; i < at.count; ++i) {
-      const float divisor = x.divisor[(b * x.L + at.first + i) * x.H + h] = out[i * Vw + x.V];
+      // NaN for an infinity, by which quotients would be 0.
+      const float sum = out[i * Vw + x.V], divisor = x.divisor[(b * x.L + at.first + i) * x.H + h] = sum + sum * 0;
       for (int64_t c = 0; c < Vw; c += W) store(out + i * Vw + c, load(out + i * Vw + c) / std::max(divisor, x.eps));
     }
   }

@@ -46,7 +46,9 @@ class Reference(Settings, StatefulOp):
             y = y + torch.einsum("bihk,bhkv->bihv", _only(q, segments, -1), from_right)
         y = self.scale * y
         if self.normalize:
-            y = y[..., :-1] / y[..., -1:].clamp(min=self.eps)
+            divisor = y[..., -1:]
+            # 0 times an infinite divisor is NaN, where the quotient would be 0.
+            y = y[..., :-1] / (divisor.clamp(min=self.eps) + 0 * divisor)
         return y.to(inputs[2].dtype), ()
 
     def _power(self, exponents: Tensor, dtype: torch.dtype) -> Tensor:

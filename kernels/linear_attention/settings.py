@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,8 @@ class Settings:
             raise InputError("linear_attention: eps", self.eps, "above 0 where normalize=True")
 
     def decays(self, device: torch.device) -> Tensor | None:
-        """``[H]`` fp64, or None for 1."""
-        if self.decay is None:
-            return None
-        return torch.tensor(self.decay, dtype=torch.float64).to(device, non_blocking=True)
+        """``[H]`` fp64, or None for 1; not to be written to, see `powers`."""
+        return None if self.decay is None else powers(self.decay, (1,), device).squeeze(1)
 
     def decay_over(self, num_tokens: int, like: Tensor) -> Tensor:
         """``A`` of ``num_tokens`` tokens: ``[1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
@@ -56,6 +55,33 @@ class Settings:
     def values(self, v: Tensor) -> Tensor:
         """``v [B, L, H, V]``, with a column of ones behind it if ``normalize``: their sum is the divisor."""
         return F.pad(v, (0, 1), value=1) if self.normalize else v
+
+
+def powers(
+    decay: tuple[float, ...], exponents: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """``decay ** exponents``, ``[H, len(exponents)]``, 0 for exponents below 0: what a token sees of later ones.
+
+    The same tensor at every call: not to be written to.
+
+    A copy from the host at every call would wait for the host, and a CUDA graph could not capture it.
+    """
+    # Not kept: what has no data or is functional, under a mode of `torch.compile`; and what a CUDA graph would fill.
+    passing = type(torch.empty(0)) is not Tensor
+    passing = passing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    make = _kept_powers.__wrapped__ if passing else _kept_powers
+    return make(decay, exponents, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_powers(
+    decay: tuple[float, ...], exponents: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False):  # whose tensors autograd would refuse later
+        bases, whole = torch.tensor(decay, dtype=torch.float64), torch.tensor(exponents)
+        # Waits for the copy, once, so that every stream finds it done.
+        table = (bases.unsqueeze(1) ** whole.clamp(min=0)).masked_fill(whole < 0, 0)
+        return table.to(dtype).to(device)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Linear attention in Triton: one recurrence, in splits of the shard that run in parallel.
 
-A shard is cut into splits of 256 to 4096 tokens, and a split into chunks of 16 or 32.
+A shard is cut into splits of 256 to 4096 tokens, and a split into chunks of 16, 32 or 64.
 
 1. ``_split_states_kernel``: each split's own state ``sum_j w_j key_j^T value_j``, all splits in parallel.
 2. ``_scan_kernel``: replaces these by the states before the splits; sums in fp64.
@@ -19,12 +19,18 @@ dk   v       dy     q      R^T   reverse
 ==== ======= ====== ====== ===== =========
 
 With ``normalize``, ``z = sum w_j k_j``, the last column of the state, is a vector of its own, so that tiles stay
-aligned. The gradient of ``q_i S`` is ``a_i dy_i`` and that of ``q_i z`` is ``c_i``; ``a_i`` and ``c_i`` multiply
-products of dy in fp32, and dy itself is never scaled.
+aligned. The gradient of ``q_i S`` is ``a_i dy_i`` and that of ``q_i z`` is ``a_i c_i``; ``a_i`` multiplies products of
+dy in fp32, and dy itself is never scaled.
+
+On sm_90, chunks of 64 in bf16 make all of them products of a warp group (WGMMA). The first factor of each is loaded as
+it is and stays in shared memory: ptxas up to 12.9 may overwrite a first factor in registers before it is read (Triton's
+pull request 11781). So weights multiply values and not keys, and scores are transposed, ``[key, query]``, and the
+second factor: ``(value^T scores)^T``.
 
 Matrix products take bf16 operands from bf16 inputs, with sums in fp32. Inputs of fp16 are multiplied as TF32, which
-holds them exactly and whose range their sums do not leave; those of fp32 (or of several dtypes) as three products in
-TF32. AMD multiplies both in fp32. States and z are fp32 inside a split.
+holds them exactly and whose range their sums do not leave; states, scores and weighted values are rounded to its 10
+bits of mantissa. Those of fp32 (or of several dtypes) are multiplied as three products in TF32. AMD multiplies both in
+fp32. States and z are fp32 inside a split.
 
 Bytes per token and head in bf16, with splits of T tokens: a direction's states take ``12 K V / T``, and each role that
 reads them ``4 K V / T``. Forward ``6 (K + V)`` and states: 1792 for K = V = 128 and T = 1024, where q, k, v and y alone
@@ -45,15 +51,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
+from ..backends import is_traced
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
 from ..state import FusedForward, StatefulOp
-from .settings import Settings
+from .settings import Settings, powers
 
 # Programs that keep every multiprocessor of a large GPU busy; a shard with fewer splits than that has shorter ones.
 PROGRAMS = 2048
 MIN_SPLIT, MAX_SPLIT = 256, 4096
 SCAN_COLUMNS = 256
+MAX_CHUNK = 64
+# Exponents of the decays inside a chunk, below 0 for tokens that are not seen, and of those that make up a split's.
+IN_CHUNK = tuple(range(-MAX_CHUNK, MAX_CHUNK + 1))
+IN_SPLIT = tuple(1 << bit for bit in range(MAX_SPLIT.bit_length()))
+ZERO, ROW, BITS = tl.constexpr(MAX_CHUNK), tl.constexpr(len(IN_CHUNK)), tl.constexpr(len(IN_SPLIT))
+PRECISIONS = {torch.bfloat16: None, torch.float16: "tf32", torch.float32: "tf32x3"}
 TINY = 1e-30  # stands for a scale of 0, by which the gradient of the state is divided
 
 
@@ -71,9 +85,41 @@ def _load_rows(x, stride, begin, count, column, CHUNK: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
+def _rounded(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """``x``, fp32, as a factor of a matrix product. Of TF32, of which a GPU would cut off bits, the nearest."""
+    if PRECISION == "tf32":
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return x.to(OPERAND)
+
+
+@triton.jit
+def _columns(x, OPERAND: tl.constexpr):
+    """``x [N]`` as columns that sum to it, ``[N, 16]``, for a matrix product: the second is what bf16 cuts off."""
+    column = tl.arange(0, 16)[None, :]
+    high = x.to(OPERAND).to(tl.float32)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, (x - high)[:, None], 0.0)).to(OPERAND)
+
+
+@triton.jit
+def _weighted_sum(x, weights, OPERAND: tl.constexpr):
+    """``weights [CHUNK]`` times ``x [CHUNK, WIDTH]``, ``[WIDTH]``."""
+    if tl.bfloat16 == OPERAND and x.shape[0] >= 64:  # x stays in shared memory
+        return tl.sum(tl.dot(tl.trans(x), _columns(weights, OPERAND)), 1)
+    return tl.sum(x.to(tl.float32) * weights[:, None], 0)
+
+
+@triton.jit
+def _times_vector(x, vector, OPERAND: tl.constexpr):
+    """``x [CHUNK, WIDTH]`` times ``vector [WIDTH]``, ``[CHUNK]``."""
+    if tl.bfloat16 == OPERAND and x.shape[0] >= 64:
+        return tl.sum(tl.dot(x, _columns(vector, OPERAND)), 1)
+    return tl.sum(x.to(tl.float32) * vector[None, :], 1)
+
+
+@triton.jit
 def _chunk_weights(
     segments,
-    powers,
+    decays,
     batch,
     head,
     begin,
@@ -96,10 +142,10 @@ def _chunk_weights(
     decay_over_chunk = 1.0
     ids = row
     if DECAY:
-        powers += head * (CHUNK + 3)
-        since = tl.load(powers + tl.minimum(row + 1, count)).to(tl.float32)
-        until = tl.load(powers + tl.maximum(count - 1 - row, 0)).to(tl.float32)
-        decay_over_chunk = tl.load(powers + count).to(tl.float32)
+        decays += head * ROW + ZERO
+        since = tl.load(decays + tl.minimum(row + 1, count))
+        until = tl.load(decays + tl.maximum(count - 1 - row, 0))
+        decay_over_chunk = tl.load(decays + count)
         # In the adjoint, states and tokens change places.
         if REVERSE:
             state_to_token, token_to_state = until, since
@@ -128,7 +174,7 @@ def _split_states_kernel(
     weights,
     extras,
     segments,
-    powers,
+    decays,
     states,
     key_batch,
     key_token,
@@ -180,7 +226,7 @@ def _split_states_kernel(
         if DECAY or SEGMENTS:
             _, token_to_state, decay_over_chunk, _ = _chunk_weights(
                 segments,
-                powers,
+                decays,
                 batch,
                 head,
                 begin,
@@ -198,19 +244,30 @@ def _split_states_kernel(
         if MEAN and ADJOINT:
             token = (batch * length + begin) * heads + head
             extra = tl.load(extras + token + row * heads, mask=row < count, other=0.0)
-            z += tl.sum(key.to(tl.float32) * (extra * token_to_state)[:, None], 0)
             token_to_state *= tl.load(weights + token + row * heads, mask=row < count, other=0.0)
+            z += _weighted_sum(key, extra * token_to_state, OPERAND)
         elif MEAN:
-            z += tl.sum(key.to(tl.float32) * token_to_state[:, None], 0)
+            z += _weighted_sum(key, token_to_state, OPERAND)
         if DECAY or SEGMENTS or (MEAN and ADJOINT):
-            key = key.to(tl.float32) * token_to_state[:, None]
-        state = tl.dot(tl.trans(key.to(OPERAND)), value.to(OPERAND), state, input_precision=PRECISION)
+            term = _rounded(value.to(tl.float32) * token_to_state[:, None], OPERAND, PRECISION)
+        else:
+            term = value.to(OPERAND)
+        state = tl.dot(tl.trans(key.to(OPERAND)), term, state, input_precision=PRECISION)
 
     states += ((batch * num_splits + index) * heads + head) * (K * V + (K if MEAN else 0))
     mask = (column_k < K)[:, None] & (column_v < V)[None, :]
     tl.store(states + column_k[:, None] * V + column_v[None, :], state * scale, mask=mask)
     if MEAN and tile == 0:
         tl.store(states + K * V + column_k, z, mask=column_k < K)
+
+
+@triton.jit
+def _decay_over(powers, num_tokens):
+    """A head's decay over ``num_tokens`` <= MAX_SPLIT tokens, fp64: the product of those over powers of 2."""
+    decay = tl.full([], 1.0, tl.float64)
+    for bit in tl.static_range(BITS):
+        decay *= tl.where((num_tokens >> bit) & 1 != 0, tl.load(powers + bit), 1.0)
+    return decay
 
 
 @triton.jit
@@ -225,7 +282,6 @@ def _scan_kernel(
     split_len,
     num_splits,
     width,
-    CHUNK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -246,6 +302,10 @@ def _scan_kernel(
     if SEGMENTS:
         segments += batch * length
     stride = tl.full([], heads * width, tl.int64)
+    if DECAY:
+        powers += head * BITS
+        over_split = _decay_over(powers, split_len)
+        over_last = _decay_over(powers, length - (num_splits - 1) * split_len)
     for step in tl.range(0, num_splits, num_stages=4):
         index = num_splits - 1 - step if REVERSE else step
         begin = index * split_len
@@ -253,8 +313,7 @@ def _scan_kernel(
         own = tl.load(states + index * stride, mask=mask, other=0.0)
         tl.store(states + index * stride, state.to(tl.float32), mask=mask)
         if DECAY:
-            # Powers over a whole split and over the last one follow those of a chunk.
-            state *= tl.load(powers + head * (CHUNK + 3) + CHUNK + 1 + (index == num_splits - 1).to(tl.int32))
+            state *= tl.where(index == num_splits - 1, over_last, over_split)
         if SEGMENTS:
             if REVERSE:
                 entering, leaving = tl.minimum(stop, length - 1), begin
@@ -264,6 +323,18 @@ def _scan_kernel(
             state = tl.where(same, state, 0.0)
         state += own
     tl.store(final + place * width + column, state.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _per_query(x, TRANSPOSED: tl.constexpr):
+    """``x`` of the queries of scores."""
+    return x[None, :] if TRANSPOSED else x[:, None]
+
+
+@triton.jit
+def _per_key(x, TRANSPOSED: tl.constexpr):
+    """``x`` of the keys of scores."""
+    return x[:, None] if TRANSPOSED else x[None, :]
 
 
 @triton.jit
@@ -279,7 +350,7 @@ def _output_kernel(
     weights,
     extras,
     segments,
-    powers,
+    decays,
     query_batch,
     query_token,
     query_head,
@@ -322,6 +393,7 @@ def _output_kernel(
     """
     TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     WEIGHTED: tl.constexpr = DECAY or SEGMENTS
+    TRANSPOSED: tl.constexpr = CHUNK >= 64  # scores, see the module's docstring
     program = tl.program_id(0)
     tile = program % TILES
     place = (program // TILES).to(tl.int64)
@@ -355,16 +427,17 @@ def _output_kernel(
         elif ROLE != "dv":
             z = tl.load(states + K * V + column_v, mask=column_v < V, other=0.0)
 
-    distance = row[None, :] - row[:, None] if REVERSE else row[:, None] - row[None, :]
+    distance = row[:, None] - row[None, :]
+    if REVERSE != TRANSPOSED:
+        distance = -distance
     if DECAY:
-        decays = tl.load(powers + head * (CHUNK + 3) + tl.maximum(distance, 0)).to(tl.float32)
-        decays = tl.where(distance >= 0, decays, 0.0)
+        pairs = tl.load(decays + head * ROW + ZERO + distance)
 
     for step in range(chunks):
         chunk = chunks - 1 - step if REVERSE else step
         begin = first + chunk * CHUNK
         count = tl.minimum(last - begin, CHUNK)
-        inside = row < count
+        present = row < count
         token = (batch * length + begin) * heads + head
         query = _load_rows(queries, query_token, begin, count, column_k, CHUNK, K, BLOCK_K).to(OPERAND)
         if RUNNING:
@@ -373,7 +446,7 @@ def _output_kernel(
         if WEIGHTED:
             state_to_token, token_to_state, decay_over_chunk, ids = _chunk_weights(
                 segments,
-                powers,
+                decays,
                 batch,
                 head,
                 begin,
@@ -389,70 +462,88 @@ def _output_kernel(
             token_to_state = tl.full([CHUNK], 1.0, tl.float32)
             decay_over_chunk = 1.0
         if MEAN and ROLE != "y":
-            weight = tl.load(weights + token + row * heads, mask=inside, other=0.0)
-            extra = tl.load(extras + token + row * heads, mask=inside, other=0.0)
+            weight = tl.load(weights + token + row * heads, mask=present, other=0.0)
+            extra = tl.load(extras + token + row * heads, mask=present, other=0.0)
+        if RUNNING:
+            # What the state takes in. Early, so that it waits in shared memory and not in registers.
+            if MEAN and (ROLE == "dv" or ROLE == "dk"):
+                term = _rounded(value.to(tl.float32) * (token_to_state * weight)[:, None], OPERAND, PRECISION)
+            elif WEIGHTED:
+                term = _rounded(value.to(tl.float32) * token_to_state[:, None], OPERAND, PRECISION)
+            else:
+                term = value.to(OPERAND)
 
         if WITHIN_CHUNK:
-            scores = tl.dot(query, tl.trans(key.to(OPERAND)), input_precision=PRECISION)
+            if TRANSPOSED:
+                scores = tl.dot(key.to(OPERAND), tl.trans(query), input_precision=PRECISION)
+            else:
+                scores = tl.dot(query, tl.trans(key.to(OPERAND)), input_precision=PRECISION)
             if MEAN and ROLE == "dq":
-                scores = scores * weight[:, None] + extra[:, None]
+                scores += _per_query(extra, TRANSPOSED)
             if MEAN and ROLE == "dk":
-                scores = scores * weight[None, :] + extra[None, :]
+                scores = (scores + _per_key(extra, TRANSPOSED)) * _per_key(weight, TRANSPOSED)
             if MEAN and ROLE == "dv":
-                scores *= weight[None, :]
+                scores *= _per_key(weight, TRANSPOSED)
             if DECAY:
-                scores *= decays
+                scores *= pairs
             elif CAUSAL:
                 scores = tl.where(distance >= 0, scores, 0.0)
             if SEGMENTS:
                 scores = tl.where(ids[:, None] == ids[None, :], scores, 0.0)
             if MEAN and ROLE == "y":
-                divisor = tl.sum(scores, 1)
-            scores = scores.to(OPERAND)
-        output = tl.dot(query, state.to(OPERAND), input_precision=PRECISION)
-        if MEAN and ROLE == "dq":
-            output = output * weight[:, None] + extra[:, None] * z[None, :]
-        if MEAN and ROLE == "dk":
-            output += z[None, :]
+                divisor = tl.sum(scores, 0 if TRANSPOSED else 1)
+            scores = _rounded(scores, OPERAND, PRECISION)
+        output = tl.dot(query, _rounded(state, OPERAND, PRECISION), input_precision=PRECISION)
         if WEIGHTED:
             output *= state_to_token[:, None]
-        if WITHIN_CHUNK:
-            output = tl.dot(scores, value.to(OPERAND), output, input_precision=PRECISION)
+        if MEAN and ROLE == "dq":
+            of_z = extra * state_to_token
+        if MEAN and ROLE == "dk":
+            of_z = state_to_token
+        if TRANSPOSED and WITHIN_CHUNK:
+            inside = tl.dot(tl.trans(value.to(OPERAND)), scores, input_precision=PRECISION)
+            if MEAN and (ROLE == "dq" or ROLE == "dk"):
+                inside += z[:, None] * of_z[None, :]
+            output += tl.trans(inside)
+        else:
+            if MEAN and (ROLE == "dq" or ROLE == "dk"):
+                output += of_z[:, None] * z[None, :]
+            if WITHIN_CHUNK:
+                output = tl.dot(scores, value.to(OPERAND), output, input_precision=PRECISION)
         if MEAN and ROLE == "y":
-            before = tl.sum(query.to(tl.float32) * z[None, :], 1) * state_to_token
+            before = _times_vector(query, z, OPERAND) * state_to_token
             divisor = divisor + before if WITHIN_CHUNK else before
 
-        output *= scale
+        if MEAN and ROLE == "dq":
+            output *= (weight * scale)[:, None]
+        else:
+            output *= scale
         target = row[:, None] * (heads * V) + column_v[None, :]
-        filled = inside[:, None] & (column_v < V)[None, :]
+        filled = present[:, None] & (column_v < V)[None, :]
         if ADD:
             output += tl.load(partial + token * V + target, mask=filled, other=0.0)
         if MEAN and ROLE == "y":
             divisor *= scale
             if ADD:
-                divisor += tl.load(partial_divisors + token + row * heads, mask=inside, other=0.0)
+                divisor += tl.load(partial_divisors + token + row * heads, mask=present, other=0.0)
+            divisor += 0.0 * divisor  # NaN for an infinity, by which quotients would be 0
             if tile == 0:
-                tl.store(divisors + token + row * heads, divisor, mask=inside)
+                tl.store(divisors + token + row * heads, divisor, mask=present)
             if DIVIDE:
-                output /= tl.maximum(divisor, eps)[:, None]
+                output /= tl.maximum(divisor, eps, propagate_nan=tl.PropagateNan.ALL)[:, None]
         tl.store(out + token * V + target, output.to(out.dtype.element_ty), mask=filled)
 
         if RUNNING:
             if MEAN:
                 if ROLE == "y":
-                    z = z * decay_over_chunk + tl.sum(key.to(tl.float32) * token_to_state[:, None], 0)
+                    z = z * decay_over_chunk + _weighted_sum(key, token_to_state, OPERAND)
                 elif ROLE == "dq":
-                    z = z * decay_over_chunk + tl.sum(value.to(tl.float32) * token_to_state[:, None], 0)
+                    z = z * decay_over_chunk + _weighted_sum(value, token_to_state, OPERAND)
                 elif ROLE == "dk":
-                    z = z * decay_over_chunk + tl.sum(value.to(tl.float32) * (extra * token_to_state)[:, None], 0)
-            if MEAN and (ROLE == "dv" or ROLE == "dk"):
-                token_to_state *= weight
-                key = key.to(tl.float32) * token_to_state[:, None]
-            elif WEIGHTED:
-                key = key.to(tl.float32) * token_to_state[:, None]
+                    z = z * decay_over_chunk + _weighted_sum(value, extra * weight * token_to_state, OPERAND)
             if WEIGHTED:
                 state *= decay_over_chunk
-            state = tl.dot(tl.trans(key.to(OPERAND)), value.to(OPERAND), state, input_precision=PRECISION)
+            state = tl.dot(tl.trans(key.to(OPERAND)), term, state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -474,7 +565,7 @@ def _mean_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """``weights`` a and ``extras`` c, ``[B, L, H]``: the gradient of ``q S`` is ``a dy``, and that of ``q z`` is c."""
+    """``weights`` a and ``extras`` c, ``[B, L, H]``: the gradient of ``q S`` is ``a dy`` and that of ``q z`` is a c."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_V)
     head, place = row % heads, row // heads
@@ -483,8 +574,8 @@ def _mean_grad_kernel(
     upstream = tl.load(grad + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(y + row[:, None] * V + column[None, :], mask=mask, other=0.0).to(tl.float32)
     divisor = tl.load(divisors + row, mask=row < num_rows, other=1.0)
-    weight = scale / tl.maximum(divisor, eps)
-    extra = tl.where(divisor >= eps, -weight * tl.sum(upstream * mean, 1), 0.0)
+    weight = scale / tl.maximum(divisor, eps, propagate_nan=tl.PropagateNan.ALL)
+    extra = tl.where(divisor < eps, 0.0, -tl.sum(upstream * mean, 1))
     tl.store(weights + row, weight, mask=row < num_rows)
     tl.store(extras + row, extra, mask=row < num_rows)
 
@@ -566,34 +657,44 @@ class _Terms(NamedTuple):
     adjoint: bool = False
 
 
-class _Tiles(NamedTuple):
-    """Tile sizes of the kernels, chosen so that a tile of the state, ``[block_k, block_v]``, stays in registers.
+class _Weights(NamedTuple):
+    """What makes the weights of pairs of tokens differ from 1: decays, documents, a divisor."""
 
-    Without weights, chunks of 32 tokens fit beside the state; with decays, documents, a divisor, operands of 32 bits or
-    keys of 256, chunks of 16 do. Then sm_80, sm_90 and gfx942 spill no registers, except in fp32 wider than 64.
+    decay: bool
+    documents: bool
+    mean: bool
 
-    Tiles of 64 columns have an alternative of 32: twice the programs, each with half the state, which load keys twice.
+
+def _tilings(width: int, values: int, narrow: bool, weights: _Weights, wgmma: bool, output: bool) -> tuple[Tiling, ...]:
+    """Tilings of `_output_kernel` (``output``) or `_split_states_kernel`, the usual one first.
+
+    A tile of the state, ``[BLOCK_K, BLOCK_V]``, stays in registers, of which none are spilled, except in fp32 wider
+    than 64. Beside it chunks of 32 tokens fit without weights; with weights, operands of 32 bits or keys of 256, chunks
+    of 16 do. Tiles of 64 columns have an alternative of 32: twice the programs, each with half the state, which load
+    keys twice. With ``wgmma`` (sm_90) chunks of 64 come first, where they fit: its products have at least 64 rows.
+
+    Args:
+        width, values: columns of keys and of values.
+        narrow: whether operands are bf16.
     """
-
-    chunk: int
-    block_k: int
-    block_v: int
-    num_warps: int
-    num_stages: int
-
-    @classmethod
-    def of(cls, width: int, values: int, narrow: bool, plain: bool) -> _Tiles:
-        """For these widths; ``narrow``: operands are bf16; ``plain``: pairs of tokens have no weights."""
-        block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (width, values))
-        roomy = narrow and plain and max(block_k, block_v) <= 128
-        widest = 64 if narrow and block_k <= 128 else 32
-        return cls(32 if roomy else 16, block_k, min(block_v, widest), 4 if block_k <= 128 else 8, 3 if roomy else 2)
-
-    @property
-    def tilings(self) -> tuple[Tiling, ...]:
-        """Tilings of `_split_states_kernel` and `_output_kernel`."""
-        columns = (self.block_v, 32) if self.block_v == 64 else (self.block_v,)
-        return tuple(Tiling({"BLOCK_V": num}, self.num_warps, self.num_stages) for num in columns)
+    block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (width, values))
+    roomy = narrow and not any(weights) and max(block_k, block_v) <= 128
+    columns = min(block_v, 64 if narrow and block_k <= 128 else 32)
+    choices = [(32 if roomy else 16, columns, 4 if block_k <= 128 else 8, 3 if roomy else 2)]
+    if columns == 64 and (output or not any(weights)):
+        choices.append((choices[0][0], 32, *choices[0][2:]))
+    if wgmma and narrow and min(block_k, block_v) >= 64:
+        wide = min(block_v, 128 if block_k <= 128 else 64)
+        if not output or sum(weights) <= (block_k <= 128):
+            choices.insert(0, (64, wide, 8 if max(block_k, wide) > 64 else 4, 2))
+        elif block_k <= 128 and weights == (True, True, False):
+            choices.insert(0, (64, 64, 8 if block_k > 64 else 4, 2))
+        if output and not any(weights) and wide == 128:
+            choices.insert(1, (64, 64, 4, 2))
+    return tuple(
+        Tiling({"CHUNK": chunk, "BLOCK_K": block_k, "BLOCK_V": num}, num_warps, num_stages)
+        for chunk, num, num_warps, num_stages in choices
+    )
 
 
 @dataclass(frozen=True)
@@ -605,20 +706,24 @@ class _Kernels:
         documents: ``[B, L]`` int32, the documents numbered from 0, or None.
         shape: B, L, H, K, V.
         split_len: tokens of a split.
-        plain: whether pairs of tokens have no weights.
-        powers: ``[H, chunk + 3]`` fp64, powers 0 to chunk of the decays, then over a split and over the last split.
+        weights: of pairs of tokens.
+        decays: ``[H, len(IN_CHUNK)]`` fp32, of tokens of a chunk; None for 1.
+        powers: ``[H, len(IN_SPLIT)]`` fp64, of which those of splits are made; None for 1.
         operand: the dtype of the operands of matrix products.
-        precision: the precision of products in fp32, None for Triton's default.
+        precision: of products of 32 bits on NVIDIA, see `PRECISIONS`.
+        wgmma: whether the GPU has matrix products of a warp group, as sm_90 does.
     """
 
     op: Settings
     documents: Tensor | None
     shape: tuple[int, int, int, int, int]
     split_len: int
-    plain: bool
+    weights: _Weights
+    decays: Tensor | None
     powers: Tensor | None
     operand: tl.dtype
     precision: str | None
+    wgmma: bool
 
     @classmethod
     def of(cls, op: Settings, inputs: tuple[Tensor, ...], segments: Tensor | None) -> _Kernels:
@@ -628,18 +733,17 @@ class _Kernels:
         split_len = MIN_SPLIT
         while split_len < MAX_SPLIT and batch * heads * length >= 2 * split_len * PROGRAMS:
             split_len *= 2
-        plain = op.decay is None and not op.normalize and segments is None
-        tiles = _Tiles.of(width, v.shape[-1], dtype == torch.bfloat16, plain)
-        decays, powers = op.decays(q.device), None
-        if decays is not None:
-            exponents = [*range(tiles.chunk + 1), split_len, length - (triton.cdiv(length, split_len) - 1) * split_len]
-            powers = decays.unsqueeze(1) ** torch.tensor(exponents).to(q.device, non_blocking=True)
+        weights = _Weights(op.decay is not None, segments is not None, op.normalize)
+        in_chunk = in_split = None
+        if op.decay is not None:
+            in_chunk = powers(op.decay, IN_CHUNK, q.device, torch.float32)
+            in_split = powers(op.decay, IN_SPLIT, q.device)
         operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-        # By default, operands of 32 bits are multiplied as TF32 on NVIDIA, and as they are on AMD.
-        precision = "tf32x3" if dtype == torch.float32 and not torch.version.hip else None
+        # AMD and the interpreter multiply operands of 32 bits as they are.
+        precision = None if torch.version.hip or not (q.is_cuda or q.is_meta) else PRECISIONS[dtype]
         documents = None if segments is None else _numbers(segments)
         shape = (batch, length, heads, width, v.shape[-1])
-        return cls(op, documents, shape, split_len, plain, powers, operand, precision)
+        return cls(op, documents, shape, split_len, weights, in_chunk, in_split, operand, precision, _has_wgmma(q))
 
     @property
     def running(self) -> bool:
@@ -695,24 +799,24 @@ class _Kernels:
         states = torch.empty(batch, num_splits, heads, packed, dtype=torch.float32, device=keys.device)
         final = states.new_empty(batch, heads, packed)
         initial = None if initial is None else self._pack(initial)
-        tiles = self._tiles(width, values)
-        flags = {"REVERSE": reverse, "DECAY": self.powers is not None, "SEGMENTS": self.documents is not None}
+        tilings = _tilings(width, values, self.operand == tl.bfloat16, self.weights, self.wgmma, output=False)
+        flags = {"REVERSE": reverse, "DECAY": self.weights.decay, "SEGMENTS": self.weights.documents}
         # The terms of a gradient include the scale: in the weights, or else in the sums.
         scale = self._scale if terms.adjoint and not mean else 1.0
         if states.numel():
             launch_fastest(
-                _split_states_kernel, tiles.tilings,
+                _split_states_kernel, tilings,
                 lambda tile: states.shape[:3].numel() * triton.cdiv(values, tile["BLOCK_V"]),
-                keys, rows, terms.weights, terms.extras, self.documents, self.powers, states,
+                keys, rows, terms.weights, terms.extras, self.documents, self.decays, states,
                 *keys.stride()[:3], *rows.stride()[:3], heads, length, self.split_len, num_splits, scale,
-                width, values, tiles.chunk, tiles.block_k, OPERAND=self.operand, PRECISION=self.precision, **flags,
-                MEAN=mean, ADJOINT=terms.adjoint,
+                width, values, OPERAND=self.operand, PRECISION=self.precision, **flags, MEAN=mean,
+                ADJOINT=terms.adjoint,
             )  # fmt: skip
         if final.numel():
             launch(
                 _scan_kernel, batch * heads * triton.cdiv(packed, SCAN_COLUMNS),
                 states, initial, final, self.documents, self.powers, heads, length, self.split_len, num_splits, packed,
-                tiles.chunk, SCAN_COLUMNS, initial is not None, **flags, num_warps=2,
+                SCAN_COLUMNS, initial is not None, **flags, num_warps=2,
             )  # fmt: skip
         return states, self._unpack(final)
 
@@ -738,7 +842,7 @@ class _Kernels:
         width, values, mean = queries.shape[-1], out.shape[-1], self.op.normalize
         adjoint = role in ("dv", "dk")
         queries, keys, rows = _rows(queries), _rows(terms.keys), _rows(terms.values)
-        tiles = self._tiles(width, values)
+        tilings = _tilings(width, values, self.operand == tl.bfloat16, self.weights, self.wgmma, output=True)
         num_splits = triton.cdiv(length, self.split_len)
         # Without `normalize`, the scale multiplies the output, and the gradient of the state includes it already.
         scale = 1.0 if mean and role != "y" else self._scale
@@ -749,21 +853,18 @@ class _Kernels:
             target = out if last else torch.empty_like(out, dtype=torch.float32)
             divisors = states.new_empty(batch, length, heads) if mean and role == "y" else None
             launch_fastest(
-                _output_kernel, tiles.tilings,
+                _output_kernel, tilings,
                 lambda tile: batch * num_splits * heads * triton.cdiv(values, tile["BLOCK_V"]),
                 queries, keys, rows, states, target, partial, divisors, partial_divisors, terms.weights,
-                terms.extras, self.documents, self.powers, *queries.stride()[:3], *keys.stride()[:3],
+                terms.extras, self.documents, self.decays, *queries.stride()[:3], *keys.stride()[:3],
                 *rows.stride()[:3], heads, length, self.split_len,
-                num_splits, scale, state_scale, self.op.eps, width, values, tiles.chunk, tiles.block_k,
+                num_splits, scale, state_scale, self.op.eps, width, values,
                 OPERAND=self.operand, PRECISION=self.precision, ROLE=role, REVERSE=(way == 1) != adjoint,
                 CAUSAL=self.op.causal, RUNNING=self.running, WITHIN_CHUNK=self.running and way == 0, ADD=way > 0,
-                DIVIDE=last, DECAY=self.powers is not None, SEGMENTS=self.documents is not None, MEAN=mean,
+                DIVIDE=last, DECAY=self.weights.decay, SEGMENTS=self.weights.documents, MEAN=mean,
             )  # fmt: skip
             partial, partial_divisors = target, divisors
         return divisors
-
-    def _tiles(self, width: int, values: int) -> _Tiles:
-        return _Tiles.of(width, values, self.operand == tl.bfloat16, self.plain)
 
     @property
     def _scale(self) -> float:
@@ -782,6 +883,14 @@ class _Kernels:
         return torch.cat([matrix, packed[..., width * values :].unsqueeze(-1)], -1) if self.op.normalize else matrix
 
 
+def _has_wgmma(x: Tensor) -> bool:
+    if x.device.type == "cpu" or is_traced(x):
+        return False
+    if x.is_cuda:
+        return not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] == 9
+    return bool(driver.active.get_current_target().arch == 90)  # tensors without data
+
+
 def _numbers(segments: Tensor) -> Tensor:
     """Documents numbered from 0 in each row, int32: ids of 64 bits would take twice the registers."""
     numbers = torch.zeros(segments.shape, dtype=torch.int32, device=segments.device)
@@ -794,59 +903,73 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel at common widths: plain, with decayed documents, and with means of documents."""
+    """Every kernel at common widths: plain, with decays, documents, a mean, and with decays or a mean of documents.
+
+    Those whose name ends in sm_90 are launched there alone.
+    """
     plain: dict[str, object] = {"DECAY": False, "SEGMENTS": False, "MEAN": False}
-    decay, mean = plain | {"DECAY": True, "SEGMENTS": True}, plain | {"SEGMENTS": True, "MEAN": True}
+    documents = plain | {"SEGMENTS": True}
+    labels = {
+        "plain": plain,
+        "decay": plain | {"DECAY": True},
+        "mean": plain | {"MEAN": True},
+        "documents": documents,
+        "decayed-documents": documents | {"DECAY": True},
+        "means-of-documents": documents | {"MEAN": True},
+    }
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    labels = {"plain": plain, "decay": decay, "mean": mean}
     flags: dict[str, object] = {"CAUSAL": True, "RUNNING": True, "WITHIN_CHUNK": True, "ADD": False, "DIVIDE": True}
     roles = [(bf16, 128, label, role) for label in labels for role in ("y", "dq", "dv", "dk")]
+    both, means = "decayed-documents", "means-of-documents"
+    roles += [(bf16, 64, label, "dq") for label in labels]
+    roles += [(bf16, 64, "plain", "y"), (bf16, 256, "plain", "y"), (bf16, 256, both, "dk"), (bf16, 256, means, "dk")]
     roles += [
-        (bf16, 64, "plain", "y"),
-        (bf16, 256, "plain", "y"),
-        (bf16, 256, "decay", "dk"),
-        (bf16, 256, "mean", "dk"),
+        (fp16, 128, "plain", "y"),
+        (fp16, 128, both, "dk"),
+        (fp16, 128, means, "dk"),
+        (fp32, 64, both, "dv"),
+        (fp32, 64, means, "dk"),
+        (fp32, 64, means, "y"),
     ]
-    roles += [(fp16, 128, "mean", "dk"), (fp32, 64, "decay", "dv"), (fp32, 64, "mean", "dk"), (fp32, 64, "mean", "y")]
     for dtype, size, label, role in roles:
         name = f"{dtype}-{size}-{label}".removeprefix("torch.")
         settings = flags | labels[label] | {"ROLE": role, "REVERSE": role in ("dv", "dk")}
-        first, *others = _variants(f"{role}-{name}", _output_kernel, dtype, size, settings)
-        yield first
+        yield from _variants(f"{role}-{name}", _output_kernel, dtype, size, settings)
         if role in ("y", "dk"):  # dq and dv do not do more
             settings = labels[label] | {"REVERSE": role == "dk", "ADJOINT": role == "dk"}
-            yield from others
             yield from _variants(f"{role}-split-states-{name}", _split_states_kernel, dtype, size, settings)
-    flags = mean | {"ROLE": "y", "CAUSAL": False, "WITHIN_CHUNK": False, "DIVIDE": True}
+    flags = labels[means] | {"ROLE": "y", "CAUSAL": False, "WITHIN_CHUNK": False, "DIVIDE": True}
     back, still = {"RUNNING": True, "REVERSE": True, "ADD": True}, {"RUNNING": False, "REVERSE": False, "ADD": False}
     yield from _variants("y-from-the-right", _output_kernel, bf16, 128, flags | back)
     yield from _variants("y-of-one-state", _output_kernel, bf16, 128, flags | still | {"SEGMENTS": False})
-    scan = decay | {"BLOCK_W": SCAN_COLUMNS, "INITIAL": True, "REVERSE": True, "CHUNK": 16}
+    scan = labels[both] | {"BLOCK_W": SCAN_COLUMNS, "INITIAL": True, "REVERSE": True}
     yield from _variants("scan", _scan_kernel, fp32, 128, scan)
     grads: dict[str, object] = {"V": 128, "ROWS": 32, "BLOCK_V": 128}
     yield from _variants("mean-grad", _mean_grad_kernel, bf16, 128, grads)
 
 
 def _variants(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: dict[str, object]) -> Iterator[Variant]:
-    """In all of its tilings, the usual one first."""
+    """In all of its tilings."""
     narrow = dtype == torch.bfloat16
-    tiles = _Tiles.of(size, size, narrow, not any(constants.get(x) for x in ("DECAY", "SEGMENTS", "MEAN")))
     constants = {
         "K": size,
         "V": size,
-        "CHUNK": tiles.chunk,
-        "BLOCK_K": tiles.block_k,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else None,
+        "PRECISION": PRECISIONS[dtype],
     } | constants
     given = dict.fromkeys(("queries", "keys", "values", "out", "grad", "y"), TYPES[dtype])
-    fp32 = ("weights", "extras", "states", "partial", "divisors", "partial_divisors", "initial", "final")
+    fp32 = ("weights", "extras", "decays", "states", "partial", "divisors", "partial_divisors", "initial", "final")
     given |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(("scale", "state_scale", "eps"), "fp32")
-    given |= {"segments": "*i32", "powers": "*fp64", "BLOCK_V": "constexpr"} | dict.fromkeys(constants, "constexpr")
+    given |= {"segments": "*i32", "powers": "*fp64"}
+    given |= dict.fromkeys(("CHUNK", "BLOCK_K", "BLOCK_V", *constants), "constexpr")
     signature = {x: given.get(x, "i32") for x in kernel.arg_names}
     constants = {x: value for x, value in constants.items() if x in signature}
     if kernel not in (_split_states_kernel, _output_kernel):
-        yield Variant(name, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
+        yield Variant(name, kernel, signature, constants, 2 if kernel is _scan_kernel else 4, 3)
         return
-    for tiling, num_warps, num_stages in tiles.tilings:
-        yield Variant(f"{name}-{tiling['BLOCK_V']}", kernel, signature, constants | tiling, num_warps, num_stages)
+    weights = _Weights(*(bool(constants[x]) for x in ("DECAY", "SEGMENTS", "MEAN")))
+    usual, hopper = (_tilings(size, size, narrow, weights, wgmma, kernel is _output_kernel) for wgmma in (False, True))
+    for tiling in hopper:
+        label = "-".join(str(x) for x in (name, tiling.constants["CHUNK"], tiling.constants["BLOCK_V"]))
+        label += "" if tiling in usual else "-sm_90"
+        yield Variant(label, kernel, signature, constants | tiling.constants, tiling.num_warps, tiling.num_stages)

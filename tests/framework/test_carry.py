@@ -177,7 +177,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "was saved on cuda, .* does not fit cpu; give a seed",
     ),
     "another type": (
-        lambda path: rewrite(path, lambda t: t.update({"blocks.0.scan.state": t["blocks.0.scan.state"].double()})),
+        lambda path: rewrite(path, lambda t: t.update({"blocks.0.scan.state": t["blocks.0.scan.state"].half()})),
         "blocks.0.scan.state is missing or of another type",
     ),
     "another shape": (

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close, run_distributed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longreach.errors import InputError
 from longreach.kernels.linear_attention import (
@@ -20,6 +21,7 @@ from longreach.kernels.linear_attention import (
     linear_attention,
     reference_linear_attention,
 )
+from longreach.kernels.linear_attention.settings import powers
 from longreach.kernels.scan import Carry, scan
 from longreach.parallel.mesh import Axis
 from longreach.parallel.relay import AxisStateExchange
@@ -431,3 +433,18 @@ def test_mistakes_are_told_in_one_line(wrong: dict[str, Any], message: str) -> N
     with pytest.raises(InputError, match=message) as caught:
         linear_attention(**({"q": X, "k": X, "v": X} | wrong))
     assert "\n" not in str(caught.value)
+
+
+def test_powers_of_decays_are_kept() -> None:
+    """The same tensor at every call, so nothing is copied from the host; none that `torch.compile` works with."""
+    case = DECAY, (0, 1, 65), torch.device("meta")
+    with FakeTensorMode():
+        assert type(powers(*case)) is not Tensor
+    with torch.inference_mode():
+        kept = powers(*case)
+    assert type(kept) is Tensor and not kept.is_inference()
+    assert powers(*case) is kept and powers(DECAY, (0, 1, 64), case[2]) is not kept
+    with FakeTensorMode():
+        assert type(powers(*case)) is not Tensor
+    on_host = powers(DECAY, (-1, 0, 1, 65), torch.device("cpu"))
+    assert on_host.tolist() == [[0.0, *(x**n for n in (0, 1, 65))] for x in DECAY]

@@ -40,8 +40,8 @@ BUDGETS = {
     ("elementwise non-causal documents", "backward"): (8, 12, 128.4),
     ("linear_attention plain", "forward"): (3, 2, 14.1),
     ("linear_attention plain", "backward"): (7, 1, 36.6),
-    ("linear_attention decay", "forward"): (3, 7, 14.1),
-    ("linear_attention decay", "backward"): (7, 4, 36.6),
+    ("linear_attention decay", "forward"): (3, 6, 14.1),
+    ("linear_attention decay", "backward"): (7, 1, 36.6),
     ("linear_attention normalize", "forward"): (3, 3, 14.1),
     ("linear_attention normalize", "backward"): (8, 7, 41.0),
     ("linear_attention documents", "forward"): (3, 11, 14.1),
@@ -51,18 +51,33 @@ BUDGETS = {
     ("linear_attention non-causal normalize documents", "forward"): (10, 28, 45.4),
     ("linear_attention non-causal normalize documents", "backward"): (15, 20, 95.9),
     ("short_conv SiLU", "forward"): (1, 2, 4.1),
-    ("short_conv SiLU", "backward"): (1, 5, 14.2),
+    ("short_conv SiLU", "backward"): (1, 3, 6.2),
     ("short_conv plain", "forward"): (1, 2, 4.1),
-    ("short_conv plain", "backward"): (1, 5, 14.2),
+    ("short_conv plain", "backward"): (1, 3, 6.2),
     ("short_conv SiLU documents", "forward"): (1, 4, 4.1),
-    ("short_conv SiLU documents", "backward"): (1, 5, 14.2),
+    ("short_conv SiLU documents", "backward"): (1, 3, 6.2),
+    ("dropout plain", "forward"): (1, 0, 4.1),
+    ("dropout plain", "backward"): (1, 0, 4.1),
+    ("rms_norm plain", "forward"): (1, 0, 4.1),
+    ("rms_norm plain", "backward"): (1, 2, 6.2),
+    ("rms_norm groups of 64", "forward"): (1, 0, 4.1),
+    ("rms_norm groups of 64", "backward"): (1, 2, 6.1),
+    ("chela block dropout", "forward"): (12, 54, 182.8),
+    ("chela block dropout", "backward"): (17, 89, 371.0),
     ("long_conv plain", "forward"): (78, 184, 112.9),
-    ("long_conv plain", "backward"): (130, 314, 198.9),
+    ("long_conv plain", "backward"): (130, 312, 190.9),
     ("long_conv non-causal", "forward"): (57, 135, 90.6),
-    ("long_conv non-causal", "backward"): (95, 230, 162.6),
-    ("modal_conv plain (no Triton kernel)", "forward"): (0, 860, 111.2),
-    ("modal_conv plain (no Triton kernel)", "backward"): (0, 1919, 283.8),
+    ("long_conv non-causal", "backward"): (95, 228, 154.6),
+    ("modal_conv plain", "forward"): (3, 26, 7.1),
+    ("modal_conv plain", "backward"): (4, 35, 11.9),
+    ("modal_conv fp32", "forward"): (3, 28, 16.1),
+    ("modal_conv fp32", "backward"): (4, 37, 27.2),
+    ("modal_conv documents", "forward"): (3, 46, 7.2),
+    ("modal_conv documents", "backward"): (4, 49, 11.9),
 }
+
+# Estimated times of a pass at `STANDARD`, as multiples of a copy's: instructions count too. Lower one when it falls.
+RATIOS = {("elementwise plain", "forward"): 1.77, ("elementwise plain", "backward"): 2.78}
 
 # Sizes below 2^31 are passed in 32 bits: what is computed from them is largest just below that.
 BELOW = Shape(8, 2**17 - 1, 2048)
@@ -119,10 +134,21 @@ def test_budgets(name: str) -> None:
         assert within, f"{row.name}: {found}; torch: {row.operations}"
 
 
+def test_decays_are_copied_to_the_device_once() -> None:
+    """Catches copies from the host at every call, which a CUDA graph cannot capture."""
+    case = case_of("linear_attention decay")
+    passes(case, STANDARD, GPU)
+    found = [one.recording.operation_counts for one in passes(case, STANDARD, GPU)]
+    plain = [one.recording.operation_counts for one in passes(case_of("linear_attention plain"), STANDARD, GPU)]
+    # The decay over the whole sequence is computed on the device, in fp64.
+    more = [counts - other for counts, other in zip(found, plain)]
+    assert more == [{"pow.Tensor_Scalar": 1, "_to_copy.default": 1}, {}]
+
+
 def overflow_cases() -> list[tuple[str, Shape]]:
     found = []
     for case in [*cases(), long_conv_documents()]:
-        if case.operator == "modal_conv":  # no kernel of its own
+        if case.operator == "chela block":  # operators that are here already
             continue
         if case.operator == "long_conv":
             shapes = FEW_CHANNELS[:1] if case.variant == "documents" else FEW_CHANNELS
@@ -192,7 +218,19 @@ def test_compiled_launches_spill_nothing(name: str) -> None:
             assert kernel.usage is not None and not kernel.usage.spilled, kernel
             assert 0 < kernel.usage.warps_per_sm <= 64 and kernel.usage.executed >= kernel.usage.instructions
             assert kernel.usage.wgmma_a_in_registers <= kernel.usage.wgmma
-        assert row.seconds * GPU.bandwidth > row.bytes * 0.999 and row.ratio > 1
+        assert row.seconds * GPU.bandwidth > row.bytes * 0.999 and 1 < row.ratio < RATIOS.get(
+            (name, row.name), math.inf
+        )
+
+
+@pytest.mark.parametrize("name", ["plain", "decay", "normalize"])
+def test_linear_attention_multiplies_from_shared_memory(name: str) -> None:
+    """All of its products are those of a warp group, and none has a first factor in registers, which ptxas up to 12.9
+    may overwrite before it is read.
+    """
+    for row in pass_rows(case_of(f"linear_attention {name}"), STANDARD, GPU):
+        assert row.figure("wgmma", sum) > 0
+        assert row.figure("wgmma_a_in_registers", sum) == row.figure("hmma", sum) == 0
 
 
 def test_expanded_dimensions_count_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,8 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import BaseBackend
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction
+
+from longreach.launch.bench.static.capture import GPUS, recorded
+from longreach.launch.bench.static.cases import STANDARD, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 ONCE = ROOT / "tests" / "gpu" / "once.sh"
@@ -117,3 +127,41 @@ def test_a_section_that_takes_too_long_is_ended_and_what_it_found_is_kept(
     slow, passed = json.loads((tmp_path / "found.json").read_text())["sections"].values()
     assert slow["status"] == "timed out" and slow["seconds"] < 20 and slow["data"]["rows"]
     assert passed["status"] == "passed"
+
+
+class Asked(Exception):
+    """A launch would have a kernel compiled."""
+
+
+@pytest.mark.parametrize("name", ["elementwise documents", "linear_attention decay", "short_conv SiLU"])
+def test_a_launch_asks_triton_for_what_was_compiled_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an option or an alignment that differs: the cache on disk would be of no use."""
+    monkeypatch.syspath_prepend(str(ONCE.parent))
+    ahead = importlib.import_module("ahead")
+    (case,), gpu = [case for case in cases() if case.name == name], GPUS["sm_90"]
+    backend: BaseBackend = make_backend(gpu.target)
+
+    def key(source: Any, options: Any) -> tuple[str, str]:
+        return source.hash(), backend.parse_options(dict(options)).hash()
+
+    launches = ahead.launches(case, STANDARD, gpu)
+    asked, run = set(), JITFunction.run
+
+    def ask(source: Any, target: Any, options: Any, **rest: Any) -> None:
+        assert target == gpu.target
+        asked.add(key(source, options))
+        raise Asked
+
+    def run_until_compiled(*args: Any, **options: Any) -> None:
+        with contextlib.suppress(Asked):
+            run(*args, **options)
+
+    for launch in launches:
+        monkeypatch.setattr(launch.kernel, "compile", ask)
+    inputs, function = case.make(STANDARD)
+    with recorded(gpu.target), ahead.every_tiling(), monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run_until_compiled)
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", None)
+        y = function(*inputs)
+        torch.autograd.grad(y, inputs, torch.empty_like(y))
+    assert asked == {key(launch.source, launch.options) for launch in launches}
