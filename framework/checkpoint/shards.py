@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import InputError
-from ..runtime.files import sync
+from ..runtime.files import write_tensors
 
 MODEL, OPTIMIZER = "model", "optimizer"  # the two kinds of files
 KINDS = (MODEL, OPTIMIZER)
@@ -44,8 +43,7 @@ def write(path: Path, partitions: Partitions, random: Mapping[str, str]) -> None
     """Write one rank's partitions of a kind and flush them to the disk."""
     starts = {name: start for name, (start, _) in partitions.items()}
     metadata = {"format": "pt", "starts": json.dumps(starts), "random": json.dumps(dict(random))}
-    save_file({name: values for name, (_, values) in partitions.items()}, path, metadata)
-    sync(path)
+    write_tensors(path, {name: values for name, (_, values) in partitions.items()}, metadata)
 
 
 class Shards:

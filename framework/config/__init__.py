@@ -54,7 +54,7 @@ class ParallelConfig:
             it whole.
         relay: how states travel along the ranks of a sequence: ``gather`` (all to all ranks), ``hierarchical`` (within
             nodes, then between them), ``pipeline`` (from neighbour to neighbour), ``recursive_doubling`` (to
-            ranks at distances 1, 2, 4, ...), ``auto`` (the fastest by `parallel.cost`).
+            ranks at distances 1, 2, 4, ...), ``auto`` (the fastest by the times of the links).
         near, far: latency in seconds and bandwidth in bytes a second between ranks of a node, and between nodes, as
             ``longreach doctor`` and `launch.link_benchmark` measure them; empty for rough figures.
         park_carries: keep what waits between streamed blocks in host memory.
@@ -114,7 +114,7 @@ class TrainConfig:
             memory for one more forward pass. States and halos are exchanged once.
         time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
         nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
-            ``skip`` the step, up to `loss_guard.MAX_SKIPPED` in a row.
+            ``skip`` the step, up to 10 in a row.
     """
 
     steps: int = bounded(MISSING, minimum=1)

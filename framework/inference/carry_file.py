@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ... import _aliases
@@ -32,7 +31,7 @@ from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..checkpoint import differences, tensors_of
 from ..model import Model
-from ..runtime.files import remove, sync
+from ..runtime.files import remove, write_tensors
 
 FORMAT = 2
 STATE, SEGMENT, LOGITS, RANDOM = ".state", ".segment", "logits", "random"
@@ -90,8 +89,7 @@ def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
     }
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(kept, partial, {"longreach": json.dumps(header)})
-        sync(partial)
+        write_tensors(partial, kept, {"longreach": json.dumps(header)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         remove(partial)

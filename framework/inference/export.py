@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import InputError
@@ -20,7 +19,7 @@ from ..data import ByteVocabulary, load_vocabulary, save_vocabulary
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
 from ..model import Model
-from ..runtime.files import digest, remove, sync, write_text
+from ..runtime.files import digest, remove, sync, write_tensors, write_text
 from .loading import CONFIG, TENSORS, ExportConfig, load_exported, load_step, read_export_config
 
 __all__ = ["CONFIG", "TENSORS", "export", "load_exported"]
@@ -48,8 +47,7 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        save_file({name: _exported(tensor) for name, tensor in tensors_of(model).items()}, partial / TENSORS)
-        sync(partial / TENSORS)
+        write_tensors(partial / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
         document = ExportConfig(step=step, sha256=digest(partial / TENSORS).hex(), model=config.model)
         write_text(partial / CONFIG, json.dumps(dataclasses.asdict(document), indent=2) + "\n")
         if vocabulary.kind != ByteVocabulary.kind:

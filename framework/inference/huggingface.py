@@ -183,7 +183,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         if not shape.causal:
             raise InputError("model.causal", False, "only a causal model can continue a text")
         if shape.head != "token":
-            raise InputError("model.head", shape.head, "token: only such a model can continue a text")
+            raise InputError("model.head", shape.head, "must be token: other heads predict no next token")
         self.model = build_model(shape)
         self.gradient_checkpointing = False
         self.post_init()

@@ -42,8 +42,13 @@ def register(name: str, config: type) -> Callable[[Mixer], Mixer]:
         A decorator of the class, which is made by ``(width, config, causal=...)``; see `build_mixer`.
 
     Raises:
-        InputError: another class has the name.
+        InputError: another class has the name, or ``config`` is no dataclass whose fields have defaults.
     """
+    if not isinstance(config, type) or not dataclasses.is_dataclass(config):
+        raise InputError(f"register({name!r}): config", config, "must be a dataclass, that of the mixer's options")
+    if missing := [f.name for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]:
+        given = f"{config.__name__} without defaults of {', '.join(missing)}"
+        raise InputError(f"register({name!r}): config", given, "must have a default for every option")
 
     def add(mixer: Mixer) -> Mixer:
         if name in MIXERS and _file_of(MIXERS[name]) != _file_of(mixer):

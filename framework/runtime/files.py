@@ -8,6 +8,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file and flush it to the disk."""
@@ -15,6 +18,19 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with the mode of every new file (the library's is for the user alone), and flush it.
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+    sync(path)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -84,6 +84,10 @@ def test_what_is_exported_is_the_runs_model(run: Path, tmp_path: Path) -> None:
     document = json.loads((out / CONFIG).read_text())
     assert document["format"] == 1 and document["step"] == 7 and document["model"]["mixers"] == MIXERS
 
+    modes = {path.stat().st_mode & 0o777 for path in (*out.iterdir(), *run.rglob("step-*/*"))}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
     before = torch.get_rng_state()
     loaded, tokens = load_exported(out), torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)

@@ -133,6 +133,15 @@ BAD_FILES = {
         "@register('chela', SoftmaxConfig)\nclass Chela: pass\n",
         "'chela': is the name of another mixer",
     ),
+    "has no options": (
+        "from longreach.framework.mixers import register\n@register('x', int)\nclass X: pass\n",
+        r"register\('x'\): config = .*int.*: must be a dataclass",
+    ),
+    "has an option without default": (
+        "from dataclasses import dataclass\nfrom longreach.framework.mixers import register\n"
+        "@dataclass\nclass C:\n    rate: float\n@register('x', C)\nclass X: pass\n",
+        "C without defaults of rate.*: must have a default for every option",
+    ),
 }
 
 
