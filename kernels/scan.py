@@ -286,7 +286,8 @@ def scan(
     Returns:
         This shard's output, and the carry behind the whole sequence, the same on every rank (with an empty state where
         ``relay`` needs no final state). The carry's gradient counts once: every rank passes, and receives, the full
-        gradient of the carry rather than a summand.
+        gradient of the carry rather than a summand. Behind a step of decoding (one token, a carry, no gradients), the
+        state is in fp64.
 
     Raises:
         InputError: ``segments`` do not fit the inputs.

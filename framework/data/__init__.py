@@ -82,7 +82,7 @@ class DataConfig:
         source: ``cpython`` (the standard library of the running Python), or the path of a file, a folder, a ``.tar``
             file or a folder of such, or a packed directory. `records` says how JSONL, FASTA and ``.npy`` files are
             split into documents.
-        name: name of the corpus; by default that of the source.
+        name: name of the corpus; by default that of the source, with that of the tokenizer.
         tokenizer: path of a ``tokenizer.json`` of the tokenizers library; empty for bytes.
         vocab: size of the tokenizer to train when the corpus is packed; for ``.npy`` arrays, the bound of their ids. 0
             for bytes, and for the largest id plus one.
@@ -121,13 +121,15 @@ class DataConfig:
 
 
 def corpus_name(data: DataConfig) -> str:
-    """Return ``data.name``, or the name of the source.
+    """Return ``data.name``, or the name of the source; with a tokenizer, also its number of tokens or its file's name.
 
     Raises:
         InputError: it is not valid as the name of a directory, or the source is a URL.
     """
     check_source(data.source)
-    name = data.name or (CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem)
+    source = CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem
+    tokens = f"-{data.vocab}" if data.vocab else f"-{Path(data.tokenizer).stem}" if data.tokenizer else ""
+    name = data.name or source + tokens
     if not NAME.fullmatch(name):
         raise InputError("data.name", name, "must be letters, digits, '.', '_' or '-'", "set data.name")
     return name

@@ -161,7 +161,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, order: int, carry: Carry | None, seg
                 tuple(carry.state.shape),
                 f"[batch, 2, order + 1, channels] = {state}",
             )
-        if carry.state.dtype != state_dtype(q.dtype):
+        if carry.state.dtype not in (state_dtype(q.dtype), torch.float64):  # that of a step of decoding
             raise InputError(
                 f"{NAME}: dtype of carry.state",
                 carry.state.dtype,

@@ -60,6 +60,9 @@ def test_the_name_of_the_files_source_is_not_that_of_another(tmp_path: Path) -> 
     assert corpus_name(load("genome", ["data.source=mine.fna"]).data) == "mine"
     assert load("genome", ["data.source=mine.fna", "data.name=yeast"]).data.name == "yeast"
     assert load("genome", ["data={source: mine.fna}"]).data.name == ""
+    assert corpus_name(load("tokens", ["data.source=mine.txt"]).data) != corpus_name(
+        load("genome", ["data.source=mine.txt"]).data
+    )
     # The name of a series data set selects it within its source.
     assert load("japanese-vowels", ["data.source=/archive"]).data.name == "JapaneseVowels"
 
