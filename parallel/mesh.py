@@ -199,8 +199,8 @@ def default_device() -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of main memory on ``device``; the host does not wait for a GPU, which copies from pinned memory."""
-    if device.type == "cuda":
+    """A tensor on ``device``. From main memory a GPU copies it out of pinned memory, for which the host does not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
 

@@ -21,7 +21,7 @@ PROGRAMS = 2048  # about: enough for every GPU
 
 
 @triton.jit
-def _place(first, tokens_each, num_tokens, width, channel, in_group, TOKENS: tl.constexpr):
+def _place(first, num_tokens, width, channel, in_group, TOKENS: tl.constexpr):
     """Offsets and mask of a tile ``[TOKENS, GROUP]`` in ``[num_tokens, width]``, and of its tokens."""
     token = first + tl.arange(0, TOKENS)
     inside = token < num_tokens
@@ -41,9 +41,7 @@ def _forward_kernel(
     channel = group * size + column
     scale = tl.load(weight + channel, mask=in_group, other=0).to(tl.float32)
     for first in range(start, tl.minimum(start + tokens_each, num_tokens), TOKENS):
-        place, mask, token, inside = _place(
-            first, tokens_each, num_tokens, num_groups * size, channel, in_group, TOKENS
-        )
+        place, mask, token, inside = _place(first, num_tokens, num_groups * size, channel, in_group, TOKENS)
         value = tl.load(x + place, mask=mask, other=0).to(tl.float32)
         reciprocal = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / size + eps)
         tl.store(rate + token * num_groups + group, reciprocal, mask=inside)
@@ -66,9 +64,7 @@ def _backward_kernel(
     scale = tl.load(weight + channel, mask=in_group, other=0).to(tl.float32)
     total = tl.zeros([TOKENS, GROUP], tl.float32)
     for first in range(start, tl.minimum(start + tokens_each, num_tokens), TOKENS):
-        place, mask, token, inside = _place(
-            first, tokens_each, num_tokens, num_groups * size, channel, in_group, TOKENS
-        )
+        place, mask, token, inside = _place(first, num_tokens, num_groups * size, channel, in_group, TOKENS)
         reciprocal = tl.load(rate + token * num_groups + group, mask=inside, other=0)[:, None]
         unit = tl.load(x + place, mask=mask, other=0).to(tl.float32) * reciprocal
         upstream = tl.load(grad + place, mask=mask, other=0).to(tl.float32)

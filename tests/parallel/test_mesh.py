@@ -11,17 +11,19 @@ import time
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import run_distributed
 from torch._C import _distributed_c10d
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longreach.parallel import flight_recorder, mesh
 from longreach.parallel.cost import LINKS
 from longreach.parallel.halo import halo
-from longreach.parallel.mesh import Axis, PeerFailed, first_rank_only
+from longreach.parallel.mesh import Axis, PeerFailed, first_rank_only, to_device
 from longreach.parallel.recorder import Recorder
 
 
@@ -184,3 +186,11 @@ def test_few_gpus_gather_until_their_link_is_measured(
 ) -> None:
     near = LINKS["nvlink"] if measured else None
     assert mesh.default_relay(relay, sequence, torch.device(device), near) == expected
+
+
+def test_what_is_on_a_gpu_is_not_pinned() -> None:
+    """On a GPU without data: its memory cannot be pinned, and decoding passes the token that it has sampled there."""
+    with FakeTensorMode():
+        x = torch.empty(2, 1, dtype=torch.int64, device="cuda")
+        with mock.patch.object(torch.Tensor, "pin_memory", side_effect=RuntimeError("cannot pin")):
+            assert to_device(x, torch.device("cuda", 0)).device.type == "cuda"
