@@ -199,7 +199,7 @@ def default_device() -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on ``device``. From main memory a GPU copies it out of pinned memory, for which the host does not wait."""
+    """A tensor on ``device``. A GPU copies from pinned memory, and the host does not wait for it."""
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
