@@ -1,9 +1,9 @@
 // Element-wise attention on CPUs: one pass over the tokens, W channels at a time, all sums of a chunk in registers.
 //
 // Sums run in fp32 over chunks of CHUNK tokens, from zero; the state before the chunk is added where it is series, and sums
-// over chunks are fp64. A chunk of W channels stays in the first-level cache, so backward goes over it twice, from left to
-// right for y, den and dq, then from right to left for dk and dv, and memory is read once. README.md has the formulas; the
-// guards are those of reference.py.
+// over chunks are fp64. A chunk of W channels, a stripe, stays in the first-level cache, so backward goes over it twice, from
+// left to right for y, den and dq, then from right to left for dk and dv, and memory is read once. README.md has the
+// formulas; the guards are those of reference.py.
 //
 // Compiled for one order: -DORDER=6.
 #include "native.h"
@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int CHUNK = 64;
+constexpr int64_t PANEL = 512;  // channels of a chunk that are copied at a time: they stay in the second-level cache
 constexpr float Q_LIMIT = 1000.0f, DEN_FLOOR = 1e-30f, GRAD_LIMIT = 1e25f;
 // Below these magnitudes no gradient of a sum comes near GRAD_LIMIT: 2^8/8! 16^8 1e8 1e8 < 1e25.
 constexpr float TAME_Q = 16.0f, TAME = 1e8f;
@@ -21,10 +22,6 @@ struct Tokens {
   X* data;
   int64_t row, token;  // strides
   X* at(int64_t b, int64_t i, int64_t c) const { return data + b * row + i * token + c; }
-  // A stripe of channels strides from row to row, which hardware does not prefetch: prefetches the place in another chunk.
-  void prefetch(int64_t b, int64_t i, int64_t c) const {
-    if (data) __builtin_prefetch(at(b, i, c), !std::is_const_v<X>);
-  }
 };
 
 // A pair of sums for every power: (S, Z), or their gradients (R, U).
@@ -198,14 +195,33 @@ void store_state(const Sums<T>& sums, float* p, int64_t D) {
 inline const float* offset(const float* p, int64_t n) { return p ? p + n : nullptr; }
 inline float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
+// A chunk's tokens in fp32, stripe by stripe of W channels. Memory is read and written by whole rows, as hardware prefetches
+// them; the passes over a stripe find its tokens side by side, in the first-level cache.
+struct Stripes {
+  static constexpr int64_t STRIDE = (CHUNK + 1) * W;  // not a multiple of 4 KiB, whose multiples share cache lines
+  std::vector<float> values;
+  explicit Stripes(int64_t channels) : values(channels / W * STRIDE) {}
+  // The stripe at channel c of a panel: token i is at i * W.
+  float* at(int64_t c) { return values.data() + c / W * STRIDE; }
+  // From and to tokens [first, last) at channels [from, to).
+  template <class X>
+  void read(const Tokens<const X>& x, int64_t b, int64_t first, int64_t last, int64_t from, int64_t to) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t c = from; c < to; c += W) store(at(c - from) + (i - first) * W, exposed(x.at(b, i, c)));
+  }
+  template <class X>
+  void write(const Tokens<X>& x, int64_t b, int64_t first, int64_t last, int64_t from, int64_t to) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t c = from; c < to; c += W) store(x.at(b, i, c), load(at(c - from) + (i - first) * W));
+  }
+};
+
 // The weights exp(-k^2) of a chunk. Work without dependences between tokens is in separate loops, here and below, whose
 // iterations overlap; those of the sums do not.
-template <class X>
-inline void weigh(const Tokens<const X>& k, int64_t b, int64_t c, int64_t first, int64_t last, int64_t ahead, vec* weights) {
-  for (int64_t i = first; i < last; ++i) {
-    k.prefetch(b, i + ahead, c);
-    vec x = exposed(k.at(b, i, c));
-    weights[i - first] = vexp(-x * x);
+inline void weigh(const float* k, int64_t num_tokens, vec* weights) {
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    vec x = load(k + i * W);
+    weights[i] = vexp(-x * x);
   }
 }
 
@@ -213,58 +229,60 @@ inline void weigh(const Tokens<const X>& k, int64_t b, int64_t c, int64_t first,
 template <int T, class X>
 void forward(const Call<X>& x, const Task& task) {
   const int64_t b = task.row, D = x.D, size = 2 * (T + 1) * D, num_chunks = (x.L + CHUNK - 1) / CHUNK;
+  const int64_t panel = std::min(PANEL, task.last - task.first);
   vec weights[CHUNK];
   Series series[CHUNK];
   Wide wide(task, T + 1);
+  Stripes q(panel), k(panel), v(panel);
   wide.add(offset(x.initial, b * size + task.first), D);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const int64_t first = chunk * CHUNK, last = std::min(x.L, first + CHUNK);
-    for (int64_t c = task.first; c < task.last; c += W) {
-      double* total = wide.at(c - task.first);
-      Sums<T> before, inside;
-      before.read(total, wide.n);
-      if (x.states) store_state(before, x.states + (b * num_chunks + chunk) * size + c, D);
-      weigh(x.k, b, c, first, last, CHUNK, weights);
-      for (int64_t i = first; i < last; ++i) {
-        if (x.starts(b, i)) {
-          before.clear(), inside.clear();
-          for (int n = 0; n < 2 * (T + 1); ++n) std::fill_n(total + n * wide.n, W, 0.0);
+    for (int64_t from = task.first, to; from < task.last; from = to) {
+      to = std::min(task.last, from + panel);
+      k.read(x.k, b, first, last, from, to);
+      v.read(x.v, b, first, last, from, to);
+      if (x.y.data) q.read(x.q, b, first, last, from, to);
+      for (int64_t c = from; c < to; c += W) {
+        float *qs = q.at(c - from), *ks = k.at(c - from), *vs = v.at(c - from);
+        double* total = wide.at(c - task.first);
+        Sums<T> before, inside;
+        before.read(total, wide.n);
+        if (x.states) store_state(before, x.states + (b * num_chunks + chunk) * size + c, D);
+        weigh(ks, last - first, weights);
+        for (int64_t i = 0; i < last - first; ++i) {
+          if (x.starts(b, first + i)) {
+            before.clear(), inside.clear();
+            for (int n = 0; n < 2 * (T + 1); ++n) std::fill_n(total + n * wide.n, W, 0.0);
+          }
+          add_key(inside, load(ks + i * W), load(vs + i * W), weights[i]);
+          if (x.y.data) evaluate<T, false>(series[i], inside, before, clamp(load(qs + i * W), Q_LIMIT));
         }
-        x.v.prefetch(b, i + CHUNK, c);
-        add_key(inside, exposed(x.k.at(b, i, c)), exposed(x.v.at(b, i, c)), weights[i - first]);
-        if (x.y.data) {
-          x.q.prefetch(b, i + CHUNK, c);
-          evaluate<T, false>(series[i - first], inside, before, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT));
-        }
+        inside.add_to(total, wide.n);
+        if (x.y.data)
+          for (int64_t i = 0; i < last - first; ++i) store(qs + i * W, clamp(quotient(series[i]), largest<X>()));
       }
-      inside.add_to(total, wide.n);
-      for (int64_t i = first; x.y.data && i < last; ++i) {
-        x.y.prefetch(b, i + CHUNK, c);
-        store_finite(x.y.at(b, i, c), quotient(series[i - first]));
-      }
+      if (x.y.data) q.write(x.y, b, first, last, from, to);
     }
   }
   wide.write(offset(x.final, b * size + task.first), D);
 }
 
-// A chunk of W channels from right to left: gradients of k and v, and of the state after the chunk.
+// A stripe of a chunk from right to left: gradients of k and v in the place of k and v, and of the state after the chunk.
 template <int T, class X, bool tame>
-void right_to_left(const Call<X>& x, int64_t b, int64_t c, int64_t first, int64_t last, const Upstream* up,
-              const vec* weights, double* total, int64_t n) {
+void right_to_left(const Call<X>& x, int64_t b, int64_t first, int64_t last, const float* qs, float* ks, float* vs,
+                   const Upstream* up, const vec* weights, double* total, int64_t n) {
   Sums<T> before, inside;
   before.read(total, n);
-  for (int64_t i = last - 1; i >= first; --i) {
-    if (i + 1 < x.L && x.starts(b, i + 1)) {
+  for (int64_t i = last - first - 1; i >= 0; --i) {
+    if (first + i + 1 < x.L && x.starts(b, first + i + 1)) {
       before.clear(), inside.clear();
       for (int m = 0; m < 2 * (T + 1); ++m) std::fill_n(total + m * n, W, 0.0);
     }
-    const Upstream& here = up[i - first];
-    add_query<T, tame>(inside, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT), here.a, here.y);
+    add_query<T, tame>(inside, clamp(load(qs + i * W), Q_LIMIT), up[i].a, up[i].y);
     if (x.dk.data) {
-      vec k = exposed(x.k.at(b, i, c)), v = exposed(x.v.at(b, i, c));
-      Gradients grads = key_gradients(inside, before, k, v, weights[i - first]);
-      store_finite(x.dk.at(b, i, c), grads.k);
-      store_finite(x.dv.at(b, i, c), grads.v);
+      Gradients grads = key_gradients(inside, before, load(ks + i * W), load(vs + i * W), weights[i]);
+      store(ks + i * W, clamp(grads.k, largest<X>()));
+      store(vs + i * W, clamp(grads.v, largest<X>()));
     }
   }
   inside.add_to(total, n);
@@ -274,35 +292,43 @@ void right_to_left(const Call<X>& x, int64_t b, int64_t c, int64_t first, int64_
 template <int T, class X>
 void backward(const Call<X>& x, const Task& task) {
   const int64_t b = task.row, D = x.D, size = 2 * (T + 1) * D, num_chunks = (x.L + CHUNK - 1) / CHUNK;
+  const int64_t panel = std::min(PANEL, task.last - task.first);
+  Upstream up[CHUNK];
+  vec weights[CHUNK];
+  Series series[CHUNK];
   Wide wide(task, T + 1);
+  Stripes q(panel), k(panel), v(panel), g(panel);
   wide.add(offset(x.final_grad, b * size + task.first), D);
   for (int64_t chunk = num_chunks - 1; chunk >= 0; --chunk) {
     const int64_t first = chunk * CHUNK, last = std::min(x.L, first + CHUNK);
-    for (int64_t c = task.first; c < task.last; c += W) {
-      Upstream up[CHUNK];
-      vec weights[CHUNK];
-      Series series[CHUNK];
-      ivec wild{};
-      Sums<T> before, inside;
-      load_state(before, x.states + (b * num_chunks + chunk) * size + c, D);
-      weigh(x.k, b, c, first, last, -CHUNK, weights);
-      for (int64_t i = first; i < last; ++i) {
-        for (const auto& t : {x.q, x.v}) t.prefetch(b, i - CHUNK, c);
-        if (x.starts(b, i)) before.clear(), inside.clear();
-        add_key(inside, exposed(x.k.at(b, i, c)), exposed(x.v.at(b, i, c)), weights[i - first]);
-        evaluate<T, true>(series[i - first], inside, before, clamp(exposed(x.q.at(b, i, c)), Q_LIMIT));
+    for (int64_t from = task.first, to; from < task.last; from = to) {
+      to = std::min(task.last, from + panel);
+      q.read(x.q, b, first, last, from, to);
+      k.read(x.k, b, first, last, from, to);
+      v.read(x.v, b, first, last, from, to);
+      g.read(x.g, b, first, last, from, to);
+      for (int64_t c = from; c < to; c += W) {
+        float *qs = q.at(c - from), *ks = k.at(c - from), *vs = v.at(c - from), *gs = g.at(c - from);
+        ivec wild{};
+        Sums<T> before, inside;
+        load_state(before, x.states + (b * num_chunks + chunk) * size + c, D);
+        weigh(ks, last - first, weights);
+        for (int64_t i = 0; i < last - first; ++i) {
+          if (x.starts(b, first + i)) before.clear(), inside.clear();
+          add_key(inside, load(ks + i * W), load(vs + i * W), weights[i]);
+          evaluate<T, true>(series[i], inside, before, clamp(load(qs + i * W), Q_LIMIT));
+        }
+        for (int64_t i = 0; i < last - first; ++i) {
+          vec raw = load(qs + i * W);
+          up[i] = upstream(series[i], raw, load(gs + i * W));
+          store(gs + i * W, clamp(up[i].dq, largest<X>()));
+          wild |= (vabs(up[i].a) > TAME) | (vabs(up[i].y) > TAME) | (vabs(raw) > TAME_Q);
+        }
+        auto run_back = any(wild) ? right_to_left<T, X, false> : right_to_left<T, X, true>;
+        run_back(x, b, first, last, qs, ks, vs, up, weights, wide.at(c - task.first), wide.n);
       }
-      for (int64_t i = first; i < last; ++i) {
-        x.g.prefetch(b, i - CHUNK, c);
-        for (const auto& t : {x.dq, x.dk, x.dv}) t.prefetch(b, i - CHUNK, c);
-        vec raw = exposed(x.q.at(b, i, c));
-        Upstream here = upstream(series[i - first], raw, exposed(x.g.at(b, i, c)));
-        if (x.dq.data) store_finite(x.dq.at(b, i, c), here.dq);
-        wild |= (vabs(here.a) > TAME) | (vabs(here.y) > TAME) | (vabs(raw) > TAME_Q);
-        up[i - first] = here;
-      }
-      auto run_back = any(wild) ? right_to_left<T, X, false> : right_to_left<T, X, true>;
-      run_back(x, b, c, first, last, up, weights, wide.at(c - task.first), wide.n);
+      if (x.dq.data) g.write(x.dq, b, first, last, from, to);
+      if (x.dk.data) k.write(x.dk, b, first, last, from, to), v.write(x.dv, b, first, last, from, to);
     }
   }
   wide.write(offset(x.final, b * size + task.first), D);

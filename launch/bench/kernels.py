@@ -123,7 +123,7 @@ class Bench:
         s = self.sizes
         q, k, v = (self.random(1, s.length, s.width) for _ in range(3))
         forward, gradient = self.both(lambda *x: elementwise_attention(*x)[0], q, k, v)
-        limits = ("<= 8", "<= 8") if self.device == "cpu" else ("<= 2", "<= 2")
+        limits = ("<= 4", "<= 8") if self.device == "cpu" else ("<= 2", "<= 2")
         self.add("elementwise", "forward", forward, "copy of q, k, v -> y", self.copy(4), limits[0])
         # Forward q, k, v -> y; backward q, k, v, y's gradient and y -> the gradients of q, k, v.
         self.add("elementwise", GRADIENT, gradient, "copy of the 12 tensors", self.copy(12), limits[1])
