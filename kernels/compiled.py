@@ -1,8 +1,9 @@
 """The local scan as ``torch.compile`` sees it: the custom op ``longreach::scan``, one node of a graph.
 
 Eager code does not call it. While a model is traced, `scan` calls this op instead of its autograd Function; both run
-`local_scan` and `local_scan_backward`. A graph is told the shapes of the results: gradients have those of what they
-belong to, and those of the forward pass are found by the operator's own passes on tensors without data (`is_traced`).
+`local_scan` and `StatefulOp.fused_backward`. A graph is told the shapes of the results: gradients have those of what
+they belong to, and those of the forward pass are found by the operator's own passes on tensors without data
+(`is_traced`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import StatefulOp, full_precision, local_scan, local_scan_backward
+from .state import StatefulOp, full_precision, local_scan
 
 
 def name_of(op: StatefulOp) -> str:
@@ -37,7 +38,10 @@ def _named(name: str) -> StatefulOp:
 
 @torch.library.custom_op("longreach::scan", mutates_args=())
 def scan(op: str, inputs: Sequence[Tensor], segments: Tensor | None, initial: Tensor | None) -> list[Tensor]:
-    """`local_scan`: y, the final state, ``A``, the initial state, and what was saved (a scalar stands for y)."""
+    """`local_scan`: y, the final state, ``A``, the initial state, and what was saved.
+
+    A scalar stands for y among what was saved, and for an ``A`` that is not needed.
+    """
     return _forward(op, tuple(inputs), segments, initial)
 
 
@@ -47,7 +51,7 @@ def _(op: str, inputs: Sequence[Tensor], segments: Tensor | None, initial: Tenso
     # passes walk over the tokens, so a graph is of one length.
     given = None if initial is None else _fixed(initial)
     y, final, transition, *rest = _forward(op, tuple(_fixed(x) for x in inputs), None, given)
-    if segments is not None:
+    if segments is not None and transition.dim():
         transition = transition.new_empty(segments.shape[0], *transition.shape[1:])
     return [y, final, transition, *rest]
 
@@ -61,7 +65,9 @@ def _forward(name: str, inputs: tuple[Tensor, ...], segments: Tensor | None, ini
     with below_autograd(inputs[0]):
         op = _named(name).resolve_backend(inputs)
         y, final, transition, start, saved = local_scan(op, inputs, segments, initial)
-        if segments is not None:
+        if transition is None:
+            transition = y.new_zeros(())
+        elif segments is not None:
             transition = transition.expand(segments.shape[0], *transition.shape[1:])
         # An op may not return one of its inputs, or a tensor twice; with documents, strides may differ.
         start = start.clone(memory_format=torch.contiguous_format)
@@ -81,12 +87,13 @@ def scan_grad(
     final_grad: Tensor | None,
     need_initial_grad: bool,
 ) -> list[Tensor]:
-    """`local_scan_backward`: the gradients of the inputs, then that of the initial state, empty if it is not needed."""
+    """`StatefulOp.fused_backward`: the gradients of the inputs, then that of the initial state, empty if not needed."""
     shard = tuple(inputs)
     with below_autograd(grad):
         one = _named(op).resolve_backend(shard)
-        grads, initial_grad = local_scan_backward(
-            one, shard, segments, initial, transition, tuple(saved), grad, final_grad, need_initial_grad
+        kept = transition if transition.dim() else None
+        grads, initial_grad = one.fused_backward(
+            shard, segments, initial, kept, tuple(saved), grad, final_grad, need_initial_grad
         )
     return [
         *(torch.zeros_like(x) if part is None else part.contiguous() for x, part in zip(shard, grads, strict=True)),

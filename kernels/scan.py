@@ -33,10 +33,9 @@ from .state import (
     full_precision,
     local_map,
     local_scan,
-    local_scan_backward,
     masked_state,
 )
-from .transition import AffineMap, Diagonal, Transition, exclusive_chunk_scan
+from .transition import AffineMap, Diagonal, Matrix, Transition, exclusive_chunk_scan, widened
 
 __all__ = [
     "NO_TOKENS",
@@ -45,6 +44,7 @@ __all__ = [
     "Diagonal",
     "DirectionalScan",
     "FusedForward",
+    "Matrix",
     "StateExchange",
     "StatefulOp",
     "Transition",
@@ -219,8 +219,8 @@ class _LocalScan(torch.autograd.Function):
         with full_precision(start):
             if grad is None:
                 grad = start.new_zeros(ctx.shape, dtype=ctx.dtype)
-            grads, initial_grad = local_scan_backward(
-                ctx.op, inputs, segments, start, transition, saved, grad, final_grad, wanted
+            grads, initial_grad = ctx.op.fused_backward(
+                inputs, segments, start, transition, saved, grad, final_grad, wanted
             )
         return None, None, None if initial_grad is None else initial_grad.to(ctx.initial_dtype), *grads
 
@@ -302,7 +302,9 @@ def scan(
         return y, Carry(final, last if last is not None else segment)
     if state is not None and inputs[0].shape[1] == 1 and not torch.is_grad_enabled():
         # A step of decoding: what is rounded once a block must not be rounded once a token.
-        state, dtype, inputs = _wide(state), inputs[0].dtype, tuple(map(_wide, inputs))
+        wide = tuple(map(widened, inputs))
+        op = _in_fp64(op, inputs, wide)
+        state, dtype, inputs = widened(state), inputs[0].dtype, wide
     else:
         dtype = None
     masks, last = continuation_masks([] if segments is None else [boundary_ids(segments)], carry)
@@ -316,9 +318,17 @@ def scan(
     return y, Carry(final, last if segments is not None else segment)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """A floating tensor in fp64, a complex one in complex128."""
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+def _in_fp64(op: StatefulOp, inputs: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> StatefulOp:
+    """The operator for ``wide``, the inputs in fp64: with another backend, if its own serves ``inputs`` alone."""
+    if getattr(op, "backend", "auto") == "auto":
+        return op
+    try:
+        op.resolve_backend(wide)
+    except InputError:
+        op.resolve_backend(inputs)
+        automatic: StatefulOp = replace(op, backend="auto")  # type: ignore[type-var]
+        return automatic
+    return op
 
 
 def __getattr__(name: str) -> Any:

@@ -40,14 +40,15 @@ class FusedForward(NamedTuple):
     Attributes:
         initial: the initial state ``[B, ...]`` in the dtype of states.
         y, saved: as of `StatefulOp.apply_state`.
-        transition: ``A``, as of `StatefulOp.local_transition`; it may be masked by documents already.
+        transition: ``A``, as of `StatefulOp.local_transition`; it may be masked by documents already. None if
+            `StatefulOp.fused_backward` does without it.
         final: the final state, ``A initial + B``.
     """
 
     initial: Tensor
     y: Tensor
     saved: tuple[Tensor, ...]
-    transition: Tensor
+    transition: Tensor | None
     final: Tensor
 
 
@@ -141,6 +142,39 @@ class StatefulOp:
         grads = iter(_vector_jacobian([y, final], [x for x in leaves if x.requires_grad], [grad, final_grad]))
         return tuple(next(grads) if x.requires_grad else None for x in leaves)
 
+    def fused_backward(
+        self,
+        inputs: tuple[Tensor, ...],
+        segments: Tensor | None,
+        initial: Tensor,
+        transition: Tensor | None,
+        saved: tuple[Tensor, ...],
+        grad: Tensor,
+        final_grad: Tensor | None,
+        need_initial_grad: bool,
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """The adjoint of `local_scan`: by default, of `incoming_state_grad`, the transition and `input_grads`.
+
+        Args:
+            initial, transition, saved: of `LocalScan`.
+            grad: of the output.
+            final_grad: of the final state ``[B, ...]``; None for zeros.
+            need_initial_grad: whether the gradient of the initial state is asked for.
+
+        Returns:
+            The gradients of the inputs, and that of the initial state ``[B, ...]`` or None.
+        """
+        one_way = initial if self.causal else initial[0]
+        initial_grad = None
+        if need_initial_grad:
+            own = self.incoming_state_grad(inputs, segments, initial, saved, grad)
+            initial_grad = own if self.causal else own[0]
+            if final_grad is not None:
+                assert transition is not None
+                initial_grad = initial_grad + self.transition(transition).adjoint().apply(final_grad)
+        final_grads = both_directions(self, final_grad, one_way)
+        return self.input_grads(inputs, segments, initial, final_grads, saved, grad), initial_grad
+
 
 def _vector_jacobian(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
     """Vector-Jacobian products; zeros where an output, such as that of an empty shard, does not depend on an input."""
@@ -194,19 +228,19 @@ def continuation_masks(
 
 
 class LocalScan(NamedTuple):
-    """The results of `local_scan`: output, final state ``[B, ...]``, and what `local_scan_backward` needs besides.
+    """The results of `local_scan`: output, final state ``[B, ...]``, and what `fused_backward` needs besides.
 
     Attributes:
         y: ``[B, L, ...]``.
         final: the state after the last token, ``[B, ...]``.
-        transition: the tensor of ``A``, 0 where a document begins.
+        transition: the tensor of ``A``, 0 where a document begins; None if `StatefulOp.fused_backward` needs none.
         initial: ``[B, ...]``, or ``[2, B, ...]`` for a non-causal operator.
         saved: of `StatefulOp.apply_state`.
     """
 
     y: Tensor
     final: Tensor
-    transition: Tensor
+    transition: Tensor | None
     initial: Tensor
     saved: tuple[Tensor, ...]
 
@@ -223,44 +257,13 @@ def local_scan(
     """
     if op.causal:
         start, y, saved, transition, final = op.fused_forward(inputs, segments, initial)
-        return LocalScan(y, final, _masked(op.transition(transition), segments, final).tensor, start, saved)
+        if transition is not None:
+            transition = _masked(op.transition(transition), segments, final).tensor
+        return LocalScan(y, final, transition, start, saved)
     own = local_map(op, inputs, segments)
     start = both_directions(op, initial, own.state[0])
     y, saved = op.apply_state(inputs, segments, start)
     return LocalScan(y, own.transition.apply(start[0]) + own.state[0], own.transition.tensor, start, saved)
-
-
-def local_scan_backward(
-    op: StatefulOp,
-    inputs: tuple[Tensor, ...],
-    segments: Tensor | None,
-    initial: Tensor,
-    transition: Tensor,
-    saved: tuple[Tensor, ...],
-    grad: Tensor,
-    final_grad: Tensor | None,
-    need_initial_grad: bool,
-) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """The adjoint of `local_scan`.
-
-    Args:
-        initial, transition, saved: of `LocalScan`.
-        grad: of the output.
-        final_grad: of the final state ``[B, ...]``; None for zeros.
-        need_initial_grad: whether the gradient of the initial state is asked for.
-
-    Returns:
-        The gradients of the inputs, and that of the initial state ``[B, ...]`` or None.
-    """
-    one_way = initial if op.causal else initial[0]
-    initial_grad = None
-    if need_initial_grad:
-        own = op.incoming_state_grad(inputs, segments, initial, saved, grad)
-        initial_grad = own if op.causal else own[0]
-        if final_grad is not None:
-            initial_grad = initial_grad + op.transition(transition).adjoint().apply(final_grad)
-    grads = op.input_grads(inputs, segments, initial, both_directions(op, final_grad, one_way), saved, grad)
-    return grads, initial_grad
 
 
 def both_directions(op: StatefulOp, state: Tensor | None, like: Tensor) -> Tensor:

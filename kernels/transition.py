@@ -10,6 +10,7 @@ States are ``[B, ...]`` in fp32 or better (complex64 or better).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Transition(ABC):
 
     @abstractmethod
     def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
-        """``out = A state + bias`` without temporaries, for a range of `sections`; all three of one dimension."""
+        """``out = A state + bias`` for a range of `sections`; all three of one dimension."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,39 @@ class Diagonal(Transition):
         torch.addcmul(bias, self.tensor, state, out=out)
 
 
+@dataclass(frozen=True)
+class Matrix(Transition):
+    """``A`` is a matrix for each head: ``tensor [B or 1, H, K, K]`` multiplies a state ``[B, H, K, V]`` from the left.
+
+    Products are computed in fp64, which neither autocast nor TF32 touches: they are few, one or two for each shard.
+    """
+
+    def apply(self, state: Tensor) -> Tensor:
+        return (widened(self.tensor) @ widened(state)).to(state.dtype)
+
+    def then(self, later: Transition) -> Matrix:
+        return Matrix((widened(later.tensor) @ widened(self.tensor)).to(self.tensor.dtype))
+
+    def adjoint(self) -> Matrix:
+        return Matrix(self.tensor.mH)
+
+    def masked(self, keep: Tensor, state: Tensor) -> Matrix:
+        return Matrix(self.tensor.masked_fill(~broadcast_rows(keep, state), 0))
+
+    def sections(self, state: Tensor, number: int) -> Iterator[tuple[slice, Transition]]:
+        blocks = self.tensor.expand(*state.shape[:2], -1, -1).flatten(0, 1)  # of a row and head, one after the other
+        size, start = math.prod(state.shape[2:]), 0
+        for part in blocks.chunk(number):
+            yield slice(start, start + len(part) * size), Matrix(part)
+            start += len(part) * size
+
+    def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
+        number, width, _ = self.tensor.shape
+        shape = number, width, len(state) // max(1, number * width)
+        state, bias = (widened(x.view(shape)) for x in (state, bias))
+        out.view(shape).copy_(torch.baddbmm(bias, widened(self.tensor), state))
+
+
 class AffineMap(NamedTuple):
     """The summary of a run of tokens: ``state_out = transition.apply(state_in) + state``.
 
@@ -109,6 +143,11 @@ class AffineMap(NamedTuple):
         return AffineMap(self.transition.then(later.transition), later.apply(self.state))
 
 
+def widened(x: Tensor) -> Tensor:
+    """A floating tensor in fp64, a complex one in complex128."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def broadcast_rows(values: Tensor, like: Tensor) -> Tensor:
     """``values [B]`` as ``[B, 1, ...]``, with the dimensions of ``like [B, ...]``."""
     return values.view(-1, *(1 for _ in range(like.dim() - 1)))
@@ -118,6 +157,8 @@ def exclusive_chunk_scan(
     decay: Tensor | None, state: Tensor, initial: Tensor, continues: Tensor | None = None, *, reverse: bool = False
 ) -> Tensor:
     """The state before each of N consecutive chunks: an exclusive scan of their diagonal affine maps.
+
+    Not for matrices: `delta_rule` goes from chunk to chunk, as factors of a chunk's matrix cost less than its products.
 
     Args:
         decay: ``[1 or B, N, ...]``, each chunk's ``A``, broadcasting against ``state``; None where every ``A`` is 1.

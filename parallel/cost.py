@@ -74,9 +74,13 @@ def pipeline_seconds(num_bytes: float, ranks: int, slices: int, link: Link, need
     return passing + need_final_state * math.ceil(math.log2(ranks)) * link.seconds(num_bytes)
 
 
-def recursive_doubling_seconds(num_bytes: float, ranks: int, link: Link, need_final_state: bool = True) -> float:
+def recursive_doubling_seconds(
+    num_bytes: float, ranks: int, link: Link, need_final_state: bool = True, transition_bytes: float = 0.0
+) -> float:
     """Steps at distances 1, 2, 4, ..., a shift by one, then the broadcast of the final state (as a tree), if needed."""
-    return ((1 + need_final_state) * math.ceil(math.log2(ranks)) + 1) * link.seconds(num_bytes)
+    doublings = math.ceil(math.log2(ranks))
+    shifts = (doublings + 1) * link.seconds(num_bytes + transition_bytes)
+    return shifts + need_final_state * doublings * link.seconds(num_bytes)
 
 
 def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
@@ -102,17 +106,20 @@ def fastest(
     far: Link,
     node_size: int | None,
     need_final_state: bool = True,
+    transition_bytes: float = 0.0,
 ) -> str:
     """The fastest relay for states of so many bytes; hierarchical only where ``node_size`` ranks share a node.
+
+    ``transition_bytes``: of A, which all but a pipeline send beside the states.
 
     Of two that are equal, the first: a send to a neighbour does not wait for it, an all-gather waits for all ranks.
     """
     link = near if node_size is None else far
     found = {
         "pipeline": pipeline_seconds(num_bytes, ranks, slices, link, need_final_state),
-        "gather": gather_seconds(num_bytes, ranks, link),
-        "recursive_doubling": recursive_doubling_seconds(num_bytes, ranks, link, need_final_state),
+        "gather": gather_seconds(num_bytes + transition_bytes, ranks, link),
+        "recursive_doubling": recursive_doubling_seconds(num_bytes, ranks, link, need_final_state, transition_bytes),
     }
     if node_size is not None:
-        found["hierarchical"] = hierarchical_seconds(num_bytes, ranks, node_size, near, far)
+        found["hierarchical"] = hierarchical_seconds(num_bytes + transition_bytes, ranks, node_size, near, far)
     return min(found, key=lambda name: found[name])

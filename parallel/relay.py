@@ -80,8 +80,9 @@ class AxisStateExchange:
     ) -> tuple[Found, Sequence[Transition]]:
         relay = self._axis.relay
         if relay == "auto":
-            num_bytes = sum(x.numel() * x.element_size() for x in _distinct(scans))
-            relay = _fastest(self._axis, num_bytes, any(one.need_final_state for one in scans))
+            num_bytes, wanted = sum(x.nbytes for x in _distinct(scans)), any(one.need_final_state for one in scans)
+            # An adjoint that knows the transitions of all ranks gathers again, as it sends none.
+            relay = "gather" if saved else _fastest(self._axis, num_bytes, wanted, transition.tensor.nbytes)
         if relay == "gather":
             return self._gather(transition, scans, saved)
         run = {
@@ -218,10 +219,12 @@ class AxisStateExchange:
 
 
 @cache
-def _fastest(axis: Axis, num_bytes: int, need_final_state: bool) -> str:
+def _fastest(axis: Axis, num_bytes: int, need_final_state: bool, transition_bytes: int = 0) -> str:
     """By the cost model; logged once for each size of states."""
     node_size = None if axis.node is None else axis.node.size
-    relay = cost.fastest(num_bytes, axis.size, SLICES, axis.near, axis.far, node_size, need_final_state)
+    relay = cost.fastest(
+        num_bytes, axis.size, SLICES, axis.near, axis.far, node_size, need_final_state, transition_bytes
+    )
     if axis.rank == 0:
         log.info("states of %s bytes are scanned over %d ranks by %s", f"{num_bytes:,}", axis.size, relay)
     return relay

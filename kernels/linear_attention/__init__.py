@@ -14,9 +14,10 @@ from ..backends import Backends, Option
 from ..scan import StateExchange, scan
 from ..state import Carry, StatefulOp
 from . import cpu
-from .chunked import Chunked
+from .gated import GatedChunked
+from .grouped import Grouped
 from .reference import Reference, reference_linear_attention
-from .settings import Settings
+from .settings import Settings, is_gated
 
 __all__ = ["LinearAttention", "linear_attention", "reference_linear_attention"]
 
@@ -27,9 +28,11 @@ def _triton() -> type[StatefulOp]:
     return Triton
 
 
-def _triton_unsupported(device: str, q: torch.dtype, v: torch.dtype, width: int, values: int) -> str:
-    # Wider fp32 would spill registers.
-    most = {torch.bfloat16: 256, torch.float16: 128}.get(q, 64) if q == v else 64
+def _triton_unsupported(
+    device: str, q: torch.dtype, v: torch.dtype, width: int, values: int, gated: bool = False
+) -> str:
+    # Wider ones would spill registers.
+    most = {torch.bfloat16: 128 if gated else 256, torch.float16: 128}.get(q, 64) if q == v else 64
     fits = min(width, values) > 0 and max(width, values) <= most
     size = "" if fits else f"K and V of 1 to {most}, not {width} and {values}"
     return gpu.unsupported_reason(device, q, v) or size
@@ -40,7 +43,7 @@ BACKENDS: Backends[Callable[..., StatefulOp]] = Backends(
     {
         "cpu": Option(lambda: cpu.Native, cpu.unsupported_reason),
         "triton": Option(_triton, _triton_unsupported),
-        "chunked": Option(lambda: Chunked),
+        "chunked": Option(lambda: GatedChunked),
         "reference": Option(lambda: Reference),
     },
 )
@@ -48,7 +51,8 @@ BACKENDS: Backends[Callable[..., StatefulOp]] = Backends(
 
 @dataclass(frozen=True)
 class LinearAttention(Settings, StatefulOp):
-    """Linear attention as `scan` runs it: ``y = scan(LinearAttention(...), q, k, v)``. See `linear_attention`.
+    """Linear attention as `scan` runs it: ``y = scan(LinearAttention(...), q, k, v)``, or ``q, k, v, log_decay``. See
+    `linear_attention`.
 
     Attributes:
         backend: "auto", or the name of an implementation.
@@ -57,14 +61,22 @@ class LinearAttention(Settings, StatefulOp):
     backend: str = "auto"
 
     def resolve_backend(self, inputs: tuple[Tensor, ...]) -> StatefulOp:
-        q, k, v = inputs
-        if q.shape != k.shape or q.dim() != 4 or v.shape[:-1] != q.shape[:-1]:  # fast ones read memory by these
+        q, k, v, *gates = inputs
+        heads, groups = v.shape[-2], q.shape[-2]
+        good = q.shape == k.shape and q.dim() == 4 and v.shape[:2] == q.shape[:2] and heads % max(1, groups) == 0
+        if not good or any(x.shape != v.shape[:-1] for x in gates):  # fast ones read memory by these
             shapes = [list(x.shape) for x in inputs]
-            raise InputError("linear_attention: shapes of q, k, v", shapes, "[B, L, H, K] twice and [B, L, H, V]")
-        if self.decay is not None and len(self.decay) != q.shape[2]:
-            raise InputError("linear_attention: decay", self.decay, f"{q.shape[2]} numbers, one a head")
-        implementation = BACKENDS.choose(self.backend, q.device, q.dtype, v.dtype, q.shape[-1], v.shape[-1])
-        return implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
+            allowed = "[B, L, G, K] twice, [B, L, H, V] and [B, L, H], H a multiple of G"
+            raise InputError("linear_attention: shapes of q, k, v and log_decay", shapes, allowed)
+        if self.decay is not None and len(self.decay) != heads:
+            raise InputError("linear_attention: decay", self.decay, f"{heads} numbers, one a head")
+        if gates and (self.decay is not None or not self.causal):
+            allowed = "None where decay is given or causal=False"
+            raise InputError("linear_attention: log_decay", list(gates[0].shape), allowed)
+        case = q.dtype, v.dtype, q.shape[-1], v.shape[-1], is_gated(inputs)
+        implementation = BACKENDS.choose(self.backend, q.device, *case)
+        op = implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
+        return op if heads == groups or (isinstance(op, Settings) and op.takes_groups(inputs)) else Grouped(op)
 
 
 def linear_attention(
@@ -72,6 +84,7 @@ def linear_attention(
     k: Tensor,
     v: Tensor,
     *,
+    log_decay: Tensor | None = None,
     decay: Tensor | Sequence[float] | None = None,
     causal: bool = True,
     normalize: bool = False,
@@ -87,11 +100,18 @@ def linear_attention(
     With ``normalize``, ``y_i = scale * q_i S_i / max(scale * q_i . z_i, eps)`` with ``z_i = decay * z_{i-1} + k_i``: a
     weighted mean of the values where q and k are positive. Where the divisor is clamped, no gradient flows through it.
 
-    Source: "Transformers are RNNs", arXiv 2006.16236, equations 16 to 20; by chunks: arXiv 2406.08128.
+    With ``log_decay`` each token has its own decay, ``exp(log_decay_i)`` in the place of ``decay``: Mamba-2, where q is
+    its C, k its B, v its x times dt, and log_decay is A times dt.
+
+    Source: "Transformers are RNNs", arXiv 2006.16236, equations 16 to 20; by chunks: arXiv 2406.08128; with
+    ``log_decay``: "Transformers are SSMs", arXiv 2405.21060.
 
     Args:
-        q, k: ``[B, L, H, K]``, floating; L may be 0 on some ranks.
+        q, k: ``[B, L, G, K]``, floating, H a multiple of G: head h reads group ``h // (H / G)``. L may be 0 on some
+            ranks.
         v: ``[B, L, H, V]``, floating.
+        log_decay: ``[B, L, H]``, floating, at most 0: the logarithm of each token's decay, or None. It gets a gradient.
+            Only with ``causal`` and without ``decay``.
         decay: ``[H]``, one number in (0, 1] for each head, or None for 1; it gets no gradient. Only with ``causal``.
             A sequence of floats, or a tensor in main memory, synchronizes with the device in its first call alone.
         causal: whether token i sees tokens j <= i only; otherwise it sees all tokens of its document.
@@ -113,9 +133,10 @@ def linear_attention(
         InputError: a shape, a dtype, a decay or a backend that is not one of those above.
     """
     decays = _decays(decay)
-    _check(q, k, v, decays, normalize, carry, segments)
+    _check(q, k, v, log_decay, decays, normalize, carry, segments)
     op = LinearAttention(causal, decays, normalize, eps, scale, backend)
-    return scan(op, q, k, v, segments=segments, carry=carry, relay=relay)
+    inputs = (q, k, v) if log_decay is None else (q, k, v, log_decay)
+    return scan(op, *inputs, segments=segments, carry=carry, relay=relay)
 
 
 def _decays(decay: Tensor | Sequence[float] | None) -> tuple[float, ...] | None:
@@ -133,6 +154,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None,
     decay: tuple[float, ...] | None,
     normalize: bool,
     carry: Carry | None,
@@ -146,11 +168,18 @@ def _check(
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(x.is_floating_point(), f"{name}.dtype", str(x.dtype), "a floating dtype")
-        require(x.dim() == 4, f"{name}.shape", list(x.shape), "[B, L, H, K] or [B, L, H, V]")
+        require(x.dim() == 4, f"{name}.shape", list(x.shape), "[B, L, G, K] or [B, L, H, V]")
         require(x.device == q.device, f"{name}.device", str(x.device), f"that of q, {q.device}")
-    batch, length, heads, width = q.shape
+    batch, length, groups, width = q.shape
+    heads = v.shape[2]
     require(k.shape == q.shape, "k.shape", list(k.shape), f"that of q, {list(q.shape)}")
-    require(v.shape[:3] == q.shape[:3], "v.shape", list(v.shape), f"[{batch}, {length}, {heads}, V] as q")
+    fits = v.shape[:2] == q.shape[:2] and heads % max(1, groups) == 0
+    require(fits, "v.shape", list(v.shape), f"[{batch}, {length}, H, V] with H a multiple of q's {groups} heads")
+    if log_decay is not None:
+        kind, shape = str(log_decay.dtype), list(log_decay.shape)
+        require(log_decay.is_floating_point(), "log_decay.dtype", kind, "a floating dtype")
+        require(shape == [batch, length, heads], "log_decay.shape", shape, f"[{batch}, {length}, {heads}]")
+        require(log_decay.device == q.device, "log_decay.device", str(log_decay.device), f"that of q, {q.device}")
     require(decay is None or len(decay) == heads, "decay", decay, f"{heads} numbers, one a head")
     if segments is not None:
         require(segments.dtype == torch.int64, "segments.dtype", str(segments.dtype), "torch.int64")

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..chunks import Documents
 from ..state import FusedForward, StatefulOp
 from ..transition import exclusive_chunk_scan
-from .settings import Settings, state_dtype
+from .settings import Settings, per_head, state_dtype
 
 MIN_CHUNK, MAX_CHUNK = 64, 256
 # Elements of a slab's temporaries: few enough for a processor's cache, or enough to keep a GPU busy.
@@ -35,7 +35,7 @@ class Chunked(Settings, StatefulOp):
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         _, k, v = inputs
         state = self._final_states(k, self.values(v), segments, state_dtype(*inputs), adjoint=False)
-        return self.decay_over(k.shape[1], state), state
+        return self.decay_over(inputs, state), state
 
     def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
@@ -44,14 +44,18 @@ class Chunked(Settings, StatefulOp):
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         divisor = initial.new_empty(*v.shape[:-1], 1) if self.normalize else None
         for tokens, (out,) in self._outputs(k, self.values(v), segments, initial, adjoint=False, key_queries=q):
-            if self.scale != 1:
-                out *= self.scale
-            if divisor is not None:
-                # 0 times an infinite divisor is NaN, where the quotient would be 0.
-                out, divisor[:, tokens] = out[..., :-1], torch.add(out[..., -1:], out[..., -1:], alpha=0)
-                out = out / divisor[:, tokens].clamp(min=self.eps)
-            y[:, tokens] = out
+            y[:, tokens] = self._scaled(out, None if divisor is None else divisor[:, tokens])
         return y, () if divisor is None else (y, divisor)
+
+    def _scaled(self, out: Tensor, divisor: Tensor | None) -> Tensor:
+        """y of ``out [B, tokens, H, V (+ 1)]``, the products with the state; fills ``divisor`` with ``normalize``."""
+        if self.scale != 1:
+            out *= self.scale
+        if divisor is None:
+            return out
+        # 0 times an infinite divisor is NaN, where the quotient would be 0.
+        torch.add(out[..., -1:], out[..., -1:], alpha=0, out=divisor)
+        return out[..., :-1] / divisor.clamp(min=self.eps)
 
     def fused_forward(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
@@ -59,19 +63,18 @@ class Chunked(Settings, StatefulOp):
         if inputs[0].shape[1] != 1:
             return super().fused_forward(inputs, segments, initial)
         # Decoding: the recurrence itself.
-        v, dtype, decays = inputs[2], state_dtype(*inputs), self.decays(inputs[0].device)
-        q, k, values = (x[:, 0].to(dtype) for x in (*inputs[:2], self.values(v)))
+        v, dtype = inputs[2], state_dtype(*inputs)
+        q, k, values = (per_head(x, v)[:, 0].to(dtype) for x in (*inputs[:2], self.values(v)))
         update = k.unsqueeze(-1) * values.unsqueeze(-2)
+        decay = self.decay_over(inputs, update)
         initial = torch.zeros_like(update) if initial is None else initial.to(dtype)
-        kept = initial if decays is None else initial * decays.to(dtype).view(-1, 1, 1)
-        final = kept.add(update)
+        final = update.addcmul(initial, decay)
         out = (q.unsqueeze(-2) @ final).transpose(1, 2) * self.scale
-        transition = self.decay_over(1, final)
         if not self.normalize:
-            return FusedForward(initial, out.to(v.dtype), (), transition, final)
+            return FusedForward(initial, out.to(v.dtype), (), decay, final)
         out, divisor = out[..., :-1], torch.add(out[..., -1:], out[..., -1:], alpha=0)
         y = (out / divisor.clamp(min=self.eps)).to(v.dtype)
-        return FusedForward(initial, y, (y, divisor), transition, final)
+        return FusedForward(initial, y, (y, divisor), decay, final)
 
     def incoming_state_grad(
         self,
@@ -310,7 +313,7 @@ def _slabs(keys: Tensor, values: Tensor) -> Iterator[tuple[slice, int]]:
 
     A shorter last chunk is a slab of its own, so there is no padding.
     """
-    batch, length, heads, width = keys.shape
+    batch, length, heads, width = *values.shape[:3], keys.shape[-1]
     chunk_len = MIN_CHUNK
     # A chunk's state is then no larger than its keys or its values.
     while chunk_len < min(width, values.shape[-1], MAX_CHUNK):

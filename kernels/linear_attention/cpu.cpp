@@ -7,10 +7,15 @@
 //
 //   y: q of (k, v)     dq: g of (v, k)     and from right to left     dv: k of (q, g)     dk: v of (g, q)
 //
+// With a decay of each token, exp(log_decay), a chunk's weights are made of the sums of its logarithms. The gradient of
+// log_decay is a running sum from right to left, of q.dq - k.dk, where k.dk = v.dv; every SPAN tokens it starts anew from
+// <S, R>, the states that meet there, so that its error does not grow with the length.
+//
 // A chunk's rows are packed once as fp32, padded with zeros to whole vectors. Products are sums of R x N vectors in
 // registers. A chunk's sum starts from zero; sums over chunks are fp64.
 #include "native.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -19,6 +24,8 @@ namespace {
 
 constexpr int C = 32;               // tokens of a chunk, a multiple of W: what it packs nearly fits a first-level cache
 constexpr int R = W == 16 ? 8 : 4;  // rows of a tile: with 3 vectors a row, sums and operands fill the registers
+constexpr float LEAST_LOG_DECAY = -1000;  // whose exponential is 0 in fp64, too
+constexpr int64_t SPAN = 16 * C;    // tokens after which the gradient of log_decay starts anew
 constexpr int64_t CACHE = 1 << 19;  // bytes of a second-level cache for states
 
 // What fills a register as doubles.
@@ -117,14 +124,20 @@ inline float widen(bf16 x) {
   return wide;
 }
 
-// A tensor [B, L, H, n] of floats or bf16 with contiguous last axis; strides in bytes.
+// A tensor [B, L, heads, n] of floats or bf16 with contiguous last axis, each of whose heads serves `sharing` consecutive
+// ones of the values'; strides in bytes.
 struct Rows {
   char* data;
   int64_t row, token, head, n;
   bool half;
+  int64_t sharing;
 
   explicit operator bool() const { return data; }
-  Rows of(int64_t b, int64_t h) const { return {data ? data + b * row + h * head : data, row, token, head, n, half}; }
+  Rows of(int64_t b, int64_t h) const {
+    Rows one = *this;
+    if (data) one.data += b * row + h / sharing * head;
+    return one;
+  }
 
   // Tokens [first, first + count) times factor, as rows of ld floats; up to a multiple of W rows, the rest is zeros.
   void pack(int64_t first, int64_t count, float factor, float* to, int64_t ld) const {
@@ -188,8 +201,11 @@ struct Call {
   float* final;                    // the final state, or backward the gradient of the initial one, likewise, or null
   float* divisor;                  // [B, L, H], written forward and read backward, or null
   const double* decays;            // [H], or null for 1
+  const float* log_decay;          // [B, L, H], or null
+  float* dlog_decay;               // [B, L, H], its gradient, or null
   bool normalize;                  // whether v has a column of ones after it, whose sums divide the others
   float scale, eps;
+  int64_t heads;  // of a task
 };
 
 // The weights between a chunk's tokens, the state before it and the state after it, for one head.
@@ -198,6 +214,8 @@ struct Chunk {
   int64_t tail_first, tail_stop;  // tokens of the last document (the first one from right to left)
   double decay_over_chunk;
   bool weighted, cut;  // whether a state_to_token is not 1; whether a document starts in the chunk
+  const float* pair_decay;     // of key j and query i at j pair_step + i; 0 where the query does not see the key
+  int64_t pair_step;
   alignas(64) float state_to_token[C], token_to_state[C];
   alignas(64) int32_t seen_first[C], seen_stop[C];  // each token's keys of the same document
 };
@@ -205,15 +223,20 @@ struct Chunk {
 // Consecutive heads of one row of the batch, the work of one thread, and its buffers.
 class Heads {
  public:
-  Heads(const Call& x, int64_t most)
-      : x(x), ones(x.normalize), Vs(x.V + ones), Kw(up(x.K, W)), Vw(up(Vs, W)), heads(most) {
-    const int64_t wide = std::max(Kw, Vw), size = Kw * Vw;
-    memory.reset(new Line[(C * (2 * Kw + 2 * Vw + 2 * wide + C) + (1 + 3 * most) * size) / 16]);
+  explicit Heads(const Call& x)
+      : x(x), ones(x.normalize), Vs(x.V + ones), Kw(up(x.K, W)), Vw(up(Vs, W)), heads(x.heads) {
+    const int64_t wide = std::max(Kw, Vw), size = Kw * Vw, spans = x.dlog_decay ? up(x.L, SPAN) / SPAN : 0;
+    const int64_t sums = x.dq.sharing > 1 ? 2 * Kw : 0, pairs = x.log_decay ? C : 0;
+    const int64_t chunk = C * (2 * Kw + 2 * Vw + 2 * wide + C + sums + pairs);
+    memory.reset(new Line[(chunk + (1 + (3 + spans) * x.heads) * size) / 16]);
     float* next = memory[0].x;
     auto take = [&](int64_t n) { return std::exchange(next, next + n); };
     keys_k = take(C * Kw), keys_v = take(C * Vw), transposed_k = take(C * Kw), transposed_v = take(C * Vw);
     spare = take(C * wide), out = take(C * wide), scores = take(C * C), transposed_state = take(size);
-    for (Head& head : heads) head.state = take(size), head.total = (double*)take(2 * size);
+    group_dq = take(C * sums / 2), group_dk = take(C * sums / 2), pair_decays = take(C * pairs);
+    for (Head& head : heads) {
+      head.state = take(size), head.total = (double*)take(2 * size), head.at_spans = take(spans * size);
+    }
   }
 
   void forward(int64_t row, int64_t first, int64_t stop) {
@@ -243,8 +266,13 @@ class Heads {
       transpose_chunk(spare, Vw, at, transposed_v);
       score(at, keys_v, Vw, transposed_v, Vs, false);
       read(at, transposed_v, Vs, head->state, keys_k, Kw, false);
-      unpack(x.dq, at, Kw);
+      if (x.dlog_decay) {
+        pack(x.q, at, spare, Kw);
+        for (int64_t i = 0; i < at.count; ++i) *dlog_decay(at, i) = dot(out + i * Kw, spare + i * Kw, Kw);
+      }
+      unpack_shared(x.dq, at, group_dq);
       update(at, keys_v, Vw, keys_k, Kw);
+      if (x.dlog_decay && ends_span(at)) std::memcpy(at_span(at), head->state, sizeof(float) * Kw * Vw);
     });
   }
 
@@ -263,9 +291,10 @@ class Heads {
         pack_v(at, spare);
         transpose_chunk(spare, Vw, at, transposed_v);
         transpose(head->state, Vw, Kw, Vw, transposed_state, Kw);
+        if (x.dlog_decay) sum_log_decay_grads(at);
         score(at, keys_v, Vw, transposed_v, Vs, true);
         read(at, transposed_v, Vs, transposed_state, keys_k, Kw, true);
-        unpack(x.dk, at, Kw);
+        unpack_shared(x.dk, at, group_dk);
       }
       update(at, keys_k, Kw, keys_v, Vw);
     });
@@ -279,6 +308,8 @@ class Heads {
   struct Head {
     float* state;         // before the chunk, [K, V]
     double* total;        // likewise
+    float* at_spans;      // the states after each SPAN tokens, [V, K]
+    double passing;       // the gradient of the log of the decay that all before the current token passes
     bool decays;          // whether the decay is not 1
     double powers[C + 1];
     float pair_decay[2 * C];  // decay between key j and query i, at C + i - j
@@ -289,7 +320,7 @@ class Heads {
     for (h = first; h < stop; ++h) {
       head = &heads[h - first];
       const double decay = x.decays ? x.decays[h] : 1;
-      head->decays = decay != 1;
+      head->decays = decay != 1 || x.log_decay;
       head->powers[0] = 1;
       for (int d = 1; d <= C; ++d) head->powers[d] = head->powers[d - 1] * decay;
       for (int d = 1 - C; d < C; ++d)
@@ -328,10 +359,20 @@ class Heads {
       }
   }
 
-  Chunk chunk(int64_t first, bool to_left) const {
-    const double* powers = head->powers;
+  Chunk chunk(int64_t first, bool to_left) {
     Chunk at;
     const int64_t count = at.count = std::min<int64_t>(C, x.L - first);
+    // The decay from before the chunk to each token, and from it to the chunk's end.
+    alignas(64) float since[C], until[C];
+    if (x.log_decay) {
+      at.decay_over_chunk = weigh(first, count, to_left, since, until);
+      at.pair_decay = pair_decays, at.pair_step = C;
+    } else {
+      const double* powers = head->powers;
+      for (int64_t i = 0; i < count; ++i) since[i] = float(powers[i + 1]), until[i] = float(powers[count - 1 - i]);
+      at.decay_over_chunk = powers[count];
+      at.pair_decay = head->pair_decay + C, at.pair_step = -1;
+    }
     const uint8_t* document_starts = x.document_starts ? x.document_starts + b * x.L + first : nullptr;
     at.first = first, at.tail_first = 0, at.tail_stop = count;
     bool& cut = at.cut = to_left && document_starts && first + count < x.L && document_starts[count];
@@ -339,20 +380,82 @@ class Heads {
       const int64_t i = to_left ? count - 1 - n : n;
       if (!to_left && document_starts && document_starts[i]) cut = true, at.tail_first = i;
       at.seen_first[i] = int32_t(at.tail_first), at.seen_stop[i] = int32_t(at.tail_stop);
-      at.state_to_token[i] = cut ? 0 : float(powers[to_left ? count - 1 - i : i + 1]);
-      at.token_to_state[i] = float(powers[to_left ? i + 1 : count - 1 - i]);
+      at.state_to_token[i] = cut ? 0 : to_left ? until[i] : since[i];
+      at.token_to_state[i] = to_left ? since[i] : until[i];
       if (to_left && document_starts && document_starts[i]) cut = true, at.tail_stop = i;
     }
     for (int64_t i = count; i < C; ++i) at.seen_first[i] = at.seen_stop[i] = 0, at.state_to_token[i] = 0;
     at.weighted = cut || head->decays;
-    at.decay_over_chunk = cut ? 0 : powers[count];
+    if (cut) at.decay_over_chunk = 0;
     return at;
+  }
+
+  // Decays of a chunk from the logarithms of its tokens' own, whose sums are fp64: in fp32 their high and low parts.
+  // Returns the decay over the chunk.
+  double weigh(int64_t first, int64_t count, bool to_left, float* since, float* until) {
+    alignas(64) float high[C], low[C], after[C];
+    const float* logs = x.log_decay + (b * x.L + first) * x.H + h;
+    double sums[C], sum = 0;
+    for (int64_t i = 0; i < C; ++i) {
+      if (i < count) sum += std::max(logs[i * x.H], LEAST_LOG_DECAY);
+      sums[i] = sum, high[i] = float(sum), low[i] = float(sum - high[i]);
+    }
+    for (int64_t i = 0; i < C; ++i) after[i] = float(sum - sums[i]);
+    ivec lanes;
+    for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
+    for (int64_t i = 0; i < C; i += W) store(since + i, vexp(load(high + i))), store(until + i, vexp(load(after + i)));
+    for (int64_t j = 0; j < up(count, R); ++j) {
+      const int64_t from = to_left ? 0 : j / R * R / W * W, stop = to_left ? up(j / R * R + R, W) : C;
+      for (int64_t i = from; i < stop; i += W) {
+        const vec forward = (load(high + i) - high[j]) + (load(low + i) - low[j]);
+        const ivec query = lanes + int32_t(i), seen = to_left ? query <= int32_t(j) : query >= int32_t(j);
+        store(pair_decays + j * C + i, seen ? vexp(to_left ? -forward : forward) : vec{});
+      }
+    }
+    return std::exp(sum);
   }
 
   void pack(const Rows& from, const Chunk& at, float* to, int64_t ld, float factor = 1) const {
     from.of(b, h).pack(at.first, at.count, factor, to, ld);
   }
   void unpack(const Rows& to, const Chunk& at, int64_t ld) const { to.of(b, h).unpack(at.first, at.count, out, ld); }
+  // A gradient of q or k: the sum over the heads that share it, at the last of them.
+  void unpack_shared(const Rows& to, const Chunk& at, float* sum) const {
+    const float* from = out;
+    if (to.sharing > 1) {
+      const bool first = h % to.sharing == 0;
+      for (int64_t n = 0; n < at.count * Kw; n += W) store(sum + n, first ? load(out + n) : load(sum + n) + load(out + n));
+      if ((h + 1) % to.sharing) return;
+      from = sum;
+    }
+    to.of(b, h).unpack(at.first, at.count, from, Kw);
+  }
+  static float dot(const float* a, const float* b, int64_t n) {
+    vec products{};
+    for (int64_t c = 0; c < n; c += W) products += load(a + c) * load(b + c);
+    float sum = 0;
+    for (int lane = 0; lane < W; ++lane) sum += products[lane];
+    return sum;
+  }
+  float* dlog_decay(const Chunk& at, int64_t i) const { return x.dlog_decay + (b * x.L + at.first + i) * x.H + h; }
+  bool ends_span(const Chunk& at) const { return at.first + at.count == x.L || (at.first + at.count) % SPAN == 0; }
+  float* at_span(const Chunk& at) const { return head->at_spans + at.first / SPAN * Kw * Vw; }
+  // The gradients of log_decay, which hold q.dq; dv is in `out`, v in `spare`, the gradient of the state transposed.
+  void sum_log_decay_grads(const Chunk& at) {
+    const uint8_t* starts = x.document_starts ? x.document_starts + b * x.L + at.first : nullptr;
+    const bool starts_next = starts && at.first + at.count < x.L && starts[at.count];
+    if (ends_span(at)) {
+      head->passing = 0;
+      if (!starts_next)
+        for (int64_t v = 0; v < Vw; ++v) head->passing += dot(at_span(at) + v * Kw, transposed_state + v * Kw, Kw);
+    }
+    for (int64_t i = at.count - 1; i >= 0; --i) {
+      float* grad = dlog_decay(at, i);
+      head->passing += double(*grad) - dot(out + i * Vw, spare + i * Vw, Vw);
+      if (starts && starts[i]) head->passing = 0;
+      *grad = float(head->passing);
+    }
+  }
   void transpose_chunk(const float* from, int64_t ld, const Chunk& at, float* to) const {
     transpose(from, ld, up(at.count, W), ld, to, C);
   }
@@ -397,7 +500,7 @@ class Heads {
         const int64_t i = (first + tile) * W;
         ahead.prefetch_some();
         product.add(keys + j * ld, ld, 1, queries + i, C, width);
-        product.each([&](vec& sum, int r, int m) { sum *= load(head->pair_decay + C + i + m * W - j - r); });
+        product.each([&](vec& sum, int r, int m) { sum *= load(at.pair_decay + (j + r) * at.pair_step + i + m * W); });
         if (at.cut)
           product.each([&](vec& sum, int r, int m) {
             ivec from, to;
@@ -470,6 +573,8 @@ class Heads {
   float *spare, *out;                  // [C, K or V]
   float* scores;                       // [C, C], keys by queries
   float* transposed_state;             // [V, K]
+  float *group_dq, *group_dk;          // [C, K]
+  float* pair_decays;                  // [C, C], keys by queries, of tokens that have decays of their own
   std::vector<Head> heads;
   Head* head;  // the current one
   int64_t b, h, first_head, stop_head;
@@ -478,25 +583,36 @@ class Heads {
 
 }  // namespace
 
-// shape: B, L, H, K, V. data: q k v g y dq dk dv document_starts initial final_grad final divisor decays, null where not
-// used; strides: of the first eight, over rows, tokens and heads, in bytes; half: which of them are bf16. Backward, final
-// receives the gradient of the initial state.
+// Consecutive heads of a task: a thread's share, or fewer so that their states stay in its second-level cache. Whole groups
+// of heads that share q and k, or equal parts of a group.
+extern "C" int64_t linear_attention_heads(int64_t B, int64_t H, int64_t G, int64_t K, int64_t columns) {
+  const int64_t share = up(B * H, omp_get_max_threads()) / omp_get_max_threads(), each = G ? H / G : 1;
+  const int64_t fitting = CACHE / (12 * up(K, W) * up(columns, W));
+  int64_t heads = std::max<int64_t>(1, std::min({H, share, fitting}));
+  if (heads >= each) return heads - heads % each;
+  while (each % heads) --heads;
+  return heads;
+}
+
+// shape: B, L, H, G, K, V, heads of a task. data: q k v g y dq dk dv document_starts initial final_grad final divisor
+// decays log_decay dlog_decay, null where not used; strides: of the first eight, over rows, tokens and heads, in bytes;
+// half: which of them are bf16. dq and dk have a head for each group, or for each part of it that is a task. Backward,
+// final receives the gradient of the initial state.
 extern "C" void linear_attention(int gradients, int normalize, const int64_t* shape, void* const* data,
                                  const int64_t* strides, const uint8_t* half, float scale, float eps) {
-  auto rows = [&](int n, int64_t width) {
-    return Rows{(char*)data[n], strides[3 * n], strides[3 * n + 1], strides[3 * n + 2], width, half[n] != 0};
+  auto rows = [&](int n, int64_t width, int64_t sharing) {
+    return Rows{(char*)data[n], strides[3 * n], strides[3 * n + 1], strides[3 * n + 2], width, half[n] != 0, sharing};
   };
-  const int64_t B = shape[0], L = shape[1], H = shape[2], K = shape[3], V = shape[4];
-  const Call x{B, L, H, K, V, rows(0, K), rows(1, K), rows(2, V), rows(3, V), rows(4, V), rows(5, K), rows(6, K),
-               rows(7, V), (const uint8_t*)data[8], (const float*)data[9], (const float*)data[10], (float*)data[11],
-               (float*)data[12], (const double*)data[13], normalize != 0, scale, eps};
-  // A thread's share of the heads, or fewer so that their states stay in its second-level cache.
-  const int64_t share = up(B * H, omp_get_max_threads()) / omp_get_max_threads();
-  const int64_t fitting = CACHE / (12 * up(K, W) * up(V + normalize, W));
-  const int64_t most = std::max<int64_t>(1, std::min({H, share, fitting})), tasks = up(H, most) / most;
+  const int64_t B = shape[0], L = shape[1], H = shape[2], K = shape[4], V = shape[5], most = shape[6];
+  const int64_t sharing = shape[3] ? H / shape[3] : 1, summed = std::min(sharing, most);
+  const Call x{B, L, H, K, V, rows(0, K, sharing), rows(1, K, sharing), rows(2, V, 1), rows(3, V, 1), rows(4, V, 1),
+               rows(5, K, summed), rows(6, K, summed), rows(7, V, 1), (const uint8_t*)data[8], (const float*)data[9],
+               (const float*)data[10], (float*)data[11], (float*)data[12], (const double*)data[13],
+               (const float*)data[14], (float*)data[15], normalize != 0, scale, eps, most};
+  const int64_t tasks = up(H, most) / most;
 #pragma omp parallel if (B * H * (L * (K + V) + K * V) > 1 << 16)
   {
-    Heads heads(x, most);
+    Heads heads(x);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < B * tasks; ++n) {
       const int64_t b = n / tasks, first = n % tasks * most, stop = std::min(H, first + most);

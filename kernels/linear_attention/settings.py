@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ...errors import InputError
 
+LEAST_LOG_DECAY = -1000.0  # whose exponential is 0 in fp64; differences of sums stay numbers where one is -inf
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,16 +47,32 @@ class Settings:
         """``[H]`` fp64, or None for 1; not to be written to, see `powers`."""
         return None if self.decay is None else powers(self.decay, (1,), device).squeeze(1)
 
-    def decay_over(self, num_tokens: int, like: Tensor) -> Tensor:
-        """``A`` of ``num_tokens`` tokens: ``[1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
+    def decay_over(self, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
+        """``A`` of a shard, in the dtype of ``like``: ``[B or 1, H, 1, 1]``, or ``[1, 1, 1, 1]`` for 1."""
+        if is_gated(inputs):
+            return inputs[3].sum(1, dtype=torch.float64).exp().to(like.dtype)[..., None, None]
         decays = self.decays(like.device)
         if decays is None:
             return like.new_ones(1, 1, 1, 1)
-        return (decays**num_tokens).to(like.dtype).view(1, -1, 1, 1)
+        return (decays ** inputs[0].shape[1]).to(like.dtype).view(1, -1, 1, 1)
+
+    def takes_groups(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether the implementation takes q and k of fewer heads than v."""
+        return False
 
     def values(self, v: Tensor) -> Tensor:
         """``v [B, L, H, V]``, with a column of ones behind it if ``normalize``: their sum is the divisor."""
         return F.pad(v, (0, 1), value=1) if self.normalize else v
+
+
+def is_gated(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether ``inputs`` are q, k, v and ``log_decay``."""
+    return len(inputs) == 4
+
+
+def per_head(x: Tensor, v: Tensor) -> Tensor:
+    """``x [B, L, G, K]`` for each head of ``v [B, L, H, V]``: ``[B, L, H, K]``, head h reads group ``h // (H / G)``."""
+    return x if x.shape[2] == v.shape[2] else x.repeat_interleave(v.shape[2] // x.shape[2], dim=2)
 
 
 def powers(
@@ -85,5 +103,5 @@ def _kept_powers(
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of states and sums: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    """The dtype of states and sums: fp64 for fp64 inputs (of q, k and v), else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors[:3]) else torch.float32

@@ -22,6 +22,10 @@ With ``normalize``, ``z = sum w_j k_j``, the last column of the state, is a vect
 aligned. The gradient of ``q_i S`` is ``a_i dy_i`` and that of ``q_i z`` is ``a_i c_i``; ``a_i`` multiplies products of
 dy in fp32, and dy itself is never scaled.
 
+With ``log_decay`` (``GATED``) decays are made in each chunk, from fp64 sums of their logarithms; those of a split by
+the first kernel. The roles dq and dk also give q.dq and k.dk of each token, which ``_gate_grad_kernel`` sums over a
+split.
+
 On sm_90, chunks of 64 in bf16 make all of them products of a warp group (WGMMA). The first factor of each is loaded as
 it is and stays in shared memory: ptxas up to 12.9 may overwrite a first factor in registers before it is read (Triton's
 pull request 11781). So weights multiply values and not keys, and scores are transposed, ``[key, query]``, and the
@@ -56,7 +60,7 @@ from triton.runtime.driver import driver
 from ..backends import is_traced
 from ..gpu import TYPES, Tiling, Variant, launch, launch_fastest
 from ..state import FusedForward, StatefulOp
-from .settings import Settings, powers
+from .settings import LEAST_LOG_DECAY, Settings, is_gated, powers
 
 # Programs that keep every multiprocessor of a large GPU busy; a shard with fewer splits than that has shorter ones.
 PROGRAMS = 2048
@@ -66,6 +70,7 @@ MAX_CHUNK = 64
 # Exponents of the decays inside a chunk, below 0 for tokens that are not seen, and of those that make up a split's.
 IN_CHUNK = tuple(range(-MAX_CHUNK, MAX_CHUNK + 1))
 IN_SPLIT = tuple(1 << bit for bit in range(MAX_SPLIT.bit_length()))
+LEAST = tl.constexpr(LEAST_LOG_DECAY)
 ZERO, ROW, BITS = tl.constexpr(MAX_CHUNK), tl.constexpr(len(IN_CHUNK)), tl.constexpr(len(IN_SPLIT))
 PRECISIONS = {torch.bfloat16: None, torch.float16: "tf32", torch.float32: "tf32x3"}
 TINY = 1e-30  # stands for a scale of 0, by which the gradient of the state is divided
@@ -122,30 +127,43 @@ def _chunk_weights(
     decays,
     batch,
     head,
+    heads,
     begin,
     count,
     length,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     DECAY: tl.constexpr,
+    GATED: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     """Decays of a chunk's ``count`` tokens, 0 between documents.
 
     Returns:
         ``state_to_token [CHUNK]``, of the state before the chunk in each token's output; ``token_to_state [CHUNK]``, of
-        each token in the state after the chunk; ``decay_over_chunk``, a number; and the document ids ``[CHUNK]``.
+        each token in the state after the chunk; ``decay_over_chunk``, a number; the document ids ``[CHUNK]``; and
+        ``GATED``, ``total [CHUNK]`` fp64, the log of the decay from before the chunk to each token.
     """
     row = tl.arange(0, CHUNK)
     state_to_token = tl.full([CHUNK], 1.0, tl.float32)
     token_to_state = tl.full([CHUNK], 1.0, tl.float32)
     decay_over_chunk = 1.0
     ids = row
+    total = row
     if DECAY:
-        decays += head * ROW + ZERO
-        since = tl.load(decays + tl.minimum(row + 1, count))
-        until = tl.load(decays + tl.maximum(count - 1 - row, 0))
-        decay_over_chunk = tl.load(decays + count)
+        if GATED:
+            decays += (batch * length + begin) * heads + head
+            own = tl.load(decays + row * heads, mask=row < count, other=0.0).to(tl.float64)
+            own = tl.maximum(own, LEAST, propagate_nan=tl.PropagateNan.ALL)
+            total = tl.cumsum(own, 0)
+            whole = tl.sum(own, 0)
+            since, until = tl.exp(total.to(tl.float32)), tl.exp((whole - total).to(tl.float32))
+            decay_over_chunk = tl.exp(whole.to(tl.float32))
+        else:
+            decays += head * ROW + ZERO
+            since = tl.load(decays + tl.minimum(row + 1, count))
+            until = tl.load(decays + tl.maximum(count - 1 - row, 0))
+            decay_over_chunk = tl.load(decays + count)
         # In the adjoint, states and tokens change places.
         if REVERSE:
             state_to_token, token_to_state = until, since
@@ -164,7 +182,21 @@ def _chunk_weights(
         state_to_token = tl.where(ids == entering, state_to_token, 0.0)
         token_to_state = tl.where(ids == leaving, token_to_state, 0.0)
         decay_over_chunk = tl.where(entering == leaving, decay_over_chunk, 0.0)
-    return state_to_token, token_to_state, decay_over_chunk, ids
+    return state_to_token, token_to_state, decay_over_chunk, ids, total
+
+
+@triton.jit
+def _pair_decays(total, distance, NEGATED: tl.constexpr):
+    """Decays between the tokens of a chunk, 0 where ``distance`` is below 0, from the logs of those up to each token.
+
+    Differences of sums in fp64, by the high and low parts in fp32.
+    """
+    high = total.to(tl.float32)
+    low = (total - high.to(tl.float64)).to(tl.float32)
+    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    if NEGATED:
+        between = -between
+    return tl.where(distance >= 0, tl.exp(between), 0.0)
 
 
 @triton.jit
@@ -175,6 +207,7 @@ def _split_states_kernel(
     extras,
     segments,
     decays,
+    split_decays,
     states,
     key_batch,
     key_token,
@@ -196,11 +229,15 @@ def _split_states_kernel(
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
     DECAY: tl.constexpr,
+    GATED: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MEAN: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    """``states [B, N, H, K V (+ K)]``: each split's own contribution to the state (and z) after it."""
+    """``states [B, N, H, K V (+ K)]``: each split's own contribution to the state (and z) after it.
+
+    ``GATED``, also ``split_decays [B, N, H]`` fp64, without regard to documents.
+    """
     TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     tile = program % TILES
@@ -217,6 +254,7 @@ def _split_states_kernel(
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     z = tl.zeros([BLOCK_K], tl.float32)
+    log_decay = tl.full([], 0.0, tl.float64)
     for step in range(chunks):
         chunk = chunks - 1 - step if REVERSE else step
         begin = first + chunk * CHUNK
@@ -224,19 +262,23 @@ def _split_states_kernel(
         key = _load_rows(keys, key_token, begin, count, column_k, CHUNK, K, BLOCK_K)
         value = _load_rows(values, value_token, begin, count, column_v, CHUNK, V, BLOCK_V)
         if DECAY or SEGMENTS:
-            _, token_to_state, decay_over_chunk, _ = _chunk_weights(
+            _, token_to_state, decay_over_chunk, _, total = _chunk_weights(
                 segments,
                 decays,
                 batch,
                 head,
+                heads,
                 begin,
                 count,
                 length,
                 CHUNK,
                 REVERSE,
                 DECAY,
+                GATED,
                 SEGMENTS,
             )
+            if GATED:
+                log_decay += tl.sum(tl.where(row == CHUNK - 1, total, 0.0), 0)
             state *= decay_over_chunk
             z *= decay_over_chunk
         else:
@@ -254,7 +296,10 @@ def _split_states_kernel(
             term = value.to(OPERAND)
         state = tl.dot(tl.trans(key.to(OPERAND)), term, state, input_precision=PRECISION)
 
-    states += ((batch * num_splits + index) * heads + head) * (K * V + (K if MEAN else 0))
+    split = (batch * num_splits + index) * heads + head
+    if GATED and tile == 0:
+        tl.store(split_decays + split, tl.exp(log_decay))
+    states += split * (K * V + (K if MEAN else 0))
     mask = (column_k < K)[:, None] & (column_v < V)[None, :]
     tl.store(states + column_k[:, None] * V + column_v[None, :], state * scale, mask=mask)
     if MEAN and tile == 0:
@@ -277,6 +322,7 @@ def _scan_kernel(
     final,
     segments,
     powers,
+    split_decays,
     heads,
     length,
     split_len,
@@ -286,6 +332,7 @@ def _scan_kernel(
     INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
     DECAY: tl.constexpr,
+    GATED: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     """Replaces ``states [B, N, H, W]`` by the states before the splits, from ``initial [B, H, W]`` to ``final``."""
@@ -302,7 +349,7 @@ def _scan_kernel(
     if SEGMENTS:
         segments += batch * length
     stride = tl.full([], heads * width, tl.int64)
-    if DECAY:
+    if DECAY and not GATED:
         powers += head * BITS
         over_split = _decay_over(powers, split_len)
         over_last = _decay_over(powers, length - (num_splits - 1) * split_len)
@@ -312,7 +359,9 @@ def _scan_kernel(
         stop = begin + tl.minimum(split_len, length - begin)
         own = tl.load(states + index * stride, mask=mask, other=0.0)
         tl.store(states + index * stride, state.to(tl.float32), mask=mask)
-        if DECAY:
+        if GATED:
+            state *= tl.load(split_decays + (batch * num_splits + index) * heads + head)
+        elif DECAY:
             state *= tl.where(index == num_splits - 1, over_last, over_split)
         if SEGMENTS:
             if REVERSE:
@@ -351,6 +400,8 @@ def _output_kernel(
     extras,
     segments,
     decays,
+    owners,
+    dots,
     query_batch,
     query_token,
     query_head,
@@ -360,6 +411,9 @@ def _output_kernel(
     value_batch,
     value_token,
     value_head,
+    owner_batch,
+    owner_token,
+    owner_head,
     heads,
     length,
     split_len,
@@ -382,6 +436,7 @@ def _output_kernel(
     ADD: tl.constexpr,
     DIVIDE: tl.constexpr,
     DECAY: tl.constexpr,
+    GATED: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MEAN: tl.constexpr,
 ):
@@ -390,7 +445,11 @@ def _output_kernel(
 
     Without ``RUNNING`` all tokens see the state before the first split. Without ``WITHIN_CHUNK`` tokens see the state
     before their chunk. ``ADD`` adds ``partial``, the output of the other direction; ``DIVIDE`` divides at the end.
+
+    ``GATED``, dq and dk also fill ``dots [B, L, H, tiles]``: of each token, its ``owners`` (q or k) times their
+    gradient, without what the token contributes to its own output, which cancels.
     """
+    DOTS: tl.constexpr = GATED and (ROLE == "dq" or ROLE == "dk")
     TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     WEIGHTED: tl.constexpr = DECAY or SEGMENTS
     TRANSPOSED: tl.constexpr = CHUNK >= 64  # scores, see the module's docstring
@@ -403,6 +462,8 @@ def _output_kernel(
     queries += batch * query_batch + head * query_head
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
+    if DOTS:
+        owners += batch * owner_batch + head * owner_head
     row, column_k, column_v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     first = (index * split_len).to(tl.int32)
     last = first + tl.minimum(split_len, length - first)
@@ -430,7 +491,7 @@ def _output_kernel(
     distance = row[:, None] - row[None, :]
     if REVERSE != TRANSPOSED:
         distance = -distance
-    if DECAY:
+    if DECAY and not GATED:
         pairs = tl.load(decays + head * ROW + ZERO + distance)
 
     for step in range(chunks):
@@ -444,17 +505,19 @@ def _output_kernel(
             key = _load_rows(keys, key_token, begin, count, column_k, CHUNK, K, BLOCK_K)
             value = _load_rows(values, value_token, begin, count, column_v, CHUNK, V, BLOCK_V)
         if WEIGHTED:
-            state_to_token, token_to_state, decay_over_chunk, ids = _chunk_weights(
+            state_to_token, token_to_state, decay_over_chunk, ids, total = _chunk_weights(
                 segments,
                 decays,
                 batch,
                 head,
+                heads,
                 begin,
                 count,
                 length,
                 CHUNK,
                 REVERSE,
                 DECAY,
+                GATED,
                 SEGMENTS,
             )
         else:
@@ -484,7 +547,9 @@ def _output_kernel(
                 scores = (scores + _per_key(extra, TRANSPOSED)) * _per_key(weight, TRANSPOSED)
             if MEAN and ROLE == "dv":
                 scores *= _per_key(weight, TRANSPOSED)
-            if DECAY:
+            if GATED:
+                scores *= _pair_decays(total, distance, REVERSE != TRANSPOSED)
+            elif DECAY:
                 scores *= pairs
             elif CAUSAL:
                 scores = tl.where(distance >= 0, scores, 0.0)
@@ -514,6 +579,14 @@ def _output_kernel(
             before = _times_vector(query, z, OPERAND) * state_to_token
             divisor = divisor + before if WITHIN_CHUNK else before
 
+        if DOTS:
+            own = tl.sum(tl.where(distance == 0, scores.to(tl.float32), 0.0), 1)
+            rest = output - own[:, None] * value.to(OPERAND).to(tl.float32)
+            owner = _load_rows(owners, owner_token, begin, count, column_v, CHUNK, V, BLOCK_V).to(tl.float32)
+            dot = tl.sum(rest * owner, 1) * scale
+            if MEAN and ROLE == "dq":
+                dot *= weight
+            tl.store(dots + (token + row * heads) * TILES + tile, dot, mask=present)
         if MEAN and ROLE == "dq":
             output *= (weight * scale)[:, None]
         else:
@@ -580,18 +653,85 @@ def _mean_grad_kernel(
     tl.store(extras + row, extra, mask=row < num_rows)
 
 
+@triton.jit
+def _gate_grad_kernel(
+    query_dots,
+    key_dots,
+    states,
+    final,
+    state_grads,
+    segments,
+    grads,
+    heads,
+    length,
+    split_len,
+    num_splits,
+    width,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """``grads [B, L, H]`` of log_decay: sums of the dots of queries less those of keys, from each token to the end of
+    its split, and the product of the state after the split, of ``states [B, N, H, width]`` or ``final``, with its
+    gradient.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    head = place % heads
+    index = place // heads % num_splits
+    batch = place // heads // num_splits
+    first = (index * split_len).to(tl.int32)
+    last = first + tl.minimum(split_len, length - first)
+    row = tl.arange(0, ROWS)
+    later = row[None, :] >= row[:, None]
+    state_grads += place * width
+    if index == num_splits - 1:
+        state = final + (batch * heads + head) * width
+    else:
+        state = states + (place + heads) * width
+    products = tl.zeros([BLOCK_W], tl.float64)
+    for start in range(0, width, BLOCK_W):
+        column = start + tl.arange(0, BLOCK_W)
+        entry = tl.load(state + column, mask=column < width, other=0.0).to(tl.float64)
+        products += entry * tl.load(state_grads + column, mask=column < width, other=0.0)
+    from_after = tl.sum(products, 0)
+    if SEGMENTS:
+        segments += batch * length
+        after = tl.load(segments + tl.minimum(last, length - 1))
+    blocks = tl.cdiv(last - first, ROWS)
+    for step in range(blocks):
+        begin = first + (blocks - 1 - step) * ROWS
+        present = row < last - begin
+        token = (batch * length + begin) * heads + head
+        terms = tl.zeros([ROWS], tl.float64)
+        for tile in tl.static_range(TILES):
+            terms += tl.load(query_dots + (token + row * heads) * TILES + tile, mask=present, other=0.0)
+            terms -= tl.load(key_dots + (token + row * heads) * TILES + tile, mask=present, other=0.0)
+        if SEGMENTS:
+            ids = tl.load(segments + begin + row, mask=present, other=-1)
+            before = tl.load(segments + tl.maximum(begin + row - 1, 0), mask=present, other=-1)
+            seen = later & (ids[:, None] == ids[None, :])
+            grad = tl.sum(tl.where(seen, terms[None, :], 0.0), 1) + tl.where(ids == after, from_after, 0.0)
+            grad = tl.where(ids == before, grad, 0.0)  # nothing passes where a document begins
+            after = tl.load(segments + begin)
+        else:
+            grad = tl.sum(tl.where(later, terms[None, :], 0.0), 1) + from_after
+        tl.store(grads + token + row * heads, grad.to(tl.float32), mask=present)
+        from_after = tl.sum(tl.where(row == 0, grad, 0.0), 0)
+
+
 class Triton(Settings, StatefulOp):
     """Linear attention on a GPU; see the module's docstring."""
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v = inputs
+        _, k, v, *_ = inputs
         _, state = _Kernels.of(self, inputs, segments).states(_Terms(k, v), None)
-        return self.decay_over(q.shape[1], state), state
+        return self.decay_over(inputs, state), state
 
     def apply_state(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, k, v = inputs
+        q, k, v, *_ = inputs
         kernels, terms = _Kernels.of(self, inputs, segments), _Terms(k, v)
         split_states, _ = kernels.states(terms, initial)
         return kernels.outputs(q, terms, split_states)
@@ -599,10 +739,10 @@ class Triton(Settings, StatefulOp):
     def fused_forward(
         self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
     ) -> FusedForward:
-        q, k, v = inputs
+        q, k, v, *_ = inputs
         kernels, terms = _Kernels.of(self, inputs, segments), _Terms(k, v)
         split_states, final = kernels.states(terms, initial)
-        decay = self.decay_over(q.shape[1], final)
+        decay = self.decay_over(inputs, final)
         y, saved = kernels.outputs(q, terms, split_states)
         initial = torch.zeros_like(final) if initial is None else initial.to(final.dtype)
         return FusedForward(initial, y, saved, decay, final)
@@ -628,17 +768,21 @@ class Triton(Settings, StatefulOp):
         saved: tuple[Tensor, ...],
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        q, k, v = inputs
+        q, k, v, *gates = inputs
         kernels = _Kernels.of(self, inputs, segments)
         upstream = kernels.upstream(q, grad, saved)
         grad = upstream.values
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        split_states, _ = kernels.states(_Terms(k, v), initial)
-        kernels.output("dq", grad, _Terms(v, k, upstream.weights, upstream.extras), split_states, dq)
-        split_states, _ = kernels.states(upstream, final_grad)
-        kernels.output("dv", k, upstream, split_states, dv)
-        kernels.output("dk", v, upstream._replace(keys=grad, values=q), split_states, dk)
-        return dq, dk, dv
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
+        query_dots, key_dots = kernels.dots(q), kernels.dots(k)
+        split_states, final = kernels.states(_Terms(k, v), initial)
+        kernels.output("dq", grad, _Terms(v, k, upstream.weights, upstream.extras), split_states, dq, q, query_dots)
+        split_grads, _ = kernels.states(upstream, final_grad)
+        kernels.output("dv", k, upstream, split_grads, dv)
+        kernels.output("dk", v, upstream._replace(keys=grad, values=q), split_grads, dk, k, key_dots)
+        if query_dots is None or key_dots is None:
+            return dq, dk, dv
+        gate_grads = kernels.gate_grads(query_dots, key_dots, split_states[0], final, split_grads[0])
+        return dq, dk, dv, gate_grads.to(gates[0].dtype)
 
 
 class _Terms(NamedTuple):
@@ -665,7 +809,9 @@ class _Weights(NamedTuple):
     mean: bool
 
 
-def _tilings(width: int, values: int, narrow: bool, weights: _Weights, wgmma: bool, output: bool) -> tuple[Tiling, ...]:
+def _tilings(
+    width: int, values: int, narrow: bool, weights: _Weights, wgmma: bool, output: bool, gated: bool = False
+) -> tuple[Tiling, ...]:
     """Tilings of `_output_kernel` (``output``) or `_split_states_kernel`, the usual one first.
 
     A tile of the state, ``[BLOCK_K, BLOCK_V]``, stays in registers, of which none are spilled, except in fp32 wider
@@ -676,10 +822,13 @@ def _tilings(width: int, values: int, narrow: bool, weights: _Weights, wgmma: bo
     Args:
         width, values: columns of keys and of values.
         narrow: whether operands are bf16.
+        gated: whether each token has its own decay. One tiling, so that the number of tiles is known.
     """
     block_k, block_v = (max(16, triton.next_power_of_2(x)) for x in (width, values))
     roomy = narrow and not any(weights) and max(block_k, block_v) <= 128
     columns = min(block_v, 64 if narrow and block_k <= 128 else 32)
+    if gated and output and weights.mean:
+        columns = min(columns, 32 if narrow else 16)
     choices = [(32 if roomy else 16, columns, 4 if block_k <= 128 else 8, 3 if roomy else 2)]
     if columns == 64 and (output or not any(weights)):
         choices.append((choices[0][0], 32, *choices[0][2:]))
@@ -687,10 +836,13 @@ def _tilings(width: int, values: int, narrow: bool, weights: _Weights, wgmma: bo
         wide = min(block_v, 128 if block_k <= 128 else 64)
         if not output or sum(weights) <= (block_k <= 128):
             choices.insert(0, (64, wide, 8 if max(block_k, wide) > 64 else 4, 2))
-        elif block_k <= 128 and weights == (True, True, False):
+        elif block_k <= (64 if gated else 128) and weights == (True, True, False):
             choices.insert(0, (64, 64, 8 if block_k > 64 else 4, 2))
         if output and not any(weights) and wide == 128:
             choices.insert(1, (64, 64, 4, 2))
+    if gated:
+        chunk, num, num_warps, num_stages = choices[0]
+        choices = [(chunk, min(num, 64), 8 if chunk == 64 else num_warps, num_stages)]
     return tuple(
         Tiling({"CHUNK": chunk, "BLOCK_K": block_k, "BLOCK_V": num}, num_warps, num_stages)
         for chunk, num, num_warps, num_stages in choices
@@ -707,7 +859,9 @@ class _Kernels:
         shape: B, L, H, K, V.
         split_len: tokens of a split.
         weights: of pairs of tokens.
-        decays: ``[H, len(IN_CHUNK)]`` fp32, of tokens of a chunk; None for 1.
+        gated: whether each token has its own decay.
+        decays: ``[H, len(IN_CHUNK)]`` fp32, of tokens of a chunk; None for 1. With ``gated`` their own, ``[B, L, H]``
+            fp32, as logarithms.
         powers: ``[H, len(IN_SPLIT)]`` fp64, of which those of splits are made; None for 1.
         operand: the dtype of the operands of matrix products.
         precision: of products of 32 bits on NVIDIA, see `PRECISIONS`.
@@ -719,6 +873,7 @@ class _Kernels:
     shape: tuple[int, int, int, int, int]
     split_len: int
     weights: _Weights
+    gated: bool
     decays: Tensor | None
     powers: Tensor | None
     operand: tl.dtype
@@ -727,15 +882,17 @@ class _Kernels:
 
     @classmethod
     def of(cls, op: Settings, inputs: tuple[Tensor, ...], segments: Tensor | None) -> _Kernels:
-        q, k, v = inputs
+        q, k, v, *gates = inputs
         batch, length, heads, width = q.shape
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         split_len = MIN_SPLIT
         while split_len < MAX_SPLIT and batch * heads * length >= 2 * split_len * PROGRAMS:
             split_len *= 2
-        weights = _Weights(op.decay is not None, segments is not None, op.normalize)
+        weights = _Weights(op.decay is not None or is_gated(inputs), segments is not None, op.normalize)
         in_chunk = in_split = None
-        if op.decay is not None:
+        if gates:
+            in_chunk = gates[0].to(torch.float32, memory_format=torch.contiguous_format)
+        elif op.decay is not None:
             in_chunk = powers(op.decay, IN_CHUNK, q.device, torch.float32)
             in_split = powers(op.decay, IN_SPLIT, q.device)
         operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
@@ -743,7 +900,9 @@ class _Kernels:
         precision = None if torch.version.hip or not (q.is_cuda or q.is_meta) else PRECISIONS[dtype]
         documents = None if segments is None else _numbers(segments)
         shape = (batch, length, heads, width, v.shape[-1])
-        return cls(op, documents, shape, split_len, weights, in_chunk, in_split, operand, precision, _has_wgmma(q))
+        return cls(
+            op, documents, shape, split_len, weights, bool(gates), in_chunk, in_split, operand, precision, _has_wgmma(q)
+        )
 
     @property
     def running(self) -> bool:
@@ -799,15 +958,17 @@ class _Kernels:
         states = torch.empty(batch, num_splits, heads, packed, dtype=torch.float32, device=keys.device)
         final = states.new_empty(batch, heads, packed)
         initial = None if initial is None else self._pack(initial)
-        tilings = _tilings(width, values, self.operand == tl.bfloat16, self.weights, self.wgmma, output=False)
-        flags = {"REVERSE": reverse, "DECAY": self.weights.decay, "SEGMENTS": self.weights.documents}
+        tilings = self._tilings(width, values, output=False)
+        flags = {"REVERSE": reverse, "DECAY": self.weights.decay, "GATED": self.gated}
+        flags["SEGMENTS"] = self.weights.documents
+        split_decays = states.new_empty(states.shape[:3], dtype=torch.float64) if self.gated else None
         # The terms of a gradient include the scale: in the weights, or else in the sums.
         scale = self._scale if terms.adjoint and not mean else 1.0
         if states.numel():
             launch_fastest(
                 _split_states_kernel, tilings,
                 lambda tile: states.shape[:3].numel() * triton.cdiv(values, tile["BLOCK_V"]),
-                keys, rows, terms.weights, terms.extras, self.documents, self.decays, states,
+                keys, rows, terms.weights, terms.extras, self.documents, self.decays, split_decays, states,
                 *keys.stride()[:3], *rows.stride()[:3], heads, length, self.split_len, num_splits, scale,
                 width, values, OPERAND=self.operand, PRECISION=self.precision, **flags, MEAN=mean,
                 ADJOINT=terms.adjoint,
@@ -815,8 +976,8 @@ class _Kernels:
         if final.numel():
             launch(
                 _scan_kernel, batch * heads * triton.cdiv(packed, SCAN_COLUMNS),
-                states, initial, final, self.documents, self.powers, heads, length, self.split_len, num_splits, packed,
-                SCAN_COLUMNS, initial is not None, **flags, num_warps=2,
+                states, initial, final, self.documents, self.powers, split_decays, heads, length, self.split_len,
+                num_splits, packed, SCAN_COLUMNS, initial is not None, **flags, num_warps=2,
             )  # fmt: skip
         return states, self._unpack(final)
 
@@ -827,7 +988,14 @@ class _Kernels:
         return y, () if divisors is None else (y, divisors)
 
     def output(
-        self, role: str, queries: Tensor, terms: _Terms, split_states: list[Tensor], out: Tensor
+        self,
+        role: str,
+        queries: Tensor,
+        terms: _Terms,
+        split_states: list[Tensor],
+        out: Tensor,
+        owners: Tensor | None = None,
+        dots: Tensor | None = None,
     ) -> Tensor | None:
         """Fill ``out [B, L, H, V]`` with the output of a role; returns y's divisors ``[B, L, H]`` with ``normalize``.
 
@@ -837,12 +1005,15 @@ class _Kernels:
             terms: keys and values as the role names them.
             split_states: of `states`.
             out: contiguous.
+            owners, dots: with ``dots [B, L, H, tiles]`` it is filled with the products of ``owners`` and ``out``.
         """
         batch, length, heads, _, _ = self.shape
         width, values, mean = queries.shape[-1], out.shape[-1], self.op.normalize
         adjoint = role in ("dv", "dk")
         queries, keys, rows = _rows(queries), _rows(terms.keys), _rows(terms.values)
-        tilings = _tilings(width, values, self.operand == tl.bfloat16, self.weights, self.wgmma, output=True)
+        tilings = self._tilings(width, values, output=True)
+        owners = None if dots is None or owners is None else _rows(owners)
+        owner_strides = (0, 0, 0) if owners is None else owners.stride()[:3]
         num_splits = triton.cdiv(length, self.split_len)
         # Without `normalize`, the scale multiplies the output, and the gradient of the state includes it already.
         scale = 1.0 if mean and role != "y" else self._scale
@@ -856,15 +1027,49 @@ class _Kernels:
                 _output_kernel, tilings,
                 lambda tile: batch * num_splits * heads * triton.cdiv(values, tile["BLOCK_V"]),
                 queries, keys, rows, states, target, partial, divisors, partial_divisors, terms.weights,
-                terms.extras, self.documents, self.decays, *queries.stride()[:3], *keys.stride()[:3],
-                *rows.stride()[:3], heads, length, self.split_len,
-                num_splits, scale, state_scale, self.op.eps, width, values,
+                terms.extras, self.documents, self.decays, owners, dots, *queries.stride()[:3], *keys.stride()[:3],
+                *rows.stride()[:3], *owner_strides, heads, length, self.split_len, num_splits, scale, state_scale,
+                self.op.eps, width, values,
                 OPERAND=self.operand, PRECISION=self.precision, ROLE=role, REVERSE=(way == 1) != adjoint,
                 CAUSAL=self.op.causal, RUNNING=self.running, WITHIN_CHUNK=self.running and way == 0, ADD=way > 0,
-                DIVIDE=last, DECAY=self.weights.decay, SEGMENTS=self.weights.documents, MEAN=mean,
+                DIVIDE=last, DECAY=self.weights.decay, GATED=self.gated, SEGMENTS=self.weights.documents, MEAN=mean,
             )  # fmt: skip
             partial, partial_divisors = target, divisors
         return divisors
+
+    def dots(self, x: Tensor) -> Tensor | None:
+        """Room for the products of x, q or k, and its gradient, ``[B, L, H, tiles]``; None without gates."""
+        if not self.gated:
+            return None
+        _, _, _, width, values = self.shape
+        (tiling,) = self._tilings(values, width, output=True)
+        return x.new_empty(*x.shape[:3], triton.cdiv(width, tiling.constants["BLOCK_V"]), dtype=torch.float32)
+
+    def gate_grads(
+        self, query_dots: Tensor, key_dots: Tensor, states: Tensor, final: Tensor, state_grads: Tensor
+    ) -> Tensor:
+        """The gradient of log_decay, ``[B, L, H]`` fp32.
+
+        Args:
+            query_dots, key_dots: of `output`.
+            states: before the splits, ``[B, N, H, K V (+ K)]``.
+            final: the state after the last split.
+            state_grads: the gradients of the states after the splits, as ``states``.
+        """
+        batch, length, heads, _, _ = self.shape
+        grads = query_dots.new_empty(batch, length, heads)
+        num_splits = states.shape[1]
+        if grads.numel():
+            launch(
+                _gate_grad_kernel, batch * num_splits * heads,
+                query_dots, key_dots, states, self._pack(final), state_grads, self.documents, grads, heads, length,
+                self.split_len, num_splits, states.shape[3], query_dots.shape[3], 32, 512, self.weights.documents,
+                num_warps=4,
+            )  # fmt: skip
+        return grads
+
+    def _tilings(self, width: int, values: int, *, output: bool) -> tuple[Tiling, ...]:
+        return _tilings(width, values, self.operand == tl.bfloat16, self.weights, self.wgmma, output, self.gated)
 
     @property
     def _scale(self) -> float:
@@ -907,7 +1112,7 @@ def variants() -> Iterator[Variant]:
 
     Those whose name ends in sm_90 are launched there alone.
     """
-    plain: dict[str, object] = {"DECAY": False, "SEGMENTS": False, "MEAN": False}
+    plain: dict[str, object] = {"DECAY": False, "GATED": False, "SEGMENTS": False, "MEAN": False}
     documents = plain | {"SEGMENTS": True}
     labels = {
         "plain": plain,
@@ -917,6 +1122,7 @@ def variants() -> Iterator[Variant]:
         "decayed-documents": documents | {"DECAY": True},
         "means-of-documents": documents | {"MEAN": True},
     }
+    gated = plain | {"DECAY": True, "GATED": True}
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     flags: dict[str, object] = {"CAUSAL": True, "RUNNING": True, "WITHIN_CHUNK": True, "ADD": False, "DIVIDE": True}
     roles = [(bf16, 128, label, role) for label in labels for role in ("y", "dq", "dv", "dk")]
@@ -931,6 +1137,13 @@ def variants() -> Iterator[Variant]:
         (fp32, 64, means, "dk"),
         (fp32, 64, means, "y"),
     ]
+    gates, all_weights = "gated", "gated-means-of-documents"
+    labels |= {gates: gated, "gated-means": gated | {"MEAN": True}, "gated-documents": gated | {"SEGMENTS": True}}
+    labels[all_weights] = labels["gated-documents"] | {"MEAN": True}
+    roles += [(bf16, size, gates, role) for size in (64, 128) for role in ("y", "dq", "dk")]
+    roles += [(bf16, 128, label, "dk") for label in ("gated-documents", "gated-means", all_weights)]
+    roles += [(fp16, 128, all_weights, "dk"), (fp32, 64, gates, "dk")]
+    roles += [(fp32, 64, all_weights, role) for role in ("y", "dq", "dk")]
     for dtype, size, label, role in roles:
         name = f"{dtype}-{size}-{label}".removeprefix("torch.")
         settings = flags | labels[label] | {"ROLE": role, "REVERSE": role in ("dv", "dk")}
@@ -945,6 +1158,8 @@ def variants() -> Iterator[Variant]:
     scan = labels[both] | {"BLOCK_W": SCAN_COLUMNS, "INITIAL": True, "REVERSE": True}
     yield from _variants("scan", _scan_kernel, fp32, 128, scan)
     grads: dict[str, object] = {"V": 128, "ROWS": 32, "BLOCK_V": 128}
+    gate_grads: dict[str, object] = {"TILES": 2, "ROWS": 32, "BLOCK_W": 512, "SEGMENTS": True}
+    yield from _variants("gate-grad", _gate_grad_kernel, fp32, 128, gate_grads)
     yield from _variants("mean-grad", _mean_grad_kernel, bf16, 128, grads)
 
 
@@ -960,7 +1175,8 @@ def _variants(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: 
     given = dict.fromkeys(("queries", "keys", "values", "out", "grad", "y"), TYPES[dtype])
     fp32 = ("weights", "extras", "decays", "states", "partial", "divisors", "partial_divisors", "initial", "final")
     given |= dict.fromkeys(fp32, "*fp32") | dict.fromkeys(("scale", "state_scale", "eps"), "fp32")
-    given |= {"segments": "*i32", "powers": "*fp64"}
+    given |= {"segments": "*i32", "powers": "*fp64", "split_decays": "*fp64", "owners": TYPES[dtype]}
+    given |= dict.fromkeys(("dots", "query_dots", "key_dots", "state_grads", "grads"), "*fp32")
     given |= dict.fromkeys(("CHUNK", "BLOCK_K", "BLOCK_V", *constants), "constexpr")
     signature = {x: given.get(x, "i32") for x in kernel.arg_names}
     constants = {x: value for x, value in constants.items() if x in signature}
@@ -968,8 +1184,11 @@ def _variants(name: str, kernel: Any, dtype: torch.dtype, size: int, constants: 
         yield Variant(name, kernel, signature, constants, 2 if kernel is _scan_kernel else 4, 3)
         return
     weights = _Weights(*(bool(constants[x]) for x in ("DECAY", "SEGMENTS", "MEAN")))
-    usual, hopper = (_tilings(size, size, narrow, weights, wgmma, kernel is _output_kernel) for wgmma in (False, True))
-    for tiling in hopper:
+    case = size, size, narrow, weights
+    usual, hopper = (
+        _tilings(*case, wgmma, kernel is _output_kernel, bool(constants["GATED"])) for wgmma in (False, True)
+    )
+    for tiling in (*hopper, *(x for x in usual if x not in hopper)):
         label = "-".join(str(x) for x in (name, tiling.constants["CHUNK"], tiling.constants["BLOCK_V"]))
         label += "" if tiling in usual else "-sm_90"
         yield Variant(label, kernel, signature, constants | tiling.constants, tiling.num_warps, tiling.num_stages)

@@ -1,4 +1,4 @@
-"""`longreach bench kernels`: checks the operators, then times them against what bounds them and what they replace.
+"""`longreach bench kernels`: checks the operators and times them beside copies, matrix products and attention.
 
 Every figure is a median, and its ratio to something that was timed in the same run: a copy of the bytes that the
 operator must read and write, the matrix products or FFTs that it is made of, or what a user would run instead.
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
+from ...kernels.delta_rule import delta_rule
 from ...kernels.elementwise import elementwise_attention
 from ...kernels.linear_attention import linear_attention
 from ...kernels.long_conv import long_conv
@@ -158,6 +159,10 @@ class Bench:
         wanted = self._on_cpu("<= 2")
         self.add("linear_attention", "forward", forward, "its 4 matrix products a block", 4 * product, wanted)
         self.add("linear_attention", GRADIENT, gradient, "its 14 matrix products a block", 14 * product, wanted)
+        rates = -torch.rand(1, s.length, s.heads, device=self.device)
+        gated = self.gradient(lambda *x: linear_attention(*x[:3], log_decay=x[3])[0], q, k, v, rates)
+        wanted = self._on_cpu("<= 1.3")
+        self.add("linear_attention", f"{GRADIENT}, log_decay", gated, "the same without decays", gradient, wanted)
         other = self.gradient(softmax_attention, q, k, v)
         self.add("linear_attention", GRADIENT, gradient, "softmax attention", other, self._on_cpu("<= 1/10"))
         if self.device == "cuda" and (fla := _optional("fla.ops.linear_attn")):
@@ -168,6 +173,31 @@ class Bench:
             self.add(
                 "linear_attention", GRADIENT, gradient, "flash-linear-attention", self.gradient(theirs, q, k, v), "<= 1"
             )
+
+    def delta(self) -> None:
+        s = self.sizes
+        q, k, v = (self.random(1, s.length, s.heads, s.head) for _ in range(3))
+        beta, rates = torch.rand(2, 1, s.length, s.heads, device=self.device).to(s.dtype)
+        inputs = q, k, v, beta, -0.1 * rates
+
+        def ours(*x: Tensor) -> Tensor:
+            return delta_rule(*x[:4], log_decay=x[4], normalize_qk=True)[0]
+
+        forward, gradient = self.both(ours, *inputs)
+        a = self.random(s.length // 64 * s.heads, 64, s.head)
+        # Products of 64 tokens, each 2 * 64 * 64 * head at these widths: forward the two of keys and queries, three
+        # with the inverse or the pairs, three with the state; backward, six of these again and 14 of the adjoint.
+        product, wanted = self.seconds(lambda: torch.bmm(a, a.mT)) * s.head / 64, self._on_cpu("<= 2")
+        self.add("delta_rule", "forward", forward, "its 8 matrix products a block", 8 * product, wanted)
+        self.add("delta_rule", GRADIENT, gradient, "its 28 matrix products a block", 28 * product, wanted)
+        if qwen := _optional("transformers.models.qwen3_next.modeling_qwen3_next"):
+            torch_chunk = qwen.torch_chunk_gated_delta_rule
+
+            def theirs(*x: Tensor) -> Tensor:
+                return torch_chunk(*x[:3], g=x[4], beta=x[3], use_qk_l2norm_in_kernel=True)[0]
+
+            other = self.gradient(theirs, *inputs)
+            self.add("delta_rule", GRADIENT, gradient, "transformers, torch_chunk_gated_delta_rule", other, "<= 1/5")
 
     def short(self) -> None:
         s = self.sizes
@@ -266,12 +296,19 @@ def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     """Relative RMS error of each operator's default backend against its reference in fp64, the largest of output and
     gradients.
     """
+    from ...kernels.delta_rule import reference_delta_rule
     from ...kernels.linear_attention import reference_linear_attention
     from ...kernels.long_conv import reference_long_conv
     from ...kernels.short_conv import reference_short_conv
 
     def r(*shape: int) -> Tensor:
         return (torch.randn(shape) * 0.5).to(dtype)
+
+    def gated(rule: Callable[..., tuple[Tensor, object]]) -> Callable[..., tuple[Tensor, object]]:
+        def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, object]:
+            return rule(q, k, v, gate.sigmoid(), log_decay=-gate.exp(), normalize_qk=True)
+
+        return run
 
     runs: dict[str, tuple[Callable[..., tuple[Tensor, object]], Callable[..., tuple[Tensor, object]], list[Tensor]]] = {
         "elementwise": (
@@ -280,6 +317,11 @@ def check(device: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             [r(2, 300, 48) for _ in range(3)],
         ),
         "linear_attention": (linear_attention, reference_linear_attention, [r(2, 300, 3, 32) for _ in range(3)]),
+        "delta_rule": (
+            gated(delta_rule),
+            gated(reference_delta_rule),
+            [*(r(2, 300, 3, 32) for _ in range(3)), r(2, 300, 3)],
+        ),
         "short_conv": (short_conv, reference_short_conv, [r(2, 300, 48), r(48, 4), r(48)]),
         "long_conv": (long_conv, reference_long_conv, [r(2, 300, 48), r(48, 200)]),
     }
@@ -446,7 +488,7 @@ def run(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     if bad := [name for name, found in checked.items() if not found <= limit]:
         raise InputError("kernels", ", ".join(bad), f"a relative error up to {limit:g} against the definition")
     print(HEADER)
-    for measure in (bench.elementwise, bench.linear, bench.short, bench.long):
+    for measure in (bench.elementwise, bench.linear, bench.delta, bench.short, bench.long):
         measure()
     with torch.no_grad():
         bench.long_sequence(longest)

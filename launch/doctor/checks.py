@@ -172,7 +172,7 @@ def _backends() -> Iterator[Finding]:
     """Which backend of each operator ``backend="auto"`` takes here, and why not another; each is run once."""
     import torch
 
-    from ...kernels import elementwise, linear_attention, long_conv, modal_conv, short_conv
+    from ...kernels import delta_rule, elementwise, linear_attention, long_conv, modal_conv, short_conv
     from ...kernels.scan import scan
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,6 +181,7 @@ def _backends() -> Iterator[Finding]:
     for operator, case, run_once in (
         (elementwise, (fp32, 6), lambda: elementwise.elementwise_attention(x, x, x)),
         (linear_attention, (fp32, fp32, 2, 2), lambda: linear_attention.linear_attention(heads, heads, heads)),
+        (delta_rule, (2, 2, False, fp32), lambda: delta_rule.delta_rule(heads, heads, heads, heads[..., 0])),
         (short_conv, (fp32, fp32, 4), lambda: short_conv.short_conv(x, x[0, :4])),
         (long_conv, (fp32, fp32), lambda: long_conv.long_conv(x, x[0, :4])),
         (modal_conv, (fp32, fp32, 2), lambda: scan(modal_conv.ModalConv(), x, *modes)),

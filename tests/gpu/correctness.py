@@ -46,6 +46,8 @@ PRODUCTS = Limits(8e-3, 1e-3, 2e-6, "the operands of matrix products are rounded
 SUMS = Limits(4e-3, 1e-3, 2e-6, "computed in fp32; a parameter's gradient sums terms of both signs over all tokens")
 MEAN = Limits(3e-2, 4e-3, 4e-6, "dq has v - y, a small difference early in a document, of a y that was rounded")
 
+GATES = Limits(3e-2, 4e-3, 1e-5, "the gradient of log_decay is a running sum of a difference of dots, over a split")
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -108,8 +110,18 @@ def _linear(s: Sizes, device: str, documents: bool = False, **settings: Any) -> 
     options["scale"] = q.shape[-1] ** -0.5
     return (
         [q, k, v],
-        lambda *x: linear_attention(*x, **options, backend="triton")[0],
-        lambda *x: reference_linear_attention(*x, **options)[0],
+        lambda *x, **more: linear_attention(*x, **options, **more, backend="triton")[0],
+        lambda *x, **more: reference_linear_attention(*x, **options, **more)[0],
+    )
+
+
+def _gated_linear(s: Sizes, device: str) -> Made:
+    inputs, run, truth = _linear(s, device)
+    rates = -torch.rand(s.batch, s.length, s.heads)
+    return (
+        [*inputs, rates],
+        lambda *x: run(*x[:3], log_decay=x[3]),
+        lambda *x: truth(*x[:3], log_decay=x[3]),
     )
 
 
@@ -167,6 +179,7 @@ CASES: dict[tuple[str, str], tuple[Maker, Limits]] = {
     ("elementwise_attention", "documents"): (partial(_elementwise, **DOCUMENTS), ROUNDED),
     ("linear_attention", "plain"): (_linear, PRODUCTS),
     ("linear_attention", "decay"): (partial(_linear, decay=DECAYS), PRODUCTS),
+    ("linear_attention", "log_decay"): (_gated_linear, GATES),
     ("linear_attention", "documents"): (partial(_linear, **DOCUMENTS), PRODUCTS),
     ("linear_attention", "mean"): (partial(_linear, normalize=True), MEAN),
     ("short_conv", "plain"): (partial(_short, activation=None), ROUNDED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longreach.kernels import compiled
+from longreach.kernels.delta_rule import DeltaRule
 from longreach.kernels.elementwise import ElementwiseAttention
 from longreach.kernels.linear_attention import LinearAttention
 from longreach.kernels.long_conv import compiled as compiled_long_conv
@@ -44,6 +46,10 @@ def heads() -> list[Tensor]:
     return [*torch.randn(2, BATCH, LENGTH, 2, 3).abs(), torch.randn(BATCH, LENGTH, 2, 4)]
 
 
+def gated_heads() -> list[Tensor]:
+    return [*heads(), *torch.rand(2, BATCH, LENGTH, 2).mul(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))]
+
+
 def tokens() -> list[Tensor]:
     return list(torch.randn(3, BATCH, LENGTH, WIDTH))
 
@@ -60,11 +66,26 @@ MIXERS = {
     "linear": (LinearAttention(decay=(0.9, 0.5)), heads),
     "linear-chunked": (LinearAttention(normalize=True, backend="chunked"), heads),
     "linear-normalized": (LinearAttention(normalize=True), heads),
+    "linear-gated": (LinearAttention(), lambda: [*heads(), -torch.rand(BATCH, LENGTH, 2)]),
+    "linear-gated-chunked": (
+        LinearAttention(normalize=True, backend="chunked"),
+        lambda: [*(x[:, :, :1] for x in heads()[:2]), torch.randn(BATCH, LENGTH, 2, 4), -torch.rand(BATCH, LENGTH, 2)],
+    ),
+    "linear-groups": (LinearAttention(), lambda: [*(x[:, :, :1] for x in heads()[:2]), heads()[2]]),
+    "delta-rule": (DeltaRule(), gated_heads),
+    "delta-rule-chunked": (DeltaRule(normalize_qk=True, backend="chunked"), gated_heads),
     "modal": (ModalConv(), modes),
     "modal-chunked": (ModalConv(backend="chunked"), modes),
     "modal-centred": (CentredModalConv(), lambda: modes(2)),
     "average": (Average(), lambda: [torch.randn(BATCH, LENGTH, WIDTH), torch.rand(WIDTH)]),
 }
+
+
+@pytest.fixture(autouse=True)
+def dynamo_forgets_the_mock() -> Iterator[None]:
+    """The compiler looks functions up once, by name: it would keep the `is_compiling` that `traced` puts there."""
+    yield
+    torch._dynamo.trace_rules.clear_lru_cache()
 
 
 def same(run: Any, leaves: list[Tensor], wanted: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longreach.kernels import elementwise, linear_attention, long_conv, modal_conv, native, short_conv
+from longreach.kernels import delta_rule, elementwise, linear_attention, long_conv, modal_conv, native, short_conv
 from longreach.kernels.gpu import OPTIONS, Tiling, Variant
 from longreach.kernels.long_conv.chunked import LongConv
 from longreach.kernels.scan import Carry, scan
@@ -92,6 +92,41 @@ def _linear_attention_case(**options: Any) -> Case:
         state_lanes=0,
         stays=False,
     )
+
+
+def _delta_rule_case() -> Case:
+    def adapt(rule: Run, **options: Any) -> Run:
+        def run(*inputs: Tensor, **given: Any) -> tuple[Tensor, Carry]:
+            return rule(*inputs[:4], log_decay=inputs[4], **given, **options)
+
+        return run
+
+    def inputs(length: int, lanes: int) -> dict[str, Tensor]:
+        q, k, v = torch.randn(3, lanes, length, 1, 4)
+        beta, rate = torch.rand(2, lanes, length, 1) + 0.5
+        return {"q": q, "k": F.normalize(k, dim=-1), "v": v, "beta": beta, "log_decay": -0.1 * rate}
+
+    return Case(
+        adapt(delta_rule.reference_delta_rule),
+        {name: adapt(delta_rule.delta_rule, backend=name) for name in ("reference", "chunked", "cpu")},
+        inputs,
+        lambda lanes: torch.rand(lanes, 1, 4, 4) + 0.1,
+        lanes=0,
+        state_lanes=0,
+        stays=False,
+    )
+
+
+def _gated_linear_attention_case() -> Case:
+    def by_name(run: Run) -> Run:
+        return lambda q, k, v, log_decay, **given: run(q, k, v, log_decay=log_decay, **given)
+
+    def inputs(length: int, lanes: int) -> dict[str, Tensor]:
+        return plain.inputs(length, lanes) | {"log_decay": -torch.rand(lanes, length, 1)}
+
+    plain = _linear_attention_case()
+    backends = {name: run if name == "triton" else by_name(run) for name, run in plain.backends.items()}
+    return plain._replace(reference=by_name(plain.reference), backends=backends, inputs=inputs)
 
 
 def _short_conv_case(**options: Any) -> Case:
@@ -170,8 +205,10 @@ CASES = {
     "elementwise both": _elementwise_case(causal=False),
     "linear_attention": _linear_attention_case(),
     "linear_attention decay": _linear_attention_case(decay=(0.9,)),
+    "linear_attention log_decay": _gated_linear_attention_case(),
     "linear_attention normalize": _linear_attention_case(normalize=True),
     "linear_attention both normalize": _linear_attention_case(causal=False, normalize=True),
+    "delta_rule": _delta_rule_case(),
     "short_conv": _short_conv_case(),
     "short_conv both silu": _short_conv_case(causal=False, activation="silu"),
     "long_conv": _long_conv_case(causal=True),
@@ -204,6 +241,7 @@ def small_chunks() -> Iterator[None]:
 SLOW = {
     "linear_attention": False,
     "linear_attention decay": True,
+    "linear_attention log_decay": True,
     "linear_attention normalize": False,
     "linear_attention both normalize": True,
 }
@@ -307,6 +345,8 @@ def problems(case: Case, backend: str, *, documents: bool, length: int) -> list[
 def test_what_is_not_finite_stays_visible(name: str, backend: str, documents: bool) -> None:
     """Catches clamps, floors, exponentials and quotients that hide NaN or an infinity, and masks that multiply by 0."""
     case = CASES[name]
+    if backend not in case.backends:
+        pytest.skip("there is none")
     if backend == "triton":
         pytest.importorskip("triton")
         if name in SLOW and documents != SLOW[name]:

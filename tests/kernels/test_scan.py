@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
 from helpers import run_distributed
 from torch import Tensor
 
+from longreach.errors import InputError
+from longreach.kernels import native
+from longreach.kernels.delta_rule import DeltaRule
 from longreach.kernels.elementwise import ElementwiseAttention
 from longreach.kernels.linear_attention import LinearAttention
 from longreach.kernels.modal_conv import CentredModalConv, ModalConv
-from longreach.kernels.scan import Carry, StatefulOp, exclusive_chunk_scan, scan
+from longreach.kernels.scan import (
+    AffineMap,
+    Carry,
+    FusedForward,
+    Matrix,
+    StatefulOp,
+    exclusive_chunk_scan,
+    scan,
+)
 from longreach.parallel.mesh import Axis, node_axes
 from longreach.parallel.relay import AxisStateExchange
 
@@ -248,3 +260,107 @@ def test_decoding_does_not_drift_from_streaming(name: str) -> None:
         for carry, wide in ((decoded, False), (whole, True))
     ]
     assert float((last[0] - last[1]).abs().max()) <= 1e-5 * float(last[1].abs().max()) + 1e-12
+
+
+def _matrices(seed: int, batch: int = 2) -> tuple[Matrix, Matrix, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    first, second = torch.randn(2, batch, 3, 4, 4, dtype=torch.float64)
+    return Matrix(first), Matrix(second), *torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+
+
+def test_matrices_compose_in_order() -> None:
+    first, second, state, other = _matrices(0)
+    one_by_one = second.apply(first.apply(state))
+    torch.testing.assert_close(first.then(second).apply(state), one_by_one)
+    torch.testing.assert_close(
+        AffineMap(first, other).then(AffineMap(second, state)).apply(other),
+        second.apply(first.apply(other) + other) + state,
+    )
+    # <A x, y> = <x, A^H y>
+    torch.testing.assert_close((first.apply(state) * other).sum(), (state * first.adjoint().apply(other)).sum())
+
+
+def test_matrices_of_documents() -> None:
+    """Where a document begins, A is 0, also one that all rows of the batch share."""
+    for batch in (1, 2):
+        first, _, state, _ = _matrices(1, batch)
+        masked = first.masked(torch.tensor([True, False]), state)
+        assert masked.tensor.shape[0] == 2
+        assert torch.equal(masked.apply(state)[0], first.apply(state)[0]) and not masked.apply(state)[1].any()
+
+
+@pytest.mark.parametrize("number", [1, 4, 100])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sections_of_matrices(batch: int, number: int) -> None:
+    """What a pipeline passes on, slice by slice, is the whole."""
+    first, _, state, bias = _matrices(2, batch)
+    out = torch.full_like(state, torch.nan)
+    sections = list(first.sections(state, number))
+    assert len(sections) <= number and (number == 1 or len(sections) > 1)
+    for part, own in sections:
+        own.affine(state.view(-1)[part], bias.view(-1)[part], out.view(-1)[part])
+    torch.testing.assert_close(out, first.apply(state) + bias)
+
+
+def test_products_of_matrices_are_exact() -> None:
+    """Neither autocast nor TF32 rounds the factors, and fp32 sums do not round the products."""
+    first, second, state, _ = _matrices(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = Matrix(first.tensor.float()).then(Matrix(second.tensor.float()))
+        applied = Matrix(first.tensor.float()).apply(state.float())
+    assert narrow.tensor.dtype == applied.dtype == torch.float32
+    wide = second.tensor.float().double() @ first.tensor.float().double()
+    assert torch.equal(narrow.tensor, wide.float())
+    assert torch.equal(applied, (first.tensor.float().double() @ state.float().double()).float())
+
+
+class Forgetful(StatefulOp):
+    """A sum whose local passes need no transition: the forward returns none, and the backward is one pass."""
+
+    def fused_forward(
+        self, inputs: tuple[Tensor, ...], segments: Tensor | None, initial: Tensor | None
+    ) -> FusedForward:
+        initial = torch.zeros_like(inputs[0][:, 0]) if initial is None else initial
+        y = initial.unsqueeze(1) + inputs[0].cumsum(1)
+        return FusedForward(initial, y, (), None, y[:, -1].clone())
+
+    def fused_backward(self, inputs: tuple[Tensor, ...], *context: Any) -> Any:
+        grad, final_grad, need_initial_grad = context[-3:]
+        final_grad = torch.zeros_like(grad[:, 0]) if final_grad is None else final_grad
+        to_x = final_grad.unsqueeze(1) + grad.flip(1).cumsum(1).flip(1)
+        return (to_x,), to_x[:, 0].clone() if need_initial_grad else None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_local_pass_may_need_no_transition(compiled: bool) -> None:
+    x, state = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    segments = torch.zeros(2, 5, dtype=torch.long)
+
+    def run(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = scan(Forgetful(), x, segments=segments, carry=Carry(state))
+        return y, after.state
+
+    fn = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    y, final = fn(x, state)
+    torch.testing.assert_close(y, state.unsqueeze(1) + x.cumsum(1))
+    torch.testing.assert_close(final, y[:, -1])
+    to_x, to_state = torch.autograd.grad(y.sum() + 3 * final.sum(), [x, state])
+    torch.testing.assert_close(to_x, (3 + torch.arange(5.0, 0, -1)).view(1, 5, 1).expand_as(x))
+    torch.testing.assert_close(to_state, torch.full_like(state, 8.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_a_named_backend_decodes(backend: str) -> None:
+    """A step of decoding is in fp64, which not every backend serves; a backend that does not exist is refused."""
+    if backend == "cpu" and not native.compiler():
+        pytest.skip("no C++ compiler")
+    q = torch.randn(1, 6, 2, 4)
+    for op, inputs in ((LinearAttention, (q, q, q)), (DeltaRule, (q, q, q, q[..., 0]))):
+        before, step = (tuple(x[:, tokens] for x in inputs) for tokens in (slice(5), slice(5, 6)))
+        carry = scan(op(backend=backend), *before)[1]
+        y, after = scan(op(backend=backend), *step, carry=carry)
+        assert y.dtype == torch.float32 and after.state.dtype == torch.float64
+        torch.testing.assert_close(y, scan(op(backend=backend), *inputs)[0][:, 5:])
+        with pytest.raises(InputError, match="abacus"):
+            scan(op(backend="abacus"), *step, carry=carry)

@@ -42,6 +42,10 @@ BUDGETS = {
     ("linear_attention plain", "backward"): (7, 1, 36.6),
     ("linear_attention decay", "forward"): (3, 6, 14.1),
     ("linear_attention decay", "backward"): (7, 1, 36.6),
+    ("linear_attention log_decay", "forward"): (3, 4, 14.2),
+    ("linear_attention log_decay", "backward"): (8, 1, 42.0),
+    ("linear_attention log_decay documents", "forward"): (3, 13, 14.2),
+    ("linear_attention log_decay documents", "backward"): (8, 4, 42.0),
     ("linear_attention normalize", "forward"): (3, 3, 14.1),
     ("linear_attention normalize", "backward"): (8, 7, 41.0),
     ("linear_attention documents", "forward"): (3, 11, 14.1),
@@ -50,6 +54,10 @@ BUDGETS = {
     ("linear_attention non-causal", "backward"): (7, 9, 23.2),
     ("linear_attention non-causal normalize documents", "forward"): (10, 28, 45.4),
     ("linear_attention non-causal normalize documents", "backward"): (15, 20, 95.9),
+    ("delta_rule log_decay", "forward"): (90, 2252, 282.5),
+    ("delta_rule log_decay", "backward"): (135, 5042, 744.9),
+    ("delta_rule log_decay documents", "forward"): (90, 3197, 291.8),
+    ("delta_rule log_decay documents", "backward"): (135, 5985, 754.2),
     ("short_conv SiLU", "forward"): (1, 2, 4.1),
     ("short_conv SiLU", "backward"): (1, 3, 6.2),
     ("short_conv plain", "forward"): (1, 2, 4.1),
@@ -152,6 +160,8 @@ def overflow_cases() -> list[tuple[str, Shape]]:
             continue
         if case.operator == "long_conv":
             shapes = FEW_CHANNELS[:1] if case.variant == "documents" else FEW_CHANNELS
+        elif case.operator == "delta_rule":
+            shapes = [STANDARD]  # launches are of slabs, whose size is bounded
         else:
             shapes = [BELOW, BEYOND, LONGEST]
             if case.operator == "linear_attention" and "documents" in case.variant:
@@ -210,7 +220,9 @@ def test_driver_is_restored() -> None:
     assert first.signature == again.signature and 0 not in _product_kernel.device_caches
 
 
-@pytest.mark.parametrize("name", ["elementwise plain", "short_conv SiLU", "linear_attention decay"])
+@pytest.mark.parametrize(
+    "name", ["elementwise plain", "short_conv SiLU", "linear_attention decay", "linear_attention log_decay"]
+)
 def test_compiled_launches_spill_nothing(name: str) -> None:
     """As they are launched, forward and backward; tests/kernels/test_ahead_of_time.py compiles more, by hand."""
     for row in pass_rows(case_of(name), STANDARD, GPU):
@@ -223,7 +235,7 @@ def test_compiled_launches_spill_nothing(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["plain", "decay", "normalize"])
+@pytest.mark.parametrize("name", ["plain", "decay", "log_decay", "normalize"])
 def test_linear_attention_multiplies_from_shared_memory(name: str) -> None:
     """All of its products are those of a warp group, and none has a first factor in registers, which ptxas up to 12.9
     may overwrite before it is read.

@@ -25,7 +25,7 @@ from longreach.kernels.linear_attention.reference import Reference
 from longreach.kernels.scan import Carry, StatefulOp, scan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-PASSES = ("state", "y", "initial state's gradient", "dq", "dk", "dv")
+PASSES = ("A", "state", "y", "initial state's gradient", "dq", "dk", "dv", "dlog_decay")
 # The largest error as a share of the largest value (or of 1), and the relative RMS error.
 TOLERANCES = {torch.float32: (2e-6, 1e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (1e-2, 8e-3)}
 # The gradient of a weighted mean holds v - y, a small difference early in a document, and y is kept as it is returned.
@@ -35,6 +35,8 @@ MEAN_TOLERANCES = {torch.float32: (4e-6, 4e-6), torch.float16: (4e-3, 4e-3), tor
 # bits of mantissa (those of TF32 and of fp16), by up to 2^-11.
 CUT_OFF, ROUNDED = 3 * 256 / 8 * 2**-23, 4 * 2**-11
 GPU_TOLERANCES = TOLERANCES | {torch.float32: (CUT_OFF, CUT_OFF / 2), torch.float16: (ROUNDED, ROUNDED / 2)}
+# The gradient of log_decay is a running sum over up to 256 tokens of a split, whose errors add up as a random walk.
+GPU_RUNNING_SUM = 16
 # Twice as much, in the difference.
 GPU_MEAN_TOLERANCES = MEAN_TOLERANCES | {
     torch.float32: (2 * CUT_OFF, CUT_OFF),
@@ -48,6 +50,8 @@ SETTINGS = {
     "decay": DECAY,
     "mean": MEAN,
     "decayed-mean": DECAY | MEAN | {"decay": DECAY["decay"]},
+    "gated": PLAIN | {"gated": True},
+    "gated-mean": MEAN | {"gated": True},
     "both": PLAIN | {"causal": False},
     "mean-of-both": MEAN | {"causal": False},
 }
@@ -106,17 +110,17 @@ def passes(
     grad: Tensor,
 ) -> list[Tensor]:
     """What the two passes and their adjoints give."""
-    _, state = op.local_transition(inputs, segments)
+    transition, state = op.local_transition(inputs, segments)
     y, saved = op.apply_state(inputs, segments, initial)
     initial_grad = op.incoming_state_grad(inputs, segments, initial, saved, grad)
     grads = op.input_grads(inputs, segments, initial, final_grad, saved, grad)
-    return [state, y, initial_grad, *(x for x in grads if x is not None)]
+    return [transition, state, y, initial_grad, *(x for x in grads if x is not None)]
 
 
 def assert_all_close(
     got: list[Tensor], want: list[Tensor], tolerance: tuple[float, float], names: Any = PASSES
 ) -> None:
-    for name, x, truth in zip(names, got, want, strict=True):
+    for name, x, truth in zip(names[: len(want)], got, want, strict=True):
         largest = truth.abs().max().clamp(min=1) if truth.numel() else 0.0
         floor = 0.1 / max(1, truth.numel()) ** 0.5
         assert_close(name, x, truth, max_abs=tolerance[0] * largest, rel_rms=tolerance[1], rms_floor=floor)
@@ -131,17 +135,26 @@ def compare(
     settings: dict[str, Any],
     scale: float = 0.7,
 ) -> None:
+    settings = dict(settings)
+    gated = settings.pop("gated", False)
     if settings["decay"] is not None:
         settings = settings | {"decay": settings["decay"][: shape[2]]}
     inputs, segments, initial, final_grad, grad = make(shape, documents, settings["causal"], settings["normalize"])
     inputs, grad = tuple(x.to(device, dtype) for x in inputs), grad.to(device, dtype)
+    if gated:
+        rates = torch.tensor([0.01, 1.0, 20.0])[: shape[2]]
+        inputs = *inputs, (-torch.rand(*shape[:2], shape[2]) * rates).to(device)
     initial, final_grad, segments = (None if x is None else x.to(device) for x in (initial, final_grad, segments))
     got = passes(module.Triton(**settings, scale=scale), inputs, segments, initial, final_grad, grad)
-    assert got[0].dtype == torch.float32 and all(x.dtype == dtype for x in (got[1], *got[3:]))
+    assert got[1].dtype == torch.float32 and all(x.dtype == dtype for x in (got[2], *got[4:7]))
     wide = tuple(x.double() for x in inputs), segments, initial.double(), final_grad.double(), grad.double()
     truth = passes(Reference(**settings, scale=scale), *wide)
     plain, mean = (GPU_TOLERANCES, GPU_MEAN_TOLERANCES) if device == "cuda" else (TOLERANCES, MEAN_TOLERANCES)
-    assert_all_close(got, truth, (mean if settings["normalize"] else plain)[dtype])
+    limit = (mean if settings["normalize"] else plain)[dtype]
+    assert_all_close(got[:7], truth[:7], limit)
+    if gated:
+        more = GPU_RUNNING_SUM if device == "cuda" else 1
+        assert_all_close(got[7:], truth[7:], (more * limit[0], more * limit[1]), ("dlog_decay",))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

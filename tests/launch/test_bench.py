@@ -20,7 +20,7 @@ from longreach.launch.cli import main
 
 TINY = bench.Sizes(256, 16, 1, 16, torch.float32)
 LENGTHS = [8192, 16384]  # as few as a slope can be told from
-OPERATORS = ["elementwise", "linear_attention", "short_conv", "long_conv"]
+OPERATORS = ["elementwise", "linear_attention", "delta_rule", "short_conv", "long_conv"]
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,9 @@ def no_gradient(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mistake", [off_by_one, twice_the_gradient, no_number, no_gradient])
-@pytest.mark.parametrize("operator", ["elementwise_attention", "linear_attention", "short_conv", "long_conv"])
+@pytest.mark.parametrize(
+    "operator", ["elementwise_attention", "linear_attention", "delta_rule", "short_conv", "long_conv"]
+)
 def test_a_wrong_operator_is_not_timed(
     operator: str,
     mistake: Callable[[Tensor], Tensor],

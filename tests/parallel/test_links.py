@@ -53,6 +53,16 @@ def test_links_choose_the_relay() -> None:
     assert _fastest(two, 10**4, False) == "pipeline" and _fastest(two, 10**4, True) == "gather"
 
 
+def test_a_large_transition_is_not_sent() -> None:
+    """A matrix for each head is as large as the state: a pipeline, in which no A travels, is then the fastest."""
+    narrow = cost.Link(0.0, 1e6)
+    for ranks in (2, 4, 64):
+        axis = Axis(size=ranks, ranks=tuple(range(ranks)), relay="auto", near=narrow, far=narrow)
+        found = {a: _fastest(axis, 10**6, True, a) for a in (0, 4 * 10**6)}
+        assert found[4 * 10**6] == "pipeline" and (ranks > 2 or found[0] == "gather")
+    assert cost.fastest(1e6, 4, SLICES, narrow, narrow, 2, transition_bytes=1e9) == "pipeline"
+
+
 @pytest.mark.parametrize("value", ["[1e-5]", "[1e-5,0]", "[-1,1e9]", "[.inf,1e9]"])
 def test_a_link_is_two_numbers(value: str) -> None:
     with pytest.raises(InputError, match=r"parallel.near.*latency in seconds and a bandwidth"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....framework.mixers.chela import Chela, ChelaConfig
 from ....framework.model import Block
+from ....kernels.delta_rule import delta_rule
 from ....kernels.dropout import dropout
 from ....kernels.elementwise import elementwise_attention
 from ....kernels.linear_attention import linear_attention
@@ -133,18 +134,29 @@ def _elementwise(shape: Shape, *, causal: bool = True, documents: bool = False) 
 
 
 def _linear_attention(
-    shape: Shape, *, causal: bool = True, decay: bool = False, normalize: bool = False, documents: bool = False
+    shape: Shape,
+    *,
+    causal: bool = True,
+    decay: bool = False,
+    gated: bool = False,
+    normalize: bool = False,
+    documents: bool = False,
 ) -> Any:
     heads = max(1, shape.width // HEAD_WIDTH)
     width = shape.width // heads
     decays = [1 - 2.0 ** -(5 + i % 8) for i in range(heads)] if decay else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
         options: dict[str, Any] = {"decay": decays, "causal": causal, "normalize": normalize}
+        options["log_decay"] = gates[0] if gates else None
         options["segments"] = _documents(shape, documents)
         return linear_attention(q, k, v, scale=width**-0.5, backend="triton", **options)[0]
 
-    return [tensor(shape.batch, shape.length, heads, width) for _ in range(3)], run
+    inputs = [tensor(shape.batch, shape.length, heads, width) for _ in range(3)]
+    if gated:
+        rates = tensor(shape.batch, shape.length, heads, dtype=torch.float32)
+        inputs.append(rates.detach().abs().neg().requires_grad_())
+    return inputs, run
 
 
 def _short_conv(shape: Shape, *, activation: str | None = "silu", documents: bool = False) -> Any:
@@ -154,6 +166,18 @@ def _short_conv(shape: Shape, *, activation: str | None = "silu", documents: boo
 
     x = tensor(shape.batch, shape.length, shape.width)
     return [x, tensor(shape.width, TAPS), tensor(shape.width)], run
+
+
+def _delta_rule(shape: Shape, *, documents: bool = False) -> Any:
+    heads = max(1, shape.width // HEAD_WIDTH)
+    tokens = shape.batch, shape.length, heads
+    segments = tensor(*tokens[:2], dtype=torch.int64) if documents else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+        return delta_rule(q, k, v, beta, log_decay=log_decay, segments=segments, backend="triton")[0]
+
+    q, k, v = (tensor(*tokens, shape.width // heads) for _ in range(3))
+    return [q, k, v, tensor(*tokens), tensor(*tokens)], run
 
 
 def _long_conv(shape: Shape, *, causal: bool = True, documents: bool = False) -> Any:
@@ -214,12 +238,15 @@ _MAKERS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Mapping[str, Any]]]
         {
             "plain": {},
             "decay": {"decay": True},
+            "log_decay": {"gated": True},
+            "log_decay documents": {"gated": True, "documents": True},
             "normalize": {"normalize": True},
             "documents": {"documents": True},
             "non-causal": {"causal": False},
             "non-causal normalize documents": {"causal": False, "normalize": True, "documents": True},
         },
     ),
+    "delta_rule": (_delta_rule, {"log_decay": {}, "log_decay documents": {"documents": True}}),
     "short_conv": (
         _short_conv,
         {"SiLU": {}, "plain": {"activation": None}, "SiLU documents": {"documents": True}},
