@@ -97,11 +97,13 @@ clean:
 	@pwd -P > .venv/made-in
 
 .venv/installed-run: .venv/made-in pyproject.toml constraints.txt
-	@echo "installing longreach into .venv (about 2 minutes the first time, more where torch brings CUDA) ..."
+	@echo "installing longreach into .venv: pip, which is quiet, downloads torch, triton, DeepSpeed and smaller packages"
+	@echo "(about 2 minutes the first time, more where torch brings the CUDA libraries) ..."
 	@$(PIP) -e .
 	@touch .venv/installed-run
 
 .venv/installed-dev: .venv/made-in pyproject.toml constraints.txt
-	@echo "installing longreach and its development tools into .venv (about 2 minutes the first time, more where torch brings CUDA) ..."
+	@echo "installing longreach and its development tools into .venv: pip, which is quiet, downloads torch, triton, DeepSpeed,"
+	@echo "transformers and smaller packages (about 2 minutes the first time, more where torch brings the CUDA libraries) ..."
 	@$(PIP) -e ".[dev]"
 	@touch .venv/installed-run .venv/installed-dev

@@ -189,7 +189,7 @@ def test_the_rooms_are_few() -> None:
     assert len(entries) <= 14, entries
 
 
-OPERATORS = ("elementwise", "linear_attention", "long_conv", "modal_conv", "short_conv")
+OPERATORS = ("delta_rule", "elementwise", "linear_attention", "long_conv", "modal_conv", "short_conv")
 FUSED = ("dropout", "rms_norm")  # of each token alone: what a GPU computes in one kernel, and its reference
 
 
@@ -200,6 +200,12 @@ def test_operators_have_the_same_files(operator: str) -> None:
     wanted |= {"compiled.py"} if operator in ("long_conv", "short_conv") else set()
     assert wanted <= {path.name for path in (ROOT / "kernels" / operator).iterdir()}
     assert {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")} == {*OPERATORS, *FUSED}
+
+
+@pytest.mark.parametrize("operator", FUSED)
+def test_fused_operators_have_the_same_files(operator: str) -> None:
+    wanted = {"__init__.py", "reference.py", "triton.py", "README.md"}
+    assert wanted <= {path.name for path in (ROOT / "kernels" / operator).iterdir()}
 
 
 OLD_NAMES = (

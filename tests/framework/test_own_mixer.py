@@ -21,6 +21,7 @@ from longreach.framework.mixers import CONFIGS, MIXERS
 from longreach.framework.mixers.registry import run_files
 from longreach.framework.model import Model, ModelConfig, build_model
 from longreach.kernels.scan import scan
+from longreach.testing import check_mixer
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 EXAMPLE = DOCS / "examples" / "ema.py"
@@ -65,6 +66,23 @@ def test_the_page_shows_the_example_which_is_short() -> None:
     page = (DOCS / "write-a-mixer.md").read_text(encoding="utf-8")
     assert f"```python\n{code}```" in page
     assert len(code.splitlines()) < 70
+
+
+def test_the_mixer_of_reused_parts_and_the_test_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user would do it: files beside one another, imported by name; the test by a function that pytest calls."""
+    page = (DOCS / "write-a-mixer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (parts,) = (block for block in blocks if "class Convolved" in block)
+    (test,) = (block for block in blocks if "check_mixer" in block)
+    for name, code in {"ema": EXAMPLE.read_text(encoding="utf-8"), "parts_reused": parts, "test_of_ema": test}.items():
+        write(tmp_path, code, f"{name}.py")
+    for name in ("ema", "parts_reused", "test_of_ema"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("test_of_ema").test_ema()
+    importlib.import_module("parts_reused")
+    for causal in (True, False):
+        check_mixer("convolved", 16, causal=causal)
 
 
 def test_a_long_piece_is_as_exact_as_a_short_one() -> None:
@@ -125,7 +143,7 @@ def write(place: Path, code: str, name: str = "mine.py") -> str:
 
 
 BAD_FILES = {
-    "not there": (None, "is no file"),
+    "not there": (None, "there is no such file"),
     "fails": ("import torch\n\n1 / 0\n", r"ZeroDivisionError: division by zero \(line 3\)"),
     "is no Python": ("x = = 1\n", r"SyntaxError: .*\(line 1\)"),
     "takes a name": (
@@ -135,7 +153,7 @@ BAD_FILES = {
     ),
     "has no options": (
         "from longreach.framework.mixers import register\n@register('x', int)\nclass X: pass\n",
-        r"register\('x'\): config = .*int.*: must be a dataclass",
+        r"register\('x'\): config = .*int.*: must be the dataclass",
     ),
     "has an option without default": (
         "from dataclasses import dataclass\nfrom longreach.framework.mixers import register\n"
