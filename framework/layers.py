@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from ..parallel.span import Span
 class RMSNorm(nn.Module):
     """RMS normalization, of all channels or within groups of them, with a learnable scale per channel.
 
+    ``y = weight * x / sqrt(mean(x^2) + eps)`` with the mean over the channels of a group, for each token by itself: the
+    same on any shard. ``forward(x [B, L, D])`` returns ``[B, L, D]`` in the dtype of x; sums are in fp32 or better.
+
     Args:
         width: D, channels.
-        group: channels per group (the last group may be smaller); 0 for all.
-        scale: initial scale.
+        group: channels per group (the last group may be smaller); 0 for all. One head's channels normalize each head.
+        scale: initial value of ``weight [D]``.
         eps: added to the mean square.
 
     Source: "Root Mean Square Layer Normalization", arXiv 1910.07467.
@@ -106,10 +110,15 @@ class _Gated(torch.autograd.Function):
 class ShortConv(nn.Module):
     """Depthwise convolution over the last few tokens (causal) or the nearest ones (centred), with a halo exchange.
 
+    ``y[t] = activation(bias + sum_w weight[:, w] x[t - left + w])``, ``left = W - 1`` (causal) or ``W // 2``; tokens
+    beyond the sequence's ends and of other documents count as 0. ``forward(x [B, L, D], span)`` returns ``[B, L, D]``:
+    the same on any shard, streamed or token by token. A layer may call one such module; of two, in one layer,
+    `Span.halo` refuses the second, as both carries would have one name: convolve their inputs together.
+
     Args:
         width: D, channels.
-        taps: W.
-        activation: None or "silu".
+        taps: W; ``weight [D, W]`` is drawn from Normal(0, 1/sqrt(W)), ``bias [D]`` is 0.
+        activation: None or "silu", applied to the result.
         causal: over the W tokens up to the current one, or centred on it.
     """
 
@@ -133,6 +142,41 @@ class ShortConv(nn.Module):
             ]
 
         return span.halo(x, self.left, self.right, convolve)
+
+
+class DecayGate(nn.Module):
+    """Decays that depend on the token: ``exp(-rate * step)`` with ``step = softplus(raw + bias)``.
+
+    Args:
+        size: numbers of a token, one per head or per channel.
+        rates: range of the rates at the start of training, drawn uniformly.
+        steps: range of the step sizes at the start of training, drawn log-uniformly.
+        shared: neighbouring numbers that share a rate; divides ``size``.
+
+    Source: "Transformers are SSMs", arXiv 2405.21060.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rates: tuple[float, float] = (1.0, 16.0),
+        steps: tuple[float, float] = (0.001, 0.1),
+        shared: int = 1,
+    ) -> None:
+        super().__init__()
+        self.shared = shared
+        self.log_rate = nn.Parameter(torch.empty(size // shared).uniform_(*rates).log_())
+        step = torch.empty(size).uniform_(*map(math.log, steps)).exp_()
+        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
+
+    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, L, size]`` -> the step sizes and the logarithms of the decays, of the same shape, in fp32 or better:
+        16 bits do not tell a slow decay from 1.
+        """
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        step = F.softplus(raw.to(wide) + self.bias.to(wide))
+        rate = self.log_rate.to(wide).exp()
+        return step, step * -(rate if self.shared == 1 else rate.repeat_interleave(self.shared))
 
 
 def dropout(x: Tensor, rate: float, span: Span, name: str) -> Tensor:

@@ -24,6 +24,8 @@ from .mixers import (
     ChelaConfig,
     ElementwiseConfig,
     FeedforwardKernelConfig,
+    GatedDeltaNetConfig,
+    Mamba2Config,
     SoftmaxConfig,
     build_mixer,
     options,
@@ -39,18 +41,18 @@ class ModelConfig:
     Attributes:
         vocab: tokens in the vocabulary; 0 to take it from the data.
         width: D, channels of the residual stream.
-        depth: number of blocks.
-        mixers: token mixers by name; the pattern is repeated over the depth.
-        causal: tokens see only their past.
-        ffn_ratio: hidden width of the feed-forward layers over the width.
+        depth: number of layers (residual blocks), each a mixer and a feed-forward layer.
+        mixers: token mixers by name, of the first, second, ... layer; the list is repeated over the depth.
+        causal: whether tokens see only themselves and earlier ones.
+        ffn_ratio: hidden width of the feed-forward layers, divided by ``width``.
         dropout: rate at the end of each mixer and feed-forward layer.
-        positions: what is added to the embedded tokens: "sinusoidal" (arXiv 1706.03762), or nothing.
+        positions: position encoding that is added to the embedded tokens: "sinusoidal" (arXiv 1706.03762), or "none".
         channels: C, where a token is a vector of C numbers; 0 where tokens are ids.
         head: the output: the next "token"; a "class" or "numbers" for the whole sequence; numbers for each token
             ("series").
-        outputs: classes, or numbers; taken from the data where 0.
-        documents: 2 where a sequence is two documents to be compared.
-        elementwise, chela, feedforward_kernel, softmax: the mixers' options.
+        outputs: how many classes or numbers the head answers; 0 to take it from the data.
+        documents: 2 where a sequence is two documents to be compared, else 1.
+        elementwise, chela, feedforward_kernel, mamba2, gated_deltanet, softmax: the mixers' options.
         code: Python files, run by `config.load`, that register mixers of your own; `build_model` runs none.
         options: the options of these mixers, by name.
     """
@@ -70,6 +72,8 @@ class ModelConfig:
     elementwise: ElementwiseConfig = field(default_factory=ElementwiseConfig)
     chela: ChelaConfig = field(default_factory=ChelaConfig)
     feedforward_kernel: FeedforwardKernelConfig = field(default_factory=FeedforwardKernelConfig)
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    gated_deltanet: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     code: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -236,7 +240,7 @@ def _check(config: ModelConfig) -> None:
     if not 0 <= config.dropout < 1:
         raise InputError("model.dropout", config.dropout, "at least 0 and less than 1")
     if config.documents not in (1, 2):
-        raise InputError("model.documents", config.documents, "1, or 2 to be compared")
+        raise InputError("model.documents", config.documents, "1, or 2 documents to be compared")
     for name in config.mixers:
         if name not in MIXERS:
             fix = "name the file of one of your own in model.code"

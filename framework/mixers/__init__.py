@@ -10,6 +10,8 @@ from ...errors import InputError
 from .chela import ChelaConfig
 from .elementwise import ElementwiseConfig
 from .feedforward_kernel import FeedforwardKernelConfig
+from .gated_deltanet import GatedDeltaNetConfig
+from .mamba2 import Mamba2Config
 from .registry import CONFIGS, MIXERS, options, register
 from .softmax import SoftmaxConfig
 
@@ -25,10 +27,13 @@ def build_mixer(name: str, width: int, config: Any, *, causal: bool) -> nn.Modul
         causal: whether tokens see only their past.
 
     Raises:
-        InputError: unknown name, or options that do not fit the width.
+        InputError: unknown name, options that do not fit the width, or a causal mixer (attribute ``causal_only``) where
+            tokens see later ones.
     """
     if name not in MIXERS:
         raise InputError("model.mixers", name, f"one of {', '.join(MIXERS)}")
+    if not causal and getattr(MIXERS[name], "causal_only", False):
+        raise InputError("model.causal", causal, f"true with the mixer {name}", "choose elementwise or chela")
     return MIXERS[name](width, config, causal=causal)
 
 
@@ -38,6 +43,8 @@ __all__ = [
     "ChelaConfig",
     "ElementwiseConfig",
     "FeedforwardKernelConfig",
+    "GatedDeltaNetConfig",
+    "Mamba2Config",
     "SoftmaxConfig",
     "build_mixer",
     "options",

@@ -1,4 +1,4 @@
-"""Which mixers there are: the four of this package, and those that a user's own file registers."""
+"""Which mixers there are: those of this package, and those that a user's own file registers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from ...errors import InputError
 from .chela import Chela
 from .elementwise import Elementwise
 from .feedforward_kernel import FeedforwardKernel
+from .gated_deltanet import GatedDeltaNet
+from .mamba2 import Mamba2
 from .softmax import Softmax
 
 MIXERS: dict[str, Any] = {
     "elementwise": Elementwise,
     "chela": Chela,
     "feedforward_kernel": FeedforwardKernel,
+    "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
     "softmax": Softmax,
 }
 CONFIGS: dict[str, type] = {}
@@ -45,7 +49,7 @@ def register(name: str, config: type) -> Callable[[Mixer], Mixer]:
         InputError: another class has the name, or ``config`` is no dataclass whose fields have defaults.
     """
     if not isinstance(config, type) or not dataclasses.is_dataclass(config):
-        raise InputError(f"register({name!r}): config", config, "must be a dataclass, that of the mixer's options")
+        raise InputError(f"register({name!r}): config", config, "must be the dataclass of the mixer's options")
     if missing := [f.name for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]:
         given = f"{config.__name__} without defaults of {', '.join(missing)}"
         raise InputError(f"register({name!r}): config", given, "must have a default for every option")
@@ -69,7 +73,7 @@ def run_files(paths: Sequence[str]) -> None:
         file = Path(path).resolve()
         if not file.is_file():
             fix = "give its path from the directory in which longreach is started"
-            raise InputError("model.code", path, "is no file", fix)
+            raise InputError("model.code", path, "there is no such file", fix)
         if not _is_loaded(file):
             _run(file, path)
 

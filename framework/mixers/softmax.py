@@ -34,7 +34,7 @@ class Softmax(nn.Module):
     def __init__(self, width: int, config: SoftmaxConfig, *, causal: bool = True) -> None:
         super().__init__()
         if width % (2 * config.heads):
-            raise InputError("model.softmax.heads", config.heads, f"even heads' width: 2 * heads divides {width}")
+            raise InputError("model.softmax.heads", config.heads, f"2 * heads must divide the width {width}")
         self.heads, self.base, self.causal = config.heads, config.rope_base, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)

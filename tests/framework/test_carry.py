@@ -19,12 +19,13 @@ from longreach.framework.inference.generate import Decoder, generate
 from longreach.framework.model import Model, ModelConfig, build_model
 from longreach.kernels.scan import Carry
 
-MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+MIXERS = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
 
 
 def small_model(seed: int = 0, mixers: list[str] = MIXERS, dtype: torch.dtype = torch.float32) -> Model:
     config = ModelConfig(vocab=256, width=16, depth=len(mixers), mixers=mixers)
     config.chela.heads = config.feedforward_kernel.heads = config.softmax.heads = 2
+    config.mamba2.head_width = 8
     torch.manual_seed(seed)
     model = build_model(config).to(dtype).eval()
     for parameter in model.blocks.parameters():
@@ -181,10 +182,10 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "blocks.0.scan.state is missing or of another type",
     ),
     "another shape": (
-        lambda path: rewrite(path, lambda t: t.update({"blocks.3.by_channel.state": torch.ones(1, 3, 2, 24)})),
-        r"blocks.3.by_channel.state is \[1, 3, 2, 24\]",
+        lambda path: rewrite(path, lambda t: t.update({"blocks.5.by_channel.state": torch.ones(1, 3, 2, 24)})),
+        r"blocks.5.by_channel.state is \[1, 3, 2, 24\]",
     ),
-    "no position": (lambda path: rewrite(path, position=-1), "does not hold what it must"),
+    "no position": (lambda path: rewrite(path, position=-1), "entries are missing"),
     "not complex": (lambda path: rewrite(path, complex=["logits"]), "is damaged|does not fit"),
 }
 

