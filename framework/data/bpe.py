@@ -13,11 +13,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ...errors import InputError
 from ..runtime.files import replace_text
+from .content import Binary
 from .corpus import list_files
 from .progress import Callback, progress
 from .reading import BadSamples, Reader
-from .records import kind_of
 from .stall import run_in_thread
+from .tally import Tally
 from .vocabulary import MAX_SIZE, SubwordVocabulary
 
 MIN_SIZE = 256  # one token for each byte
@@ -37,7 +38,9 @@ def make_tokenizer(
     valid_fraction: float = 0.05,
     field: str = "text",
     max_bad_samples: int = 0,
+    binary: Binary = "skip",
     callback: Callback | None = None,
+    tally: Tally | None = None,
 ) -> SubwordVocabulary:
     """Train a tokenizer on the training documents of a source, the same that `pack` puts into ``train``, and save it.
 
@@ -45,7 +48,8 @@ def make_tokenizer(
         source: see `corpus.list_files`.
         path: of the ``tokenizer.json`` to write; must not exist.
         size: see `train_bpe`.
-        valid_fraction, field, max_bad_samples, callback: as for `pack`.
+        valid_fraction, field, max_bad_samples, binary, callback: as for `pack`.
+        tally: counts the files and documents that are read, converted and skipped.
 
     Raises:
         InputError: the source cannot be read or is not text, or the file cannot be written.
@@ -54,11 +58,11 @@ def make_tokenizer(
     check_size("--vocab", size)
     if path.exists() or not path.parent.is_dir():
         raise InputError("FILE", str(path), "must be a new file in a directory that exists")
-    files = list_files(source)
-    if any(kind_of(file) == "npy" for file in files):
+    files = list_files(source, binary, tally)
+    if any(file.kind == "npy" for file in files):
         raise InputError("data.source", source, "must be text: .npy arrays hold token ids already")
-    reader = Reader(files, valid_fraction, field, callback)
-    vocabulary = train_from_reader(reader, size, BadSamples(max_bad_samples), callback)
+    reader = Reader(files, valid_fraction, field, callback, tally=tally)
+    vocabulary = train_from_reader(reader, size, BadSamples(max_bad_samples, tally=tally), callback)
     try:
         replace_text(path, vocabulary.content.decode())
     except OSError as error:

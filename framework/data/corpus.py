@@ -6,20 +6,47 @@ files into documents. Files are sorted by the bytes of their keys: the order doe
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ...errors import InputError
-from .tar import Member, check_suffix, members, read_member
+from .content import (
+    COMPRESSIONS,
+    DAMAGED,
+    Binary,
+    binary_format,
+    compression_of,
+    encoding_of,
+    inflated_head,
+    inflating,
+    utf8,
+)
+from .tally import Tally, told
+from .tar import INFLATE_BYTES, MAX_DOCUMENT, BadSample, Member, check_suffix, members, read_member
 
 CPYTHON = "cpython"  # a folder of this name is given as ./cpython
 TAR, COMPRESSED = ".tar", (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".fa": "fasta",
+    ".fasta": "fasta",
+    ".fna": "fasta",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+PLAIN_KINDS = {".npy": "npy", ".parquet": "parquet"}  # never compressed
+MAX_INFLATED = 1 << 30  # bytes of a text that is compressed
+SPECIAL = {stat.S_IFLNK: "link", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +59,8 @@ class File:
         num_bytes: its size.
         mtime_ns: time of the last change of ``path``, in nanoseconds.
         member: its place in the tar file; None for a file on disk.
+        compression, encoding: of its text; see `content.compression_of` and `content.encoding_of`. Empty where its
+            bytes are read as they are.
     """
 
     key: str
@@ -39,6 +68,19 @@ class File:
     num_bytes: int
     mtime_ns: int
     member: Member | None = None
+    compression: str = ""
+    encoding: str = ""
+
+    @property
+    def kind(self) -> str:
+        """How it is split into documents: one of `KINDS` or `PLAIN_KINDS`, or ``text`` if the whole file is one."""
+        name = self.key.lower()
+        if self.member is not None:
+            return "text"
+        if kind := PLAIN_KINDS.get(PurePosixPath(name).suffix):
+            return kind
+        stem = next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)
+        return KINDS.get(PurePosixPath(stem).suffix, "text")
 
 
 def check_source(source: str) -> None:
@@ -48,66 +90,111 @@ def check_source(source: str) -> None:
         raise InputError("data.source", source, "must be a path: no command is run and nothing is fetched", fix)
 
 
-def list_files(source: str) -> list[File]:
-    """List the files of ``source``, sorted by the bytes of their keys; no content is read.
+def list_files(source: str, binary: Binary = "skip", tally: Tally | None = None) -> list[File]:
+    """List the files of ``source``, sorted by the bytes of their keys; of each, the beginning is read.
 
     A folder is searched recursively for regular files. Skipped are names that begin with a dot (``.git``), symbolic
-    links (their targets would be read twice, or lie outside the folder) and empty files. A ``.tar`` file, or a folder
-    of ``.tar`` files only, is read as WebDataset shards: each member is a file, by the same rules.
+    links (their targets would be read twice, or lie outside the folder), FIFOs, sockets, devices, empty files, and
+    files of another kind than `KINDS` whose content is no text. A ``.tar`` file, or a folder of ``.tar`` files only,
+    is read as WebDataset shards: each member is a file, by the same rules.
 
     Args:
         source: the path of a file or folder, or ``cpython``: every ``.py`` file of the running Python's standard
             library, its tests included, without installed packages.
+        binary: of files whose content is no text: ``skip`` them, read their ``bytes``, or raise an ``error``.
+        tally: counts what is read, converted and skipped.
 
     Raises:
-        InputError: ``source`` is missing, unreadable, a URL, or has only empty files; a tar file is damaged, empty, or
-            has a member that is refused, see `tar.members` and `tar.check_suffix`.
+        InputError: ``source`` is missing, unreadable, a URL, or has nothing to read; it is a single file without a
+            text, or ``binary`` forbids one; a tar file is damaged, empty, or has a member that is refused, see
+            `tar.members` and `tar.check_suffix`.
     """
     check_source(source)
+    tally = Tally() if tally is None else tally
     root = Path(sysconfig.get_path("stdlib") if source == CPYTHON else source).expanduser()
     try:
         mode = root.stat().st_mode
         if stat.S_ISDIR(mode):
-            found = [_file(path.relative_to(root).as_posix(), path) for path in _walk(root, source)]
+            found = [_file(path.relative_to(root).as_posix(), path) for path in _walk(root, source, tally)]
         elif stat.S_ISREG(mode):
             found = [_file(root.name, root)]
         else:
             raise InputError("data.source", source, "must be a regular file or a folder")
-        if _are_shards(found, source):
-            found = [member for file in found for member in _members(file)]
+        if shards := _are_shards(found, source):
+            found = [member for file in found for member in _members(file, tally)]
     except OSError as error:
         raise unreadable(source, error) from None
-    files = [file for file in found if file.num_bytes > 0]
-    if not files:
-        raise InputError(
-            "data.source",
-            source,
-            f"holds no document: {len(found)} files, all empty" if found else "holds no regular file",
-            "links and names that begin with a dot are not read",
-        )
-    return sorted(files, key=lambda file: os.fsencode(file.key))
+    if stat.S_ISREG(mode) and not shards and binary == "skip":
+        binary = "error"
+    found.sort(key=lambda file: os.fsencode(file.key))
+    judged = [_judged(file, binary, tally) for file in found]
+    if not (files := [file for file in judged if file is not None]):
+        skipped = [line for line in told(tally.as_json()) if line.startswith("skipped")]
+        fix = "--binary=bytes (data.binary=bytes) packs the bytes of binary files" * ("binary" in str(skipped))
+        raise InputError("data.source", source, "; ".join(["holds no document", *skipped]), fix)
+    return files
 
 
 def read_file(file: File) -> bytes:
-    """Read one file.
+    """Read one file, its text inflated and as UTF-8.
 
     Raises:
-        BadSample: it is a member of a tar file that cannot be decompressed, or too large.
-        InputError: it cannot be read, or has changed since it was listed.
+        BadSample: it cannot be read or decoded, or is too large.
+        InputError: it has changed since it was listed.
     """
+    with opened(file) as (_, stream):
+        if not file.compression:
+            return stream.read()
+        content = bytearray()
+        while part := stream.read(INFLATE_BYTES):
+            content += part
+            if len(content) > MAX_INFLATED:
+                allowed = f"inflates to more than {MAX_INFLATED >> 20} MiB"
+                fix = "inflate it: plain files may be larger"
+                raise BadSample("file", str(file.path), allowed, fix, reason="too large")
+        return bytes(content)
+
+
+def lines(file: File) -> Iterator[tuple[int, bytes, int]]:
+    """Yield each line's number (from 1), its content as UTF-8, and the number of bytes of the file read for it.
+
+    Raises:
+        BadSample: the file cannot be read or decoded from here on.
+        InputError: a line is longer than `MAX_DOCUMENT`, or the file has changed since it was listed.
+    """
+    number = before = 0
+    with opened(file) as (raw, stream):
+        while line := stream.readline(MAX_DOCUMENT + 1):
+            number, at = number + 1, raw.tell()
+            if len(line) > MAX_DOCUMENT:
+                allowed = f"is longer than {MAX_DOCUMENT >> 20} MiB"
+                raise InputError("line", f"{file.path}:{number}", allowed, "is it what the file's name says?")
+            yield number, line, at - before
+            before = at
+
+
+@contextmanager
+def opened(file: File) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file: its bytes, of which a position can be told, and the stream of its text; see `read_file`."""
+    field, path = ("file", str(file.path)) if file.member is None else (f"member of {file.path}", file.member.name)
     try:
-        if file.member is not None:
-            if file.path.stat().st_mtime_ns != file.mtime_ns:
-                allowed = "was changed after its members were listed"
-                raise InputError("shard", str(file.path), allowed, "pack it while nothing writes to it")
-            return read_member(file.path, file.member)
-        content = file.path.read_bytes()
-    except OSError as error:
-        raise unreadable(str(file.path), error) from None
-    if len(content) != file.num_bytes:
-        allowed = f"had {file.num_bytes} bytes when it was listed and {len(content)} when it was read"
-        raise InputError("data.source", str(file.path), allowed, "pack it while nothing writes to it")
-    return content
+        with open(file.path, "rb", opener=_open) as raw:
+            status = os.fstat(raw.fileno())
+            if status.st_mtime_ns != file.mtime_ns or (file.member is None and status.st_size != file.num_bytes):
+                allowed = "was changed after it was listed"
+                raise InputError("data.source", str(file.path), allowed, "pack it while nothing writes to it")
+            if file.member is not None:
+                stream: BinaryIO = io.BytesIO(read_member(file.path, file.member))
+            else:
+                stream = inflating(raw, file.compression)
+            yield raw, utf8(stream, file.encoding)
+    except UnicodeDecodeError as error:
+        raise BadSample(field, path, f"is not {file.encoding}: {error.reason}", reason="damaged") from None
+    except (OSError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise BadSample(field, path, f"cannot be read: {error.strerror}", reason="unreadable") from None
+        fix = "it was cut or changed: fetch it again"
+        raise BadSample(field, path, f"cannot be inflated: {error}", fix, reason="damaged") from None
 
 
 def unreadable(path: str, error: OSError) -> InputError:
@@ -117,20 +204,61 @@ def unreadable(path: str, error: OSError) -> InputError:
     return InputError("data.source", path, f"cannot be read: {error.strerror}{where}", fix)
 
 
-def _walk(root: Path, source: str) -> Iterator[Path]:
+def _walk(root: Path, source: str, tally: Tally) -> Iterator[Path]:
     """Yield the regular files below ``root``; an unreadable folder raises OSError instead of being skipped."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    skipped = {"site-packages", "dist-packages", "__pycache__"} if source == CPYTHON else set()
     for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        for name in names:
+        if source == CPYTHON:
+            folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
+            names = [name for name in names if name.endswith(".py")]
+        for name in (*folders, *names):
             path = Path(folder, name)
-            is_read = name.endswith(".py") if source == CPYTHON else not name.startswith(".")
-            if is_read and stat.S_ISREG(path.lstat().st_mode):
+            mode = path.lstat().st_mode
+            if name.startswith("."):
+                tally.add("skipped", "hidden")
+            elif stat.S_ISREG(mode):
                 yield path
+            elif not stat.S_ISDIR(mode):
+                tally.add("skipped", SPECIAL.get(stat.S_IFMT(mode), "device"))
+        folders[:] = [name for name in folders if not name.startswith(".")]  # links to folders are not followed
+
+
+def _judged(file: File, binary: Binary, tally: Tally) -> File | None:
+    """The file as its content says that it is read, or None if it is skipped."""
+    if not file.num_bytes:
+        tally.add("skipped", "empty")
+        return None
+    kind, compression = file.kind, compression_of(file.key)
+    if kind in PLAIN_KINDS.values():
+        tally.add("read", kind)
+        return file
+    try:
+        with open(file.path, "rb", opener=_open) as raw:
+            stream: BinaryIO = raw
+            if file.member is not None:
+                raw.seek(file.member.offset)
+                stream = io.BytesIO(raw.read(min(file.num_bytes, INFLATE_BYTES)))
+            head = inflated_head(stream, compression)
+    except OSError:
+        head = b""  # it cannot be read now: reading its documents will say so
+    if kind == "text" and (name := binary_format(head)):
+        if binary == "error":
+            fix = "leave it out, or pack its bytes: --binary=bytes (data.binary=bytes)"
+            raise InputError("data.source", file.key, f"is no text, but binary data ({name})", fix)
+        tally.add(*("skipped", f"binary ({name})") if binary == "skip" else ("read", "binary as bytes"))
+        return None if binary == "skip" else file
+    encoding = encoding_of(head)
+    for conversion in filter(None, (compression, encoding)):
+        tally.add("converted", conversion)
+    tally.add("read", kind)
+    return replace(file, compression=compression, encoding=encoding)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # of a file that has become a FIFO, too
 
 
 def _are_shards(found: list[File], source: str) -> bool:
@@ -146,11 +274,13 @@ def _are_shards(found: list[File], source: str) -> bool:
     return 0 < shards == len(found)
 
 
-def _members(tar: File) -> list[File]:
+def _members(tar: File, tally: Tally) -> list[File]:
     """The files in a tar file; InputError if none has content."""
     found = []
     for member in members(tar.path):
-        if not any(part.startswith(".") for part in member.name.split("/")):
+        if any(part.startswith(".") for part in member.name.split("/")):
+            tally.add("skipped", "hidden")
+        else:
             check_suffix(tar.path, member.name)
             found.append(File(f"{tar.key}/{member.name}", tar.path, member.num_bytes, tar.mtime_ns, member))
     if not any(file.num_bytes for file in found):

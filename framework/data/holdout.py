@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
-from .records import Document
+from .document import Document
 
 MIN_LEN = 2  # tokens of either part of a document that is split: an input and its label
 

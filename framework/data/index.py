@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
+from .nucleotides import Case
 from .progress import Callback, progress
 from .stall import TIMEOUT, run_with_timeout
 from .tar import members
@@ -58,7 +59,8 @@ class Split:
         shard: int64 ``[documents]``, the number of each document's shard.
         offset: int64 ``[documents]``, the byte offset of each document's tokens in its shard.
         length: int64 ``[documents]``, tokens of each document.
-        num_bytes: size of the documents before tokenization; 0 if tokens are ids, which stand for no bytes.
+        num_bytes: size of the documents before tokenization, without masked tokens; 0 if tokens are ids without a text.
+        num_masked: tokens that are in `Index.masked`.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -67,6 +69,7 @@ class Split:
     offset: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     length: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     num_bytes: int = 0
+    num_masked: int = 0
 
     @property
     def num_documents(self) -> int:
@@ -75,6 +78,11 @@ class Split:
     @property
     def num_tokens(self) -> int:
         return int(self.length.sum())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The mean size of a token that is not masked; 0 if tokens stand for no bytes."""
+        return self.num_bytes / max(1, self.num_tokens - self.num_masked)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Index:
         splits: ``train`` and ``valid``; ``valid`` may be empty.
         source: what was packed and with which options; `pack` compares them to decide whether it can be reused.
         baselines: bits per byte of simple compressors on the held-out bytes; see `baselines.baselines`.
+        masked: tokens that are no labels, such as those of N in a genome; they are context like all others.
     """
 
     directory: Path
@@ -98,6 +107,18 @@ class Index:
     splits: dict[str, Split]
     source: dict[str, Any]
     baselines: dict[str, Any] = field(default_factory=dict)
+    masked: tuple[int, ...] = ()
+
+    @property
+    def mask(self) -> str:
+        """The letters whose tokens are masked; see `nucleotides.masked_letters`."""
+        return str(self.source.get("mask") or "")
+
+    @property
+    def case(self) -> Case:
+        """What was done with lower-case letters of FASTA; see `nucleotides.Case`."""
+        found: Case = self.source.get("case") or "upper"
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -110,8 +131,8 @@ class Index:
 
         Uses the mean bytes per token of the split, so it is exact for a loss over the whole split.
         """
-        part = self.splits[split]
-        return loss / math.log(2) * part.num_tokens / part.num_bytes if part.num_bytes else None
+        size = self.splits[split].bytes_per_token
+        return loss / math.log(2) / size if size else None
 
     def open_vocabulary(self) -> Vocabulary:
         """Return the vocabulary; InputError if the tokenizer is missing, damaged or not the one of the index."""
@@ -190,6 +211,7 @@ class Index:
         for name, split in self.splits.items():
             splits[name] = {
                 "num_tokens": split.num_tokens,
+                **({"num_masked": split.num_masked} if self.masked else {}),
                 **({"num_bytes": split.num_bytes} if self.vocabulary.get("kind") == SubwordVocabulary.kind else {}),
                 "shards": [
                     {"name": s.name, "bytes": s.num_bytes, "sha256": s.sha256, "num_samples": s.num_samples}
@@ -202,7 +224,8 @@ class Index:
                     "length": split.length.tolist(),
                 },
             }
-        return {"version": VERSION, "vocabulary": self.vocabulary, "dtype": self.dtype, "splits": splits}
+        masked = {"masked": [*self.masked]} if self.masked else {}
+        return {"version": VERSION, "vocabulary": self.vocabulary, **masked, "dtype": self.dtype, "splits": splits}
 
     @classmethod
     def _parse(cls, directory: Path, fields: dict[str, Any]) -> Index:
@@ -219,14 +242,17 @@ class Index:
             shard, offset, length = (np.array(columns[c], dtype=np.int64) for c in ("shard", "offset", "length"))
             splits[name] = Split(tuple(shards), tuple(columns["key"]), shard, offset, length)
             _check_split(path, splits[name], np.dtype(fields["dtype"]).itemsize)
-            num_bytes = {"bytes": splits[name].num_tokens, "ids": 0}.get(vocabulary["kind"], part.get("num_bytes"))
-            splits[name] = replace(splits[name], num_bytes=int(num_bytes))
+            num_masked = int(part.get("num_masked", 0))
+            known = {"bytes": splits[name].num_tokens - num_masked, "ids": 0}
+            num_bytes = int(known.get(vocabulary["kind"], part.get("num_bytes")))
+            splits[name] = replace(splits[name], num_bytes=num_bytes, num_masked=num_masked)
         if not 1 <= int(vocabulary["size"]) <= np.iinfo(fields["dtype"]).max + 1:
             raise _damaged(path, f"has a vocabulary that does not fit {fields['dtype']}")
         name, baselines = str(fields["name"]), {key: float(value) for key, value in fields["baselines"].items()}
         if not name.isprintable():
             raise _damaged(path, "has a name that cannot be shown")
-        return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines)
+        masked = tuple(int(token) for token in fields.get("masked", ()))
+        return cls(directory, name, fields["dtype"], vocabulary, splits, source, baselines, masked)
 
     def _check_shards(self, verify: bool, timeout: float, callback: Callback | None) -> None:
         """Raise InputError unless every shard has the size and, with ``verify``, the content of the index."""

@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import InputError
 from .index import Index
 from .labels import IGNORE, next_token_labels
+from .nucleotides import complement_of
 from .stall import TIMEOUT, run_with_timeout
 
 WORKER_DIED = "DataLoader worker"  # how the message begins that torch raises, from a signal handler, if a worker dies
+SCAN_LEN = 1 << 20  # tokens that are read at a time to find windows with labels
 FILLER = -1  # the number of a sequence without labels, which completes the last validation batch
 Packing = Literal["stream", "documents"]
 
@@ -68,6 +70,7 @@ class TokenStream:
         self.index, self.split, self.name, self.timeout = index, index.splits[split], split, timeout
         self.dtype = np.dtype(index.dtype).newbyteorder("<")
         self.starts = np.concatenate([[0], np.cumsum(self.split.length)]).astype(np.int64)
+        self._windows: dict[tuple[int, bool, bool], NDArray[np.int64]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +119,28 @@ class TokenStream:
         field = f"token in {self.split.keys[number]!r} in {path}"
         raise InputError(field, int(tokens[place]), allowed, "pack the corpus again")
 
+    def windows_with_labels(self, seq_len: int, by_document: bool, both_strands: bool) -> NDArray[np.int64]:
+        """The windows of `SequenceDataset` in which not every label is masked, read in either direction; int64."""
+        key = (seq_len, by_document, both_strands)
+        if key not in self._windows:
+            is_masked = np.zeros(int(self.index.vocabulary["size"]), bool)
+            is_masked[list(self.index.masked)] = True
+            found = np.zeros(max(0, -(-(self.num_tokens - 1) // seq_len)), bool)
+            for start in range(0, self.num_tokens, SCAN_LEN):
+                stop = min(start + SCAN_LEN, self.num_tokens)
+                is_label = ~is_masked[self.read(start, stop)]
+                if start == 0:
+                    is_label[0] = False
+                if by_document:
+                    first, last = np.searchsorted(self.starts, [start, stop])
+                    is_label[self.starts[first:last] - start] = False
+                places = start + np.flatnonzero(is_label)
+                if both_strands:  # inside a window, so that it is a label in both directions
+                    places = places[(places % seq_len > 0) & (places < self.num_tokens - 1)]
+                found[(places - 1) // seq_len] = True
+            self._windows[key] = np.flatnonzero(found)
+        return self._windows[key]
+
     def documents(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the document number of each of the tokens ``[start, stop)``, int64 ``[stop - start]``."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
@@ -137,6 +162,15 @@ class Sequences:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    @property
+    def num_numbers(self) -> int:
+        """The numbers of sequences are below this: their count, or more where a sequence has several forms."""
+        return len(self)
+
+    def epochs(self, count: int) -> dict[str, float]:
+        """How often the first ``count`` sequences read each source, by name; of a single one the name is empty."""
+        return {"": count / max(1, len(self))}
 
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, labels and segments (or None) of sequence ``window``, as in `Batch` without the batch dimension.
@@ -166,12 +200,24 @@ class SequenceDataset(Sequences):
         seed: of the order, at least 0; None reads the stream once in order, for validation.
         packing: ``stream``: documents are concatenated and not kept apart. ``documents``: no label is from the next
             document, and batches have the document ids as segments.
+        both_strands: in each epoch, half of the sequences on average are the reverse complements of their windows; the
+            numbers of these are ``len(self)`` higher.
+
+    Tokens that the index masks are no labels, and windows without any label are left out.
 
     Raises:
         InputError: the stream has no token with a label, or an argument is out of range.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None, packing: Packing = "stream") -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        *,
+        seed: int | None,
+        packing: Packing = "stream",
+        both_strands: bool = False,
+    ) -> None:
         if packing not in get_args(Packing):
             raise InputError("data.packing", packing, f"must be one of {', '.join(get_args(Packing))}")
         if seq_len < 1:
@@ -186,9 +232,30 @@ class SequenceDataset(Sequences):
             raise InputError("data.source", where, "must hold a token that has a next one in its document", fix)
         super().__init__(seed)
         self.stream, self.seq_len, self.packing = stream, seq_len, packing
+        self.masked = torch.tensor(stream.index.masked)
+        self.windows: NDArray[np.int64] | None = None  # those that are read; None for all
+        if stream.index.masked:
+            self.windows = stream.windows_with_labels(seq_len, packing == "documents", both_strands)
+            if not len(self.windows):
+                where = f"{stream.index.directory} holds only masked tokens in its split {stream.name}"
+                raise InputError("data.source", where, "must hold a token that is a label", "pack it with another mask")
+        self.complement = None
+        if both_strands:
+            self.complement = complement_of(stream.index.source.get("alphabet"), stream.index.name)
 
     def __len__(self) -> int:
-        return -(-(self.stream.num_tokens - 1) // self.seq_len)
+        return -(-(self.stream.num_tokens - 1) // self.seq_len) if self.windows is None else len(self.windows)
+
+    @property
+    def num_numbers(self) -> int:
+        return len(self) * (1 if self.complement is None else 2)
+
+    def window(self, position: int) -> int:
+        number = super().window(position)
+        if self.complement is None or self.seed is None:
+            return number
+        is_other_strand = _epoch_strands(len(self), self.seed, position // len(self))[number]
+        return number + len(self) * int(is_other_strand)
 
     def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read a window: tokens, labels, segments (or None), each int64 ``[L]``."""
@@ -196,16 +263,20 @@ class SequenceDataset(Sequences):
         tokens, labels = torch.zeros(self.seq_len, dtype=torch.int64), torch.full((self.seq_len,), IGNORE)
         segments = torch.full((self.seq_len,), stream.num_documents) if by_document else None
         if window != FILLER:
-            start = window * self.seq_len
+            other_strand, number = divmod(window, len(self))
+            start = self.seq_len * (number if self.windows is None else int(self.windows[number]))
             stop = min(start + self.seq_len, stream.num_tokens)
             after = min(stop + 1, stream.num_tokens)
             content = torch.from_numpy(stream.read(start, after).astype(np.int64))
+            numbers = torch.from_numpy(stream.documents(start, after).astype(np.int64)) if by_document else None
+            is_masked = torch.isin(content, self.masked)
+            if other_strand and self.complement is not None:
+                content, is_masked = self.complement[content.flip(0)], is_masked.flip(0)
+                numbers = None if numbers is None else numbers[-1] - numbers.flip(0)
             tokens[: stop - start] = content[: stop - start]
-            numbers = None
-            if segments is not None:
-                numbers = torch.from_numpy(stream.documents(start, after).astype(np.int64))
+            if segments is not None and numbers is not None:
                 segments[: stop - start] = numbers[: stop - start]
-            labels[: stop - start] = next_token_labels(content, numbers)[: stop - start]
+            labels[: stop - start] = next_token_labels(content, numbers, is_masked)[: stop - start]
         return tokens, labels, segments
 
 
@@ -382,5 +453,14 @@ def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     By RandomState, whose streams NumPy guarantees never to change: with torch's or NumPy's newer generators, a run
     resumed after an update could read other data.
     """
-    words = [part >> shift & 0xFFFFFFFF for part in (seed, epoch) for shift in (0, 32)]
-    return np.random.RandomState(words).permutation(count)
+    return np.random.RandomState(_words(seed, epoch)).permutation(count)
+
+
+@lru_cache(maxsize=2)
+def _epoch_strands(count: int, seed: int, epoch: int) -> NDArray[np.bool_]:
+    """Return which of one epoch's sequences are read as the other strand, bool ``[count]``; as `_epoch_order`."""
+    return np.random.RandomState([*_words(seed, epoch), 1]).random_sample(count) < 0.5
+
+
+def _words(*numbers: int) -> list[int]:
+    return [number >> shift & 0xFFFFFFFF for number in numbers for shift in (0, 32)]

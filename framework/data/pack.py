@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import logging
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +24,22 @@ from ...errors import InputError
 from ..runtime.files import sync, write_text
 from .baselines import baselines
 from .bpe import check_size, train_from_reader
+from .content import Binary
 from .corpus import CPYTHON, File, list_files
 from .index import FILE_NAME, SPLITS, Index, Shard, Split, dtype_of
+from .nucleotides import Case, LetterCount, masked_letters
 from .progress import Callback, progress
 from .reading import BadSamples, Reader
-from .records import array_vocab_size, kind_of
-from .vocabulary import TOKENIZER, ByteVocabulary, IdVocabulary, SubwordVocabulary, Vocabulary
+from .records import array_vocab_size
+from .tally import Tally, told
+from .vocabulary import MAX_SIZE, ByteVocabulary, IdVocabulary, SubwordVocabulary, Vocabulary
 
 SHARD_BYTES = 64 << 20
 TAR_BLOCK = 512  # a tar member's content is padded to whole blocks
 ENCODE_BYTES = 1 << 20  # documents are encoded in batches of about this size
+LOCK = "lock"  # in a directory that is being written: locked while its process lives
+
+log = logging.getLogger("longreach.data")
 
 
 def pack(
@@ -43,6 +53,9 @@ def pack(
     field: str = "text",
     shard_bytes: int = SHARD_BYTES,
     max_bad_samples: int = 0,
+    binary: Binary = "skip",
+    mask: str = "",
+    case: Case = "upper",
     callback: Callback | None = None,
 ) -> Index:
     """Pack the documents of ``source`` into ``out_dir``; if it already is the result of that, return its index.
@@ -56,32 +69,43 @@ def pack(
         out_dir: must not exist, be empty, or be the result of an earlier call.
         name: of the corpus.
         valid_fraction: part of the documents that is held out, in [0, 1); 0 holds out none.
-        tokenizer: path of a ``tokenizer.json``; documents that are not UTF-8 are then bad samples.
+        tokenizer: path of a ``tokenizer.json``; documents that are not UTF-8 are then bad samples. For arrays of token
+            ids: the tokenizer that they were made with.
         vocab: size of the vocabulary. For text: train a tokenizer of this size on the training documents; 0 packs
-            bytes. For arrays of token ids: the bound of the ids; 0 for the largest id plus one.
-        field: of a JSON line that holds the text.
+            bytes. For arrays of token ids: the bound of the ids; 0 for the largest id plus one, up to `MAX_SIZE`.
+        field: of a JSON line, or column of a table, that holds the text; see `document.content_at`.
         shard_bytes: a shard is closed once its documents reach this size.
-        max_bad_samples: up to this many documents that cannot be decoded are logged and skipped.
+        max_bad_samples: up to this many documents and files that cannot be read or decoded are logged and skipped.
+        binary: what is done with files whose content is no text; see `corpus.list_files`.
+        mask: letters that are no labels, in either case; see `nucleotides`.
+        case: of lower-case letters of FASTA; see `nucleotides.Case`.
         callback: reports the progress in bytes; see `progress`.
 
     Raises:
-        InputError: ``source`` is missing, empty, unreadable or cannot be split, has too many bad samples, or does not
-            fit the vocabulary; ``out_dir`` contains something else or cannot be written.
+        InputError: ``source`` is missing, unreadable or cannot be split, has no documents or too many bad samples, or
+            does not fit the vocabulary; ``out_dir`` contains something else or cannot be written.
     """
     out_dir = Path(out_dir).absolute()
     if not 0 <= valid_fraction < 1:
         raise InputError("data.valid_fraction", valid_fraction, "must be at least 0 and less than 1")
-    files = list_files(source)
-    kinds = sorted({kind_of(file) for file in files} - {"file"})
+    tally = Tally()
+    files = list_files(source, binary, tally)
+    kinds = sorted({file.kind for file in files} - {"text"})
     given = _given_tokenizer(tokenizer, vocab, "npy" in kinds)
+    if case != "upper" and "fasta" not in kinds:
+        raise InputError("data.case", case, f"is for FASTA files, and {source} holds none", "leave it out")
     _check_outside(source, out_dir)
     provenance = {
         "valid_fraction": valid_fraction,
         "shard_bytes": shard_bytes,
         "files": _digest(f"{file.num_bytes} {file.key}" for file in files),
         "records": kinds or None,
-        "field": field if "jsonl" in kinds else None,
+        "field": field if {"jsonl", "csv", "tsv", "parquet"} & {*kinds} else None,
+        "binary": None if binary == "skip" else binary,
+        "mask": masked_letters(mask, case) or None,
+        "case": None if case == "upper" else case,
         "tokenizer": given.sha256 if given else None,
+        "chat_template": given.describe().get("chat_template") if given and {"jsonl", "parquet"} & {*kinds} else None,
         "vocab": vocab or None,
     }
     if (index := _existing(out_dir, provenance, files)) is not None:
@@ -89,10 +113,14 @@ def pack(
     partial: str | None = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent)
-        reader = Reader(files, valid_fraction, field, callback)
-        _write(Path(partial), reader, name, provenance, given, max_bad_samples, callback)
-        os.chmod(partial, 0o755)  # with mkdtemp's mode, other users of a cluster could not read it
+        reader = Reader(
+            files, valid_fraction, field, callback, given.encode_chat if given else None, tally, case == "upper"
+        )
+        partial, lock = _partial_dir(out_dir)
+        with lock:
+            _write(Path(partial), reader, name, provenance, given, BadSamples(max_bad_samples, tally=tally), callback)
+            os.chmod(partial, 0o755)  # with mkdtemp's mode, other users of a cluster could not read it
+            os.unlink(lock.name)  # from here on, it is not taken for a stale one: it is not empty
         _publish(partial, out_dir)
     except OSError as error:
         if (index := _existing(out_dir, provenance, files)) is not None:
@@ -102,13 +130,13 @@ def pack(
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+    for line in told(tally.as_json()):
+        log.info("%s: %s", name, line)
     return Index.load(out_dir, verify=False)
 
 
 def _given_tokenizer(tokenizer: str, vocab: int, arrays: bool) -> SubwordVocabulary | None:
     """The tokenizer of the file ``tokenizer``, None if empty; InputError for options that exclude each other."""
-    if tokenizer and arrays:
-        raise InputError("data.tokenizer", tokenizer, "must be empty where the source holds token ids already")
     if tokenizer and vocab:
         raise InputError("data.vocab", vocab, "must be 0 where a tokenizer is given, which has its own size")
     if vocab and not arrays:
@@ -117,14 +145,24 @@ def _given_tokenizer(tokenizer: str, vocab: int, arrays: bool) -> SubwordVocabul
 
 
 def _vocabulary(
-    reader: Reader, provenance: dict[str, Any], given: SubwordVocabulary | None, max_bad: int, callback: Callback | None
+    reader: Reader,
+    provenance: dict[str, Any],
+    given: SubwordVocabulary | None,
+    max_bad: float,
+    callback: Callback | None,
 ) -> Vocabulary:
     """The vocabulary of a corpus: ids of its arrays, the given tokenizer, one that is trained now, or bytes."""
-    if size := array_vocab_size(reader.files):
-        vocab = provenance["vocab"] or size
+    if (size := array_vocab_size(reader.files)) or "npy" in (provenance["records"] or ()):
+        vocab = given.size if given else provenance["vocab"] or size
+        if vocab < size and given:
+            allowed = f"is not the tokenizer of the arrays, which hold the id {size - 1}"
+            raise InputError("data.tokenizer", f"{given.size} tokens", allowed)
         if vocab < size:
             raise InputError("data.vocab", vocab, f"must be at least {size}: the arrays hold the id {size - 1}")
-        return IdVocabulary(vocab)
+        if vocab > MAX_SIZE and not provenance["vocab"]:
+            allowed = f"must be given: the arrays hold the id {size - 1}, and a model's table would have {size:,} rows"
+            raise InputError("data.vocab", 0, allowed, f"if the ids are right: --vocab {size} (data.vocab)")
+        return given or IdVocabulary(max(1, vocab))
     if given or not provenance["vocab"]:
         return given or ByteVocabulary()
     bad = BadSamples(max_bad, report=False)  # they are reported when they are packed
@@ -137,24 +175,33 @@ def _write(
     name: str,
     provenance: dict[str, Any],
     given: SubwordVocabulary | None,
-    max_bad: int,
+    bad: BadSamples,
     callback: Callback | None,
 ) -> None:
-    """Write shards, tokenizer and index into the existing ``folder``."""
-    vocabulary = _vocabulary(reader, provenance, given, max_bad, callback)
+    """Write shards, tokenizer and index into the existing ``folder``; ``bad`` counts what is left out."""
+    vocabulary = _vocabulary(reader, provenance, given, bad.limit, callback)
     if isinstance(vocabulary, SubwordVocabulary):
-        write_text(folder / TOKENIZER, vocabulary.content.decode())
-    digest, bad, splits = hashlib.sha256(), BadSamples(max_bad), {}
+        for file_name, content in vocabulary.files.items():
+            write_text(folder / file_name, content)
+    digest, splits, letters = hashlib.sha256(), {}, provenance["mask"] or ""
+    counts = {split: LetterCount(vocabulary, letters) for split in SPLITS}
     with tempfile.TemporaryFile(dir=folder) as held_out:
         with progress(f"packing {name}", reader.num_bytes, callback) as advance:
             for split in SPLITS:
                 documents = reader.read(split, bad, vocabulary.check, advance)
-                copy = held_out if split == "valid" and not isinstance(vocabulary, IdVocabulary) else None
-                encoded = _encoded(_hashed(documents, digest, copy), vocabulary)
-                splits[split] = _write_split(folder, split, encoded, provenance["shard_bytes"], vocabulary)
+                copy = held_out if split == "valid" else None
+                encoded = _encoded(_hashed(documents, digest), vocabulary, bad.tally, copy, counts[split], letters)
+                written = _write_split(folder, split, encoded, provenance["shard_bytes"], vocabulary)
+                splits[split] = replace(written, num_masked=counts[split].num_masked)
+        if not splits["train"].num_documents:
+            found = bad.tally.as_json()
+            lines = "; ".join(told({key: found[key] for key in ("skipped", "bad") if key in found}))
+            raise InputError("data.source", name, f"has no document to train on ({lines})")
         source = {**provenance, "content": digest.hexdigest(), "num_bad_samples": bad.count}
+        source |= {"counts": bad.tally.as_json(), "alphabet": counts["train"].alphabet}
         dtype, measured = dtype_of(vocabulary.size), baselines(held_out, callback)
-    Index(folder, name, dtype, vocabulary.describe(), splits, source, measured).write()
+    masked = counts["train"].masked
+    Index(folder, name, dtype, vocabulary.describe(), splits, source, measured, masked).write()
 
 
 class _ShardFile:
@@ -178,26 +225,41 @@ class _ShardFile:
             os.fsync(self.file.fileno())
 
 
-def _hashed(
-    documents: Iterator[tuple[str, NDArray[Any]]], digest: Any, copy: IO[bytes] | None = None
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the documents unchanged; update ``digest`` with them, and write their contents to ``copy``."""
+def _hashed(documents: Iterator[tuple[str, NDArray[Any]]], digest: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the documents unchanged; update ``digest`` with them."""
     for key, content in documents:
         digest.update(f"{content.nbytes} {key}\0".encode("utf-8", "surrogateescape"))
         digest.update(content)
-        if copy is not None:
-            copy.write(content.data)
         yield key, content
 
 
-def _encoded(documents: Iterator[tuple[str, NDArray[Any]]], vocabulary: Vocabulary) -> Iterator[tuple[str, int, bytes]]:
-    """Yield key, size in bytes, and tokens (as written to a shard) of each document that has any token."""
+def _encoded(
+    documents: Iterator[tuple[str, NDArray[Any]]],
+    vocabulary: Vocabulary,
+    tally: Tally,
+    copy: IO[bytes] | None,
+    count: LetterCount,
+    letters: str,
+) -> Iterator[tuple[str, int, bytes]]:
+    """Yield key, size of its text in bytes, and tokens (as written to a shard) of each document that has any token.
+
+    Masked tokens are counted, and not part of the size. The texts are also written to ``copy``, without the masked
+    ``letters``, and documents without tokens are counted.
+    """
     dtype = np.dtype(dtype_of(vocabulary.size)).newbyteorder("<")
     for batch in _batches(documents):
         encoded = vocabulary.encode([content for _, content in batch])
         for (key, content), tokens in zip(batch, encoded, strict=True):
+            num_bytes = 0
+            for part in vocabulary.text_of(content):
+                num_bytes += len(part)
+                if copy is not None:
+                    copy.write(bytes(part).translate(None, letters.encode()) if letters else part)
+            num_bytes -= count.add(tokens)
             if len(tokens):
-                yield key, content.nbytes, tokens.astype(dtype, copy=False).tobytes()
+                yield key, num_bytes, tokens.astype(dtype, copy=False).tobytes()
+            else:
+                tally.add("skipped", "text without a token")
 
 
 def _batches(documents: Iterator[tuple[str, NDArray[Any]]]) -> Iterator[list[tuple[str, NDArray[Any]]]]:
@@ -240,8 +302,7 @@ def _write_split(
                 item = next(documents, None)
         shards.append(Shard(path.name, file.num_bytes, file.digest.hexdigest(), len(rows) - first))
     shard, offset, length = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-    split_bytes = 0 if isinstance(vocabulary, IdVocabulary) else total_bytes
-    return Split(tuple(shards), tuple(keys), shard, offset, length, split_bytes)
+    return Split(tuple(shards), tuple(keys), shard, offset, length, total_bytes)
 
 
 def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> Index | None:
@@ -262,10 +323,12 @@ def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> I
     if not changed:
         packed_at = (out_dir / FILE_NAME).stat().st_mtime_ns
         if max(file.mtime_ns for file in files) > packed_at:
-            digest, bad = hashlib.sha256(), BadSamples(math.inf, report=False)
-            reader = Reader(files, provenance["valid_fraction"], provenance["field"] or "")
+            digest, bad, vocabulary = hashlib.sha256(), BadSamples(math.inf, report=False), index.open_vocabulary()
+            chat = vocabulary.encode_chat if isinstance(vocabulary, SubwordVocabulary) else None
+            field, upper = provenance["field"] or "", provenance["case"] is None
+            reader = Reader(files, provenance["valid_fraction"], field, chat=chat, upper=upper)
             for split in SPLITS:
-                for _ in _hashed(reader.read(split, bad, index.open_vocabulary().check), digest):
+                for _ in _hashed(reader.read(split, bad, vocabulary.check), digest):
                     pass
             changed = ["content"] * (index.source.get("content") != digest.hexdigest())
     if changed:
@@ -273,6 +336,45 @@ def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> I
         fix = "give another name (data.name=NAME), or delete it to pack again, if no run needs it"
         raise InputError("out_dir", str(out_dir), allowed, fix)
     return index
+
+
+def _partial_dir(out_dir: Path) -> tuple[str, BinaryIO]:
+    """Create the directory in which ``out_dir`` is written, and remove those of processes that were killed.
+
+    Returns:
+        Its path, and the open file in it whose lock says that this process lives.
+    """
+    prefix = f".{out_dir.name}.partial-"
+    for name in os.listdir(out_dir.parent):
+        if name.startswith(prefix):
+            _remove_stale(out_dir.parent / name)
+    while True:
+        partial = tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent)
+        with suppress(FileNotFoundError):  # another process has just taken it for a stale one
+            lock = open(Path(partial, LOCK), "wb")  # noqa: SIM115, closed by the caller
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                continue
+            except OSError:
+                pass  # a file system without locks: no process removes it
+            if os.path.exists(lock.name):
+                return partial, lock
+            lock.close()
+
+
+def _remove_stale(partial: Path) -> None:
+    """Remove a directory of `_partial_dir` if no process has its lock."""
+    try:
+        with open(partial / LOCK, "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial, ignore_errors=True)
+    except FileNotFoundError:
+        with suppress(OSError):
+            partial.rmdir()  # one that has no lock yet is empty
+    except OSError:
+        pass  # it is being written
 
 
 def _publish(partial: str, out_dir: Path) -> None:

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 from .corpus import File
+from .document import Chat
 from .holdout import Holdout
 from .progress import Callback, progress
-from .records import documents, kind_of
+from .records import documents
+from .tally import Tally
 from .tar import BadSample
 
 log = logging.getLogger("longreach.data")
@@ -24,18 +26,28 @@ class Reader:
     Args:
         files: see `corpus.list_files`.
         valid_fraction: see `Holdout`.
-        field: see `records.documents`.
+        field, chat: see `records.documents`.
         callback: reports the bytes scanned for the keys of documents; see `progress`.
+        tally, upper: see `records.documents`.
     """
 
-    def __init__(self, files: list[File], valid_fraction: float, field: str, callback: Callback | None = None) -> None:
-        self.files, self.field = files, field
+    def __init__(
+        self,
+        files: list[File],
+        valid_fraction: float,
+        field: str,
+        callback: Callback | None = None,
+        chat: Chat | None = None,
+        tally: Tally | None = None,
+        upper: bool = True,
+    ) -> None:
+        self.files, self.field, self.chat, self.upper = files, field, chat, upper
         self.num_bytes = sum(file.num_bytes for file in files)
-        if all(kind_of(file) == "file" for file in files):  # the names of files are the keys: none is opened
+        if all(file.kind == "text" for file in files):  # the names of files are the keys: none is opened
             self.holdout = Holdout(((file.key, file.num_bytes) for file in files), valid_fraction)
             return
         with progress("finding documents", self.num_bytes, callback) as advance:
-            self.holdout = Holdout(self._sizes(advance), valid_fraction)
+            self.holdout = Holdout(self._sizes(advance, tally), valid_fraction)
 
     def read(
         self,
@@ -48,24 +60,27 @@ class Reader:
 
         Args:
             split: ``train`` or ``valid``.
-            bad: counts the documents that cannot be read or encoded.
+            bad: counts the documents that cannot be read or encoded, and those that are empty.
             check: returns why a content cannot be encoded, or an empty string; see `Vocabulary.check`.
             advance: called with the number of bytes just read.
         """
-        for document in self.holdout.select(documents(self.files, self.field), split):
+        for document in self.holdout.select(documents(self.files, self.field, self.chat, upper=self.upper), split):
             try:
                 content = document.read()
                 if why := check(content):
-                    raise BadSample("document", document.key, why)
+                    raise BadSample("document", document.key, why, reason="not UTF-8")
             except BadSample as error:
-                bad.add(error)
+                if split == "train" or document.key != self.holdout.cut:  # that one is in both splits
+                    bad.add(error)
             else:
                 if len(content):
                     yield document.key, content
+                else:
+                    bad.tally.add("skipped", "empty")
             advance(document.num_bytes)
 
-    def _sizes(self, advance: Callable[[int], None]) -> Iterator[tuple[str, int]]:
-        for document in documents(self.files, self.field):
+    def _sizes(self, advance: Callable[[int], None], tally: Tally | None) -> Iterator[tuple[str, int]]:
+        for document in documents(self.files, self.field, self.chat, tally):
             advance(document.num_bytes)
             yield document.key, document.num_bytes
 
@@ -76,14 +91,17 @@ class BadSamples:
     Args:
         limit: one more raises InputError.
         report: log a warning for each.
+        tally: counts them by their reasons, too.
     """
 
-    def __init__(self, limit: float, report: bool = True) -> None:
+    def __init__(self, limit: float, report: bool = True, tally: Tally | None = None) -> None:
         self.limit, self.report, self.count = limit, report, 0
+        self.tally = Tally() if tally is None else tally
 
     def add(self, error: BadSample) -> None:
         """Count one; raise InputError, with its field, value and reason, if it exceeds the limit."""
         self.count += 1
+        self.tally.add("bad", error.reason)
         if self.count > self.limit:
             count = f"{self.count} bad sample{'s' * (self.count > 1)}, {self.limit} allowed"
             fix = error.fix or "mend it, or leave such samples out: data.max_bad_samples=N, or pack --max-bad N"

@@ -1,165 +1,166 @@
 """Splits files into documents, by the suffix of the file's name.
 
 - ``.jsonl``, ``.ndjson``: each line is a document, the text in one of its fields; its key is ``file:line``.
-- ``.fa``, ``.fasta``, ``.fna``: each record is a document: its sequence in capitals, without the header; ``file/id``.
+- ``.csv``, ``.tsv``: each row is a document, the text in one of its columns; ``file:line``, that of its first line.
+  Where the first line names no column ``text``, and no other is asked for, the file is one document.
+- ``.parquet``: each row is a document, the text in one of its columns; ``file:row``.
+- ``.fa``, ``.fasta``, ``.fna``: each record is a document: its sequence (in capitals, if not asked otherwise) without
+  the header; ``file/id``.
 - ``.npy``: each row of token ids ``[rows, n]`` is a document, ``file:row``; an array ``[n]`` is one, ``file``.
 - Any other file, and each member of a tar file, is one document; its key is that of the file.
 
-JSON lines and FASTA are read line by line, also compressed as ``.gz``.
+Files of text are also read compressed, as ``.gz``, ``.bz2`` or ``.xz``, and in UTF-16 or UTF-32 with a byte order mark.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import PurePosixPath
-from typing import Any
+from tokenize import TokenError
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InputError
-from .corpus import File, read_file, unreadable
-from .tar import MAX_DOCUMENT, BadSample
+from .corpus import File, lines, opened, read_file
+from .document import Chat, Document, content_at
+from .tables import csv_documents, has_column, parquet_documents
+from .tally import Tally
+from .tar import BadSample
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".fa": "fasta", ".fasta": "fasta", ".fna": "fasta"}
-ARRAY = ".npy"
+FIELD = "text"  # that holds the text, if no other is named
 MAX_IDS = 1 << 31  # of a vocabulary
 MAX_RECORD = 1 << 30  # bytes of a FASTA record
 SEQUENCE = re.compile(rb"[A-Za-z*.-]+")
 SCAN_IDS = 1 << 22  # ids of an array that are read at a time to find the largest
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document of a corpus.
-
-    Args:
-        key: unique in the corpus.
-        num_bytes: its size in its file, compressed if the file is.
-        read: returns its content ``[n]``: bytes as uint8, or token ids in their array's dtype. Raises `BadSample` if
-            this document cannot be decoded; other documents of the file may still be.
-    """
-
-    key: str
-    num_bytes: int
-    read: Callable[[], NDArray[Any]]
-
-
-def kind_of(file: File) -> str:
-    """How a file is split: ``jsonl``, ``fasta``, ``npy``, or ``file`` if the whole file is one document."""
-    if file.member is not None:
-        return "file"
-    name = file.key.lower()
-    if name.endswith(ARRAY):
-        return "npy"
-    return KINDS.get(PurePosixPath(name.removesuffix(".gz")).suffix, "file")
-
-
-def documents(files: Iterable[File], field: str = "text") -> Iterator[Document]:
+def documents(
+    files: Sequence[File],
+    field: str = FIELD,
+    chat: Chat | None = None,
+    tally: Tally | None = None,
+    upper: bool = True,
+) -> Iterator[Document]:
     """Yield the documents of files, in order.
+
+    A file that cannot be read from some point on gives a last document, whose ``read`` raises the `BadSample`.
 
     Args:
         files: see `corpus.list_files`.
-        field: of a JSON line that holds the text.
+        field: that holds the text; see `content_at`.
+        chat: see `content_at`.
+        tally: counts files of rows that are read whole, and records without content.
+        upper: make the letters of FASTA capitals.
 
     Raises:
-        InputError: a file cannot be read, or its content does not match its suffix; names the file and the line.
+        InputError: a file's content does not match its suffix; names the file and the line.
     """
+    marks = _marks(files)
+    tally = Tally() if tally is None else tally
     for file in files:
-        kind = kind_of(file)
-        if kind == "jsonl":
-            yield from _lines_of_json(file, field)
-        elif kind == "fasta":
-            yield from _sequences(file)
-        elif kind == "npy":
-            yield from _rows(file)
-        else:
-            yield Document(file.key, file.num_bytes, partial(_content, file))
+        has_documents = False
+        try:
+            for document in _documents_of(file, field, marks[file.key], chat, tally, upper):
+                has_documents = True
+                yield document
+            if not has_documents:
+                tally.add("skipped", f"{file.kind} without a record")
+        except BadSample as error:
+            yield Document(file.key, file.num_bytes, partial(_raise, error))
+
+
+def _documents_of(
+    file: File, field: str, mark: str, chat: Chat | None, tally: Tally, upper: bool
+) -> Iterator[Document]:
+    """The documents of one file; see `documents`. ``mark``: see `_marks`."""
+    if file.kind == "jsonl":
+        return _lines_of_json(file, field, mark, chat)
+    if file.kind == "fasta":
+        return _sequences(file, tally, upper)
+    if file.kind == "npy":
+        return _rows(file, mark)
+    if file.kind == "parquet":
+        return parquet_documents(file, field, mark, chat)
+    if file.kind in ("csv", "tsv") and (field != FIELD or has_column(file, field)):
+        return csv_documents(file, field, mark)
+    if file.kind != "text":
+        tally.add("whole", f"{file.kind} without the column {field!r}")
+    return iter([Document(file.key, file.num_bytes, partial(_content, file))])
+
+
+def _marks(files: Sequence[File]) -> dict[str, str]:
+    """What stands between a file's key and the number of a record, so that no other file has the record's key."""
+    keys, marks = sorted(file.key for file in files), {}
+    for file in files:
+        mark = ":"
+        while True:
+            after = bisect_left(keys, file.key + mark)
+            if after == len(keys) or not keys[after].startswith(file.key + mark):
+                break
+            mark += ":"
+        marks[file.key] = mark
+    return marks
+
+
+def _raise(error: BadSample) -> NoReturn:
+    raise error
 
 
 def array_vocab_size(files: list[File]) -> int:
-    """The largest token id in ``.npy`` files plus one; 0 if there is no such file.
+    """The largest token id in ``.npy`` files plus one; 0 if there is none. Arrays that cannot be read do not count.
 
     Raises:
         InputError: an array does not hold token ids, or there are other files beside the arrays.
     """
-    arrays = [file for file in files if kind_of(file) == "npy"]
+    arrays, largest = [file for file in files if file.kind == "npy"], -1
     if arrays and len(arrays) < len(files):
         allowed = f"holds {len(arrays)} .npy files beside {len(files) - len(arrays)} others"
         raise InputError("data.source", str(arrays[0].path), allowed, "give a folder of nothing but arrays, or of none")
-    return max((_max_id(file) for file in arrays), default=-1) + 1
+    for file in arrays:
+        with suppress(BadSample):
+            largest = max(largest, _max_id(file))
+    return largest + 1
 
 
 def _content(file: File) -> NDArray[np.uint8]:
     return np.frombuffer(read_file(file), np.uint8)
 
 
-def _lines(file: File) -> Iterator[tuple[int, bytes, int]]:
-    """Yield each line's number (from 1), its content, and the number of bytes of the file read for it."""
-    try:
-        with open(file.path, "rb") as raw:
-            if os.fstat(raw.fileno()).st_mtime_ns != file.mtime_ns:
-                allowed = "was changed after it was listed"
-                raise InputError("data.source", str(file.path), allowed, "pack it while nothing writes to it")
-            stream = gzip.GzipFile(fileobj=raw) if file.key.lower().endswith(".gz") else raw
-            number = before = 0
-            while line := stream.readline(MAX_DOCUMENT + 1):
-                number, at = number + 1, raw.tell()
-                if len(line) > MAX_DOCUMENT:
-                    allowed = f"is longer than {MAX_DOCUMENT >> 20} MiB"
-                    raise InputError("line", f"{file.path}:{number}", allowed, "is it what the file's name says?")
-                yield number, line, at - before
-                before = at
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        fix = "it was cut or changed: fetch it again"
-        raise InputError("data.source", str(file.path), f"cannot be inflated: {error}", fix) from None
-    except OSError as error:
-        raise unreadable(str(file.path), error) from None
-
-
-def _lines_of_json(file: File, field: str) -> Iterator[Document]:
-    for number, line, num_bytes in _lines(file):
+def _lines_of_json(file: File, field: str, mark: str, chat: Chat | None) -> Iterator[Document]:
+    for number, line, num_bytes in lines(file):
         if line.strip():
             place = f"{file.path}:{number}"
-            yield Document(f"{file.key}:{number}", num_bytes, partial(_text, line, field, place))
+            yield Document(f"{file.key}{mark}{number}", num_bytes, partial(_of_json, line, field, place, chat))
 
 
-def _text(line: bytes, field: str, place: str) -> NDArray[np.uint8]:
-    """The UTF-8 ``[n]`` of the text in a field of a JSON line; `BadSample` if there is none."""
+def _of_json(line: bytes, field: str, place: str, chat: Chat | None) -> NDArray[Any]:
+    """The content of a JSON line; see `content_at`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error) or "nested too deeply"
-        raise BadSample("line", place, f"is not JSON: {why}") from None
-    if not isinstance(row, dict):
-        raise BadSample("line", place, f'must be an object such as {{"{field}": "..."}}')
-    if field not in row:
-        fix = "name its field of text: data.field=NAME, or pack --field NAME"
-        raise BadSample("line", place, f"has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}", fix)
-    if not isinstance(text := row[field], str):
-        raise BadSample("line", place, f"must have a text in its field {field!r}, not {json.dumps(text)[:40]}")
-    try:
-        return np.frombuffer(text.encode(), np.uint8)
-    except UnicodeEncodeError:
-        raise BadSample("line", place, f"has half a character (a lone surrogate) in its field {field!r}") from None
+        raise BadSample("line", place, f"is not JSON: {why}", reason="not JSON") from None
+    return content_at(row, field, place, chat)
 
 
-def _sequences(file: File) -> Iterator[Document]:
+def _sequences(file: File, tally: Tally, upper: bool) -> Iterator[Document]:
     """The records of a FASTA file; records without a sequence are skipped."""
     seen, key, parts, length, num_bytes = set[str](), "", list[bytes](), 0, 0
-    for number, line, taken in _lines(file):
+    for number, line, taken in lines(file):
         line, place = line.strip(), f"{file.path}:{number}"
         if line.startswith(b">"):
             if parts:
-                yield Document(key, num_bytes, partial(_sequence, parts))
-            name = (line[1:].split() or [b"%d" % (len(seen) + 1)])[0].decode("utf-8", "surrogateescape")
+                yield Document(key, num_bytes, partial(_sequence, parts, upper))
+            elif key:
+                tally.add("skipped", "FASTA record without a sequence")
+            # An id has no space, so that no other record has the name of one without an id.
+            name = (line[1:].split() or [b"record %d" % (len(seen) + 1)])[0].decode("utf-8", "surrogateescape")
             if name in seen:
                 raise InputError("record", place, f"is the second with the id {name!r}", "give it another id")
             seen.add(name)
@@ -174,20 +175,23 @@ def _sequences(file: File) -> Iterator[Document]:
                 raise InputError("record", place, f"is longer than {MAX_RECORD >> 20} MiB", "cut it into several")
         num_bytes += taken
     if parts:
-        yield Document(key, num_bytes, partial(_sequence, parts))
+        yield Document(key, num_bytes, partial(_sequence, parts, upper))
+    elif key:
+        tally.add("skipped", "FASTA record without a sequence")
 
 
-def _sequence(parts: list[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(parts).upper(), np.uint8)
+def _sequence(parts: list[bytes], upper: bool) -> NDArray[np.uint8]:
+    content = b"".join(parts)
+    return np.frombuffer(content.upper() if upper else content, np.uint8)
 
 
-def _rows(file: File) -> Iterator[Document]:
+def _rows(file: File, mark: str) -> Iterator[Document]:
     array = _array(file)
     if array.ndim == 1:
-        yield Document(file.key, array.nbytes, partial(np.array, array))
+        yield Document(file.key, array.nbytes, partial(array.astype, np.uint32))
         return
     for number in range(len(array)):
-        yield Document(f"{file.key}:{number}", array[number].nbytes, partial(np.array, array[number]))
+        yield Document(f"{file.key}{mark}{number}", array[number].nbytes, partial(array[number].astype, np.uint32))
 
 
 def _max_id(file: File) -> int:
@@ -209,13 +213,17 @@ def _max_id(file: File) -> int:
 
 def _array(file: File) -> NDArray[Any]:
     """Memory-map an array of ids, ``[n]`` or ``[rows, n]``; arrays of objects and pickles are never loaded."""
+    with opened(file):
+        pass
     try:
         array = np.lib.format.open_memmap(file.path, mode="r")
     except OSError as error:
-        raise unreadable(str(file.path), error) from None
-    except (ValueError, EOFError, SyntaxError, OverflowError, TypeError, MemoryError) as error:
+        allowed = f"cannot be read: {error.strerror}"
+        raise BadSample("file", str(file.path), allowed, reason="unreadable") from None
+    except (ValueError, EOFError, SyntaxError, TokenError, OverflowError, TypeError, MemoryError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError("data.source", str(file.path), f"is not a complete .npy array: {why}") from None
+        allowed = f"is not a complete .npy array: {why}"
+        raise BadSample("file", str(file.path), allowed, reason="damaged") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         found = f"{array.dtype} of {array.ndim} axes"
         allowed = f"must be an array of integers, of one axis or two (each row a document), not {found}"

@@ -37,7 +37,16 @@ KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "
 
 
 class BadSample(InputError):
-    """A document that cannot be decoded, while the rest of its file can; counted by `reading.BadSamples`."""
+    """A document or file that cannot be read or decoded, while others can; counted by `reading.BadSamples`.
+
+    Args:
+        field, value, allowed, fix: see `InputError`.
+        reason: in few words, under which it is counted.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, fix: str = "", reason: str = "not decodable") -> None:
+        super().__init__(field, value, allowed, fix)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ def _inflate(path: Path, name: str, content: bytes) -> bytes:
                     raise _too_large(path, name)
                 parts.append(part)
     except (OSError, EOFError, zlib.error) as error:
-        raise BadSample(f"member of {path}", _short(name), f"cannot be inflated: {error}") from None
+        allowed = f"cannot be inflated: {error}"
+        raise BadSample(f"member of {path}", _short(name), allowed, reason="damaged") from None
     return b"".join(parts)
 
 
@@ -230,7 +240,7 @@ def _short(name: str) -> str:
 def _too_large(path: Path, name: str) -> BadSample:
     allowed = f"is larger than {MAX_DOCUMENT >> 20} MiB, or inflates to more"
     fix = "unpack the archive into a folder and pack that, if it is to be trusted"
-    return BadSample(f"member of {path}", _short(name), allowed, fix)
+    return BadSample(f"member of {path}", _short(name), allowed, fix, reason="too large")
 
 
 def _refuse(path: Path, name: str, allowed: str, fix: str) -> NoReturn:

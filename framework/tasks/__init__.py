@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...errors import InputError
 from ..data import DataConfig
+from .description import TaskDescription
 from .forecast import Forecast
 from .images import Images
 from .language import Language
@@ -45,4 +46,4 @@ def open_task(task: TaskConfig, data: DataConfig) -> Task:
     return kind_of(task)(task, data)
 
 
-__all__ = ["TASKS", "Score", "Task", "TaskConfig", "TaskName", "kind_of", "open_task"]
+__all__ = ["TASKS", "Score", "Task", "TaskConfig", "TaskDescription", "TaskName", "kind_of", "open_task"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import logging
 import math
 from functools import cached_property
 from pathlib import Path
@@ -15,43 +15,75 @@ from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
 from .archive import find_file
+from .description import TaskDescription
+from .table import Table, read_table
 from .task import Examples, Rows, Task, TaskConfig, check_causal, digest_of, set_model_fields
 
 FRACTIONS = {"train": 0.7, "valid": 0.1, "test": 0.2}  # of the time series, in this order
+log = logging.getLogger("longreach.data")
 
 
 class Forecast(Task):
     """Forecasts the next ``task.horizon`` values of each channel from the last ``data.seq_len`` values.
 
-    The first line of the file names the columns. Columns that are not numbers in every line (dates), or are constant in
-    the training split, are skipped. The first 70% of the lines are for training, the next 10% for validation, the last
-    20% for the test; no value is a label in two splits. Values, and hence errors, are in standard deviations of the
+    See `read_table` for how a file is read. Channels that are constant in the training split are left out. The first
+    70% of the lines are for training, the next 10% for validation, the last 20% for the test; no value is a label in
+    two splits, and no window crosses a gap in the times. Values, and hence errors, are in standard deviations of the
     training split. In training every token has labels; in the other splits only the last token of each window has.
+
+    Attributes:
+        table: what was read.
+        columns: names of the channels.
+        mean, deviation: float64 ``[channels]``, of the training split.
+        values: float32 ``[lines, channels]``, standardized.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         super().__init__(task, data)
         file = find_file(data.source, data.name, "*.csv")
         self.title = data.name or file.stem
-        values = _read(file)
-        ends = np.round(np.cumsum([0, *FRACTIONS.values()]) * len(values)).astype(int)
-        training = values[: ends[1]]
-        changing = training.max(axis=0) > training.min(axis=0) if len(training) else np.zeros(values.shape[1], bool)
-        if not changing.any():
-            raise InputError("data.source", str(file), "has no column of numbers that change")
-        mean, deviation = training[:, changing].mean(axis=0), training[:, changing].std(axis=0)
-        self.values = ((values[:, changing] - mean) / deviation).astype(np.float32)
+        self.table = self.read(file, data.columns)
+        num_lines = len(self.table.values)
+        ends = np.round(np.cumsum([0, *FRACTIONS.values()]) * num_lines).astype(int)
         self.bounds = dict(zip(FRACTIONS, zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True), strict=True))
+        self._check_changing(file)
+        training = self.table.values[: ends[1]]
+        self.columns = self.table.columns
+        self.mean, self.deviation = training.mean(axis=0), training.std(axis=0)
+        self.values = self.standardized(self.table)
         for split in FRACTIONS:
-            if self._windows(split)[1] < 1:
-                least = math.ceil((data.seq_len + task.horizon) / FRACTIONS["train"])
-                allowed = f"longer windows than {file.name} has room for in its {len(values)} lines"
-                raise InputError("data.seq_len", data.seq_len, f"makes {allowed} (about {least} are needed)")
+            if not len(self._starts(split)):
+                raise self._too_long(file)
         self.baseline_metrics = self._persistence()
+        log.info("%s", self.table.summary)
+
+    def read(self, file: Path, columns: list[str], key: str = "data.source") -> Table:
+        """Read a file as this task's data are read; ``columns`` and ``key`` as for `read_table`."""
+        return read_table(file, columns, time_column=self.data.time_column, missing=self.data.missing, key=key)
+
+    def standardized(self, table: Table) -> NDArray[np.float32]:
+        """The values of a table with this task's columns, float32 ``[lines, channels]``."""
+        found: NDArray[np.float32] = ((table.values - self.mean) / self.deviation).astype(np.float32)
+        return found
+
+    def describe(self) -> TaskDescription:
+        dated = self.table.times is not None and self.table.times.dtype.kind == "M"
+        return TaskDescription(
+            "forecast",
+            self.data.seq_len,
+            columns=self.columns,
+            mean=self.mean.tolist(),
+            deviation=self.deviation.tolist(),
+            horizon=self.task.horizon,
+            time_column=self.table.time_column,
+            time_step=self.table.time_step if dated else 0.0,
+            missing=self.data.missing,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest_of(self.task, self.data.seq_len, self.values)
+        gaps = [self.table.runs] if len(self.table.runs) > 1 else []
+        return digest_of(self.task, self.data.seq_len, self.values, *gaps)
 
     def configure_model(self, model: ModelConfig) -> None:
         check_causal(model, "forecast")
@@ -60,21 +92,23 @@ class Forecast(Task):
         set_model_fields(model, "forecast", channels=channels, vocab=0, head="series", outputs=outputs, documents=1)
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
-        first, count = self._windows(split)
+        starts = self._starts(split)
 
         def make(number: int) -> Rows:
-            return self._window(first + number, label_all=split == "train")
+            return self._window(int(starts[number]), label_all=split == "train")
 
-        return Examples(make, count, seed)
+        return Examples(make, len(starts), seed)
 
-    def _windows(self, split: str) -> tuple[int, int]:
-        """The first line of the first window of a split, and the number of windows, one for each line from there on.
+    def _starts(self, split: str) -> NDArray[np.int64]:
+        """The first lines of the windows of a split: all that have room between two gaps.
 
         The labels of a window are in the split; its input values may be from the split before.
         """
         begin, end = self.bounds[split]
-        first = max(0, begin - self.data.seq_len)
-        return first, end - self.task.horizon - self.data.seq_len - first + 1
+        length, horizon = self.data.seq_len, self.task.horizon
+        first = max(0, begin - length)
+        runs = [np.arange(max(first, run), min(end, stop) - horizon - length + 1) for run, stop in self.table.runs]
+        return np.concatenate(runs)
 
     def _window(self, start: int, label_all: bool) -> Rows:
         """The window that begins at line ``start``; labels for all tokens or only for the last one."""
@@ -88,8 +122,7 @@ class Forecast(Task):
 
     def _persistence(self) -> dict[str, float]:
         """RMSE and MAE on the test split of predicting that the last value persists."""
-        first, count = self._windows("test")
-        last = first + self.data.seq_len - 1 + np.arange(count)
+        last = self._starts("test") + self.data.seq_len - 1
         means = []
         for ahead in range(1, self.task.horizon + 1):
             error = (self.values[last + ahead] - self.values[last]).astype(np.float64)
@@ -97,30 +130,26 @@ class Forecast(Task):
         mse, mae = np.mean(means, axis=0)
         return {"rmse": math.sqrt(mse), "mae": float(mae)}
 
+    def _check_changing(self, file: Path) -> None:
+        """Leave out the channels that are constant in the training split."""
+        training = self.table.values[: self.bounds["train"][1]]
+        channels = training.shape[1]
+        changing = training.max(axis=0) > training.min(axis=0) if len(training) else np.zeros(channels, bool)
+        if self.data.columns and changing.any() and not changing.all():
+            name = self.data.columns[int((~changing).argmax())]
+            raise InputError("data.columns", name, f"is constant in the training lines of {file.name}", "leave it out")
+        self.table.keep(changing, "constant in training")
+        if not changing.any():
+            raise InputError("data.source", str(file), "has no column of numbers that change in its training lines")
 
-def _read(file: Path) -> NDArray[np.float64]:
-    """Read the numeric columns of a CSV file, ``[lines, channels]``."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            lines = list(csv.reader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError("data.source", str(file), f"cannot be read as CSV: {error}") from None
-    if len(lines) < 2 or not lines[0]:
-        raise InputError("data.source", str(file), "must have a line of names and lines of values")
-    for number, line in enumerate(lines, start=1):
-        if len(line) != len(lines[0]):
-            allowed = f"has {len(line)} values in line {number}, and {len(lines[0])} names"
-            raise InputError("data.source", str(file), allowed)
-    columns = [column for column in map(_numbers, zip(*lines[1:], strict=True)) if column is not None]
-    if not columns:
-        raise InputError("data.source", str(file), "has no column of finite numbers")
-    return np.stack(columns, axis=1)
-
-
-def _numbers(column: tuple[str, ...]) -> NDArray[np.float64] | None:
-    """A column as finite numbers; None if it has another value."""
-    try:
-        found = np.array(column, np.float64)
-    except ValueError:
-        return None
-    return found if np.isfinite(found).all() else None
+    def _too_long(self, file: Path) -> InputError:
+        """The error for windows that do not fit into each split."""
+        runs, total = self.table.runs, len(self.values)
+        least = math.ceil((self.data.seq_len + self.task.horizon) / FRACTIONS["train"])
+        allowed = f"makes longer windows than {file.name} has room for in its {total} lines (about {least} are needed)"
+        if len(runs) == 1:
+            return InputError("data.seq_len", self.data.seq_len, allowed)
+        longest = max(stop - start for start, stop in runs)
+        gaps = f"; no window crosses its {len(runs) - 1} gaps, and the longest part without one has {longest} lines"
+        fix = "shorter sequences, or data.time_column=none to take the lines as evenly spaced"
+        return InputError("data.seq_len", self.data.seq_len, allowed + gaps, fix)

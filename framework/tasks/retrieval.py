@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from ...errors import InputError
-from ..data import DataConfig, Index, Sequences, TokenStream, packed_dir, prepare
+from ..data import DataConfig, Index, Sequences, TokenStream, packed_dir, prepare, save_vocabulary
 from ..model import ModelConfig
+from .description import TaskDescription
 from .task import Examples, Rows, Task, TaskConfig, digest_of, padded_sequence, set_model_fields
+
+log = logging.getLogger("longreach.data")
 
 
 class Retrieval(Task):
@@ -17,7 +22,10 @@ class Retrieval(Task):
 
     They are from the same document without overlap (class 1), or from two (class 0), with equal probability. Each
     excerpt has a segment of its own, so its tokens do not see the other one; the head compares the features of both.
-    Validation and test use the held-out documents.
+    Validation and test use the held-out documents. Documents shorter than two excerpts are left out.
+
+    Attributes:
+        summary: one line: how many documents are long enough.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -35,10 +43,21 @@ class Retrieval(Task):
                 allowed = f"must be at most the length of two documents of the {split} split, and at least 2"
                 raise InputError("data.seq_len", data.seq_len, allowed, "shorter sequences, or more long documents")
         self.baseline_metrics = {"accuracy": 0.5}
+        long = [f"{len(self.long[split]):,} of {self.streams[split].num_documents:,}" for split in ("train", "valid")]
+        enough = f"long enough for two excerpts of {self.half:,} tokens"
+        self.summary = f"{self.index.name}: {enough}: {long[0]} documents to train on, {long[1]} held-out ones"
+        log.info("%s", self.summary)
 
     @classmethod
     def prepare(cls, data: DataConfig) -> None:
         prepare(data)
+
+    def describe(self) -> TaskDescription:
+        return TaskDescription("retrieval", self.data.seq_len, classes=["different", "same"])
+
+    def write_run_files(self, run_dir: Path) -> None:
+        super().write_run_files(run_dir)
+        save_vocabulary(self.index.open_vocabulary(), run_dir)
 
     @property
     def fingerprint(self) -> str:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from glob import escape
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import InputError
 from ..data import DataConfig, Sequences
 from ..model import ModelConfig
-from .archive import aeon_datasets, find_file
+from .archive import find_file
+from .cases import Cases, read_cases
+from .description import TaskDescription
 from .task import (
     Examples,
     Rows,
     Task,
     TaskConfig,
     check_fits,
+    counted_classes,
     digest_of,
     holdout_split,
     padded_sequence,
     set_model_fields,
 )
 
-Cases = list[NDArray[np.float32]]
+log = logging.getLogger("longreach.data")
 
 
 class Series(Task):
@@ -34,6 +37,11 @@ class Series(Task):
     Its files are ``NAME_TRAIN.ts`` and ``NAME_TEST.ts`` in the folder ``data.source`` or its subfolder ``NAME``, or in
     the package aeon (``data.source=aeon``). Channels are standardized by the training cases; missing values become the
     channel's mean. ``data.valid_fraction`` of the training cases is held out for validation.
+
+    Attributes:
+        classes: their names, by number.
+        mean, deviation: float32 ``[channels]``, of the training cases.
+        summary: one line: what was taken.
     """
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
@@ -41,19 +49,30 @@ class Series(Task):
         self.title = data.name
         if not data.name:
             raise InputError("data.name", data.name, "the name of a data set", "for example data.name=JapaneseVowels")
-        self.cases, labels = {}, {}
-        for split in ("train", "test"):
-            file = find_file(data.source, data.name, f"{data.name}_{split.upper()}.ts")
-            self.cases[split], labels[split] = _read(file)
-            check_fits(max(map(len, self.cases[split])), data, f"the longest series of {file.name}")
+        found = {split: self._read(split) for split in ("train", "test")}
+        self.cases = {split: cases.values for split, cases in found.items()}
+        labels = {split: cases.labels for split, cases in found.items()}
+        if (train := self.cases["train"][0].shape[1]) != (test := self.cases["test"][0].shape[1]):
+            raise InputError(
+                "data.name", data.name, f"has {train} channels in its training cases and {test} in its test"
+            )
+        num_missing = sum(int(np.isnan(case).sum()) for cases in self.cases.values() for case in cases)
         self._standardize()
-        self.classes = sorted(set(labels["train"]))
-        if unknown := set(labels["test"]) - set(self.classes):
+        names = {label.lower(): label for label in reversed(labels["train"])}  # case does not matter in this format
+        self.classes = [names[name] for name in sorted(names)]
+        if unknown := {label for label in labels["test"] if label.lower() not in names}:
             raise InputError("data.name", data.name, f"has classes in its test cases alone: {sorted(unknown)}")
-        self.labels = {s: np.array([self.classes.index(label) for label in found]) for s, found in labels.items()}
+        number = {name: index for index, name in enumerate(sorted(names))}
+        self.labels = {s: np.array([number[label.lower()] for label in found]) for s, found in labels.items()}
         self.baseline_metrics = {
             "accuracy": float((self.labels["test"] == np.bincount(self.labels["train"]).argmax()).mean())
         }
+        self.summary = self._summary(num_missing)
+        log.info("%s", self.summary)
+
+    def describe(self) -> TaskDescription:
+        mean, deviation = ([float(value) for value in each] for each in (self.mean, self.deviation))
+        return TaskDescription("series", self.data.seq_len, classes=self.classes, mean=mean, deviation=deviation)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,23 +96,38 @@ class Series(Task):
 
         return Examples(make, len(numbers), seed)
 
+    def _read(self, split: str) -> Cases:
+        file = find_file(self.data.source, self.data.name, f"{escape(self.data.name)}_{split.upper()}.ts")
+        found = read_cases(file)
+        if not found.are_classes:
+            raise InputError(
+                "data.source", str(file), "has numbers to predict (@targetLabel), where classes are needed"
+            )
+        if not found.labels:
+            raise InputError("data.source", str(file), "has no classes (@classLabel false)")
+        check_fits(max(map(len, found.values)), self.data, f"the longest series of {file.name}")
+        return found
+
     def _standardize(self) -> None:
         values = np.concatenate(self.cases["train"])
-        mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-        # A constant channel's deviation need not be 0, because of rounding.
-        deviation[np.nanmax(values, axis=0) == np.nanmin(values, axis=0)] = 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a channel without a value, which then is 0
+            self.mean, self.deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+            # A constant channel's deviation need not be 0, because of rounding.
+            self.deviation[np.nanmax(values, axis=0) == np.nanmin(values, axis=0)] = 1
         for split, cases in self.cases.items():
-            self.cases[split] = [np.nan_to_num((case - mean) / deviation).astype(np.float32) for case in cases]
+            scaled = [np.nan_to_num((case - self.mean) / self.deviation) for case in cases]
+            self.cases[split] = [case.astype(np.float32) for case in scaled]
+        empty = np.isnan(self.mean)
+        self.mean[empty], self.deviation[empty] = 0, 1
 
-
-def _read(file: Path) -> tuple[Cases, list[str]]:
-    """Read the cases of a ``.ts`` file, each float32 ``[n, C]``, and their classes."""
-    load = aeon_datasets().load_from_ts_file
-    try:
-        cases, labels = load(str(file))
-    except (OSError, ValueError, IndexError, TypeError) as error:
-        raise InputError("data.source", str(file), f"cannot be read: {error}") from None
-    found: list[Any] = [np.asarray(case, np.float32).T for case in cases]
-    if not found or len({case.shape[1] for case in found}) != 1:
-        raise InputError("data.source", str(file), "must hold series that have the same channels")
-    return found, [str(label) for label in labels]
+    def _summary(self, num_missing: int) -> str:
+        lengths = [len(case) for cases in self.cases.values() for case in cases]
+        classes = counted_classes(self.classes, self.labels["train"])
+        channels = f"{len(self.mean):,} channel{'s' * (len(self.mean) > 1)}"
+        filled = f"; {num_missing:,} missing value{'s' * (num_missing > 1)}, set to the channel's mean"
+        return (
+            f"{self.title}: {len(self.cases['train']):,} training and {len(self.cases['test']):,} test cases of "
+            f"{len(self.classes):,} classes (in training: {classes}); {channels}; lengths {min(lengths):,} to "
+            f"{max(lengths):,}{filled if num_missing else ''}"
+        )

@@ -19,6 +19,7 @@ from ...bounds import bounded
 from ...errors import InputError
 from ..data import FILLER, IGNORE, DataConfig, Sequences
 from ..model import ModelConfig
+from .description import TaskDescription
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """Tokens, labels and segments (or None) of one sequence, as in `Batch` without the batch dimension."""
@@ -34,12 +35,13 @@ class TaskConfig:
         name: ``language`` (the next token of a corpus), ``series`` (the class of a time series), ``forecast`` (its next
             values), ``images`` (the class of an image, pixel by pixel), ``retrieval`` (whether two excerpts are from
             the same document), or generated: ``listops``, ``recall``, ``needle``, ``adding``.
-        seed: of the examples that are generated or sampled.
+        seed: seed of the examples that are generated or sampled.
         examples: number of training examples that are generated or sampled.
         test_examples: number of test examples; validation has as many others.
         horizon: forecast: number of future values of each channel.
         pairs: recall: number of key-value pairs in a sequence.
         size: images: height and width in pixels.
+        channels: images: 1 (grey) or 3 (colors); 0 for what the pictures have.
     """
 
     name: TaskName = "language"
@@ -49,6 +51,7 @@ class TaskConfig:
     horizon: int = bounded(16, minimum=1)
     pairs: int = bounded(32, minimum=1)
     size: int = bounded(28, minimum=1)
+    channels: int = bounded(0, minimum=0, maximum=3)
 
 
 @dataclass
@@ -60,12 +63,14 @@ class Score:
         num_labels: number of labelled tokens.
         metrics: by name; see `Task.metrics`.
         by_position: (center, mean loss) of each bin of positions.
+        by_source: mean loss of each of several sources.
     """
 
     loss: float
     num_labels: int
     metrics: dict[str, float] = field(default_factory=dict)
     by_position: list[tuple[int, float]] = field(default_factory=list)
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
 class Task:
@@ -111,12 +116,17 @@ class Task:
         """The examples of a split as a dataset in the order of ``seed``; see `Sequences`."""
         raise NotImplementedError
 
+    def describe(self) -> TaskDescription:
+        """What predictions for new data need, when the training data are gone."""
+        return TaskDescription(self.task.name, self.data.seq_len)
+
     def write_run_files(self, run_dir: Path) -> None:
         """Write the files that inference with the model needs, such as a vocabulary, into a run's directory.
 
         Raises:
             OSError: they cannot be written.
         """
+        self.describe().save(run_dir)
 
     def introduction(self) -> str:
         """A short description of the training data, with its size."""
@@ -214,9 +224,23 @@ def holdout_split(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArr
     return numbers[~is_held_out], numbers[is_held_out]
 
 
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first ``most`` of some names, and how many there are more."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def counted_classes(classes: Sequence[str], labels: NDArray[np.int64]) -> str:
+    """The names of classes, each with the number of its ``labels``."""
+    counts = np.bincount(labels, minlength=len(classes))
+    return listed([f"{name}: {count:,}" for name, count in zip(classes, counts, strict=True)])
+
+
 def digest_of(task: TaskConfig, *contents: Any) -> str:
     """SHA-256 of a task's options and of ``contents``: arrays, or values that JSON can represent."""
-    found = hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode())
+    later = {"channels"}  # options that count where they are set, so that older checkpoints fit
+    options = {name: value for name, value in asdict(task).items() if name not in later or value}
+    found = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for content in contents:
         if isinstance(content, np.ndarray):
             found.update(str((content.dtype, content.shape)).encode() + np.ascontiguousarray(content).tobytes())

@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train a tokenizer and print its size; returns the exit code."""
     from ...framework.data.bpe import make_tokenizer
+    from ...framework.data.tally import Tally, told
 
     check_source(arguments)
+    tally = Tally()
     tokenizer = make_tokenizer(
         arguments.source,
         arguments.file,
@@ -33,6 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         valid_fraction=arguments.valid_fraction,
         field=arguments.field,
         max_bad_samples=arguments.max_bad,
+        binary=arguments.binary,
+        tally=tally,
     )
+    for line in told(tally.as_json()):
+        print(line)
     print(f"{tokenizer.size:,} tokens: {arguments.file}")
     return 0

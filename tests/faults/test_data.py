@@ -151,7 +151,7 @@ def test_24_a_foreign_shard_that_is_cut_or_has_a_damaged_header(tmp_path: Path) 
     known, since its checksums are of headers alone, nor what is cut together with a new end put in its job_dir.
     """
     draw, told_of = random.Random(0), 0
-    members = {f"{number:03}.txt": draw.randbytes(draw.randint(1, 1500)) for number in range(30)}
+    members = {f"{number:03}.txt": bytes(draw.choices(range(32, 256), k=draw.randint(1, 1500))) for number in range(30)}
     shard = tmp_path / "shard.tar"
     with TarWriter(str(shard)) as writer:
         for name, content in members.items():
@@ -201,7 +201,7 @@ def test_26_a_sample_that_cannot_be_decoded(job_dir: JobDirectory) -> None:
     assert "(2 bad samples, 1 allowed)" in job_dir.pack("shards", "from-shards", "--max-bad", "1").stderr
     assert not (job_dir.directory / "from-shards").exists()
     done = job_dir.pack("shards", "from-shards", "--max-bad", "2")
-    assert done.returncode == 0 and "left out: 2 bad samples" in done.stdout
+    assert done.returncode == 0 and "left out as bad samples: 2 damaged\n" in done.stdout
     for name in ("cut", "none"):
         assert f"left out: member of shards/b.tar = '{name}.txt.gz': cannot be inflated" in done.stderr
     expected = {f"a.tar/{name}": content for name, content in good.items()}
@@ -518,13 +518,13 @@ def packed_from(job_dir: JobDirectory, name: str, *contents: bytes) -> None:
 
 def test_34_a_sample_that_is_too_long(job_dir: JobDirectory) -> None:
     """One of any length is read in windows; a member of a foreign archive has a limit, whatever its size claims."""
-    packed_from(job_dir, "long", random.Random(0).randbytes(650))
+    packed_from(job_dir, "long", bytes(random.Random(0).choices(range(32, 127), k=650)))
     done = job_dir.train("long-run", "data.source=long", "train.steps=10")
     assert done.returncode == 0 and "650 training tokens" in done.stderr
     head = tarfile.TarInfo("long.txt")
     head.size = 300 << 20
     path = job_dir.directory / "long.tar"
-    path.write_bytes(head.tobuf())
+    path.write_bytes(head.tobuf() + b"x" * 8192)  # the beginning is text
     os.truncate(path, 512 + head.size + 1024)  # a hole, which takes no room on the disk
     done = job_dir.pack("long.tar", "from-long", "--valid-fraction", "0")
     assert done.returncode == MISTAKE
@@ -564,7 +564,7 @@ def test_35_a_data_worker_is_killed(job_dir: JobDirectory, ranks: int) -> None:
 
 def test_37_a_decompression_bomb(job_dir: JobDirectory) -> None:
     """10 GiB in 10 MB: refused at once, within the memory of one document, and left out if that is asked for."""
-    part = gzip.compress(bytes(64 << 20), 9)
+    part = gzip.compress(b"a" * (64 << 20), 9)
     tar_of(job_dir.directory / "bomb.tar", {"a.txt": b"harmless", "bomb.txt.gz": part * 160})
     code = (
         "import resource, sys; from longreach.launch.cli import main; code = main(sys.argv[1:]); "

@@ -42,14 +42,16 @@ from longreach.framework.data.corpus import list_files
 from longreach.framework.data.records import documents as documents_of
 from longreach.framework.data.stall import run_with_timeout
 
+TEXT = np.array([byte for byte in range(32, 256) if byte != 127], np.uint8)  # not UTF-8, and no binary data either
+
 
 def write_corpus(folder: Path, num_documents: int = 40, seed: int = 0) -> dict[str, bytes]:
-    """Write files of 1 to 300 random bytes, and what a walk must not find; return key -> bytes."""
+    """Write files of 1 to 300 random bytes of text, and what a walk must not find; return key -> bytes."""
     rng = np.random.default_rng(seed)
     contents = {}
     for number in range(num_documents):
         key = f"{'abc'[number % 3]}/{number:03d}.txt"
-        contents[key] = rng.integers(0, 256, rng.integers(1, 300), dtype=np.uint8).tobytes()
+        contents[key] = rng.choice(TEXT, rng.integers(1, 300)).tobytes()
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(contents[key])
     (folder / "empty").write_bytes(b"")
@@ -76,7 +78,8 @@ def tiny(folder: Path, *contents: bytes) -> TokenStream:
     (folder / "tiny").mkdir()
     for number, content in enumerate(contents):
         (folder / "tiny" / str(number)).write_bytes(content)
-    return TokenStream(pack(str(folder / "tiny"), folder / "out", name="tiny", valid_fraction=0), "train")
+    index = pack(str(folder / "tiny"), folder / "out", name="tiny", valid_fraction=0, binary="bytes")
+    return TokenStream(index, "train")
 
 
 def documents(source: str) -> list[tuple[str, bytes]]:
@@ -117,9 +120,9 @@ def test_keys_need_not_be_utf8(tmp_path: Path) -> None:
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     assert "No such file" in refused(list_files, str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    assert "holds no regular file" in refused(list_files, str(tmp_path / "empty"))
+    assert "holds no document" in refused(list_files, str(tmp_path / "empty"))
     (tmp_path / "empty" / "file").touch()
-    assert "1 files, all empty" in refused(list_files, str(tmp_path / "empty"))
+    assert "holds no document; skipped: 1 empty" in refused(list_files, str(tmp_path / "empty"))
     assert "regular file or a folder" in refused(list_files, "/dev/null")
     assert refused(pack, str(tmp_path / "none"), tmp_path / "out", name="x")
     assert not (tmp_path / "out").exists()
@@ -227,7 +230,7 @@ def test_a_packed_directory_is_used_again(tmp_path: Path, source: Path, index: I
     assert pack(str(source), index.directory, **options).fingerprint == index.fingerprint
     message = refused(pack, str(source), index.directory, **{**options, "valid_fraction": 0.2})
     assert "valid_fraction differ" in message
-    first.write_bytes(bytes(len(content)))
+    first.write_bytes(b"x" * len(content))
     os.utime(first, ns=(before.st_mtime_ns + 10**9,) * 2)
     assert "content differ" in refused(pack, str(source), index.directory, **options)
     first.write_bytes(content + b"x")
@@ -278,7 +281,7 @@ def test_shards_that_others_wrote(tmp_path: Path) -> None:
     (tmp_path / "shards/more").mkdir(parents=True)
     with TarWriter(str(tmp_path / "shards/more/web.tar")) as writer:
         for number in range(20):
-            text = rng.integers(0, 256, rng.integers(1, 2000), dtype=np.uint8).tobytes()
+            text = rng.choice(TEXT, rng.integers(1, 2000)).tobytes()
             writer.write({"__key__": f"{number:06d}", "txt": text, "json": {"number": number}})
             contents |= {f"more/web.tar/{number:06d}.txt": text}
             contents |= {f"more/web.tar/{number:06d}.json": b'{"number": %d}' % number}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from longreach.errors import InputError
 from longreach.framework.data import Index, TokenStream, pack
+from longreach.framework.data.bpe import make_tokenizer
 from longreach.framework.data.corpus import list_files
 from longreach.framework.data.holdout import Holdout
 from longreach.framework.data.records import documents
@@ -94,7 +95,7 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, line: bytes, words: str
 def test_each_record_of_fasta_is_a_document(tmp_path: Path, name: str) -> None:
     text = b";a comment\n>one first sequence\r\nACGT\r\nacgtN\r\n\r\n>empty\n>two\nMK*-\n>\nAC"
     found = contents(write(tmp_path / name, text))
-    assert found == {f"{name}/one": b"ACGTACGTN", f"{name}/two": b"MK*-", f"{name}/4": b"AC"}
+    assert found == {f"{name}/one": b"ACGTACGTN", f"{name}/two": b"MK*-", f"{name}/record 4": b"AC"}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,35 @@ def test_the_vocabulary_of_arrays(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(100))
     assert "must be at least 100" in refused(pack, str(tmp_path / "a.npy"), tmp_path / "out", name="x", vocab=99)
     assert pack(str(tmp_path / "a.npy"), tmp_path / "out", name="x", vocab=1000).vocabulary["size"] == 1000
-    message = refused(pack, str(tmp_path / "a.npy"), tmp_path / "o", name="x", tokenizer="t.json")
-    assert "data.tokenizer = 't.json': must be empty" in message
+    np.save(tmp_path / "b.npy", np.array([1, 1 << 30]))  # a table of a billion rows has to be asked for
+    message = refused(pack, str(tmp_path / "b.npy"), tmp_path / "b", name="x", valid_fraction=0)
+    assert "hold the id 1073741824, and a model's table would have 1,073,741,825 rows" in message
+    index = pack(str(tmp_path / "b.npy"), tmp_path / "b", name="x", valid_fraction=0, vocab=1 << 31)
+    assert index.vocabulary["size"] == 1 << 31
+
+
+def test_arrays_with_the_tokenizer_that_made_them(tmp_path: Path) -> None:
+    """They are packed as the text itself is: the same tokens, the number of its bytes, and the tokenizer."""
+    texts = [f"caf\xe9 {number} \N{SNOWMAN} " * 5 for number in range(9)]
+    for number, text in enumerate(texts):
+        write(tmp_path / "text" / f"{number}.txt", text.encode())
+    tokenizer = str(tmp_path / "t.json")
+    vocabulary = make_tokenizer(str(tmp_path / "text"), tokenizer, 280)
+    rows = [vocabulary.encode_text(text.encode()) for text in texts]
+    (tmp_path / "ids").mkdir()
+    for number, row in enumerate(rows):
+        np.save(tmp_path / f"ids/{number}.npy", row.astype(np.uint16))
+    options: dict[str, Any] = {"name": "x", "tokenizer": tokenizer, "valid_fraction": 0.5}
+    index = pack(str(tmp_path / "ids"), tmp_path / "out", **options)
+    found = {key: row for split in tokens(index).values() for key, row in split.items()}
+    assert found == {f"{number}.npy": row.tolist() for number, row in enumerate(rows)}
+    assert index.vocabulary == vocabulary.describe() and index.open_vocabulary().describe() == vocabulary.describe()
+    for split in index.splits.values():
+        assert split.num_bytes == sum(len(texts[int(key.split(".")[0])].encode()) for key in split.keys) > 0
+    assert index.baselines["num_bytes"] == index.splits["valid"].num_bytes
+    np.save(tmp_path / "ids/large.npy", np.array([vocabulary.size]))
+    message = refused(pack, str(tmp_path / "ids"), tmp_path / "large", **options)
+    assert f"is not the tokenizer of the arrays, which hold the id {vocabulary.size}" in message
 
 
 class Evil:
@@ -196,7 +224,7 @@ def test_what_is_no_array_of_ids(tmp_path: Path) -> None:
         assert words in refused(pack, str(path), tmp_path / "out", name="x"), words
     np.save(tmp_path / "a.npy", good)
     whole = (tmp_path / "a.npy").read_bytes()
-    for content in (whole[:-1], whole[:40], whole[:3], b"\x80\x04N.", b"PK\x03\x04"):
+    for content in (whole[:-1], whole[:40], whole[:3], whole.replace(b")", b" ", 1), b"\x80\x04N.", b"PK\x03\x04"):
         path = write(tmp_path / "bad.npy", content)
         assert "bad.npy" in refused(pack, str(path), tmp_path / "out", name="x")
     write(tmp_path / "both/a.npy", whole)
@@ -216,7 +244,7 @@ def test_the_end_of_a_lone_document_is_held_out(text: str, fraction: float) -> N
         holdout = Holdout([("a.txt", 9)], fraction)
         parts = []
         for split in ("train", "valid"):
-            (document,) = holdout.select(documents(list_files(str(path))), split)
+            (document,) = holdout.select(documents(list_files(str(path), "bytes")), split)
             parts.append(document.read().tobytes())
     assert b"".join(parts) == text.encode("utf-8", "ignore") and min(map(len, parts)) >= 2
     if len(text) > 20:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from longreach.framework.heads import IGNORED, ClassHead, labelled
 from longreach.framework.model import build_model
 from longreach.framework.runtime.validation import batches_of
 from longreach.framework.tasks import TASKS, Task, TaskName, open_task
+from longreach.framework.tasks.task import TaskConfig, digest_of
 from longreach.framework.trainer import train
 from longreach.launch import cli
 from longreach.parallel import streaming
@@ -40,7 +42,7 @@ def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two waves with dates and a column that never changes."""
     time = np.arange(400)
     lines = ["date,a,constant,b"]
-    lines += [f"2026-01-{t % 30},{np.sin(t / 5):.5f},1,{np.cos(t / 9):.5f}" for t in time]
+    lines += [f"2026-01-{1 + t // 24:02} {t % 24:02}:00,{np.sin(t / 5):.5f},1,{np.cos(t / 9):.5f}" for t in time]
     path = tmp_path_factory.mktemp("csv") / "waves.csv"
     path.write_text("\n".join(lines))
     return path
@@ -209,6 +211,21 @@ def test_excerpts_of_one_document_or_of_two(words: dict[str, list[str]], tmp_pat
         assert (letters[0] == letters[1]) == bool(labels[-1])
         answers.add(int(labels[-1]))
     assert answers == {0, 1}
+
+
+def test_options_that_are_not_set_leave_the_examples_as_they_were() -> None:
+    """A run from before an option was added can be resumed."""
+    before = {
+        "name": "images",
+        "seed": 0,
+        "examples": 10_000,
+        "test_examples": 1_000,
+        "horizon": 16,
+        "pairs": 32,
+        "size": 28,
+    }
+    expected = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert digest_of(TaskConfig("images")) == expected != digest_of(TaskConfig("images", channels=3))
 
 
 def test_forecasts_are_of_the_values_that_follow(words: dict[str, list[str]], tmp_path: Path) -> None:

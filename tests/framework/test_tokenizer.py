@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from longreach.errors import InputError
 from longreach.framework.data import (
@@ -158,14 +158,65 @@ def test_documents_that_are_not_text(tmp_path: Path) -> None:
     assert not (tmp_path / "t.json").exists()
 
 
-def test_a_long_text_is_encoded_in_parts(subwords: SubwordVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "\n".join([WORDS] * 20) + "x" * 300
-    whole = subwords.encode([array(text)])[0]
-    for length in (50, 100):
-        monkeypatch.setattr(vocabularies, "MAX_ENCODE_LEN", length)
-        found = subwords.encode([array(text), array("")])
-        assert subwords.tokenizer.decode(found[0].tolist()) == text and len(found[1]) == 0
-        assert abs(len(found[0]) - len(whole)) < 20
+AWKWARD = {
+    "prose": (WORDS + ".\r\n") * 40,
+    "no spaces": WORDS.replace(" ", "") * 60,
+    "one letter": "xyz" + "a" * 3000,
+    "spaces": "a" + " " * 1500 + "span" + "\n" * 900 + "halo " * 100,
+    "CRLF": "span\r\n\r\n" * 300,
+    "emoji": "\N{GRINNING FACE}\N{EMOJI MODIFIER FITZPATRICK TYPE-4}\N{ZERO WIDTH JOINER}\N{SNOWMAN}" * 300,
+    "combining": "e\N{COMBINING ACUTE ACCENT}\N{COMBINING DOT BELOW} " * 300,
+    "long word": "halo " * 100 + "scancarryrelay" * 100 + " span" * 100,
+    "digits": "carry " * 50 + "1234567" * 200 + " halo" * 50,
+    "other digits": "".join(random.Random(2).choices("0123456789", k=2000)),
+    "random": "".join(random.Random(1).choice(WORDS + "\n\t  ") for _ in range(4000)),
+}
+
+
+def of_kind(kind: str) -> SubwordVocabulary:
+    """A tokenizer whose pre-tokenizer cuts at words, or numbers of three digits, or nowhere."""
+    if kind == "byte-level":
+        return train_bpe([array(text[:40]) for text in AWKWARD.values()], 400)
+    model = models.Unigram() if kind == "unigram" else models.BPE(byte_fallback=False, unk_token="?")
+    tokenizer = Tokenizer(model)
+    if kind == "digits":
+        splits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+|\s+(?!\S)|\s+"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    elif kind == "nowhere":  # as Llama's: the whole text is one word, behind a mark
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+    else:
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "digits" else []
+    options: dict[str, Any] = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
+    if kind == "unigram":
+        trainer = trainers.UnigramTrainer(special_tokens=["?"], unk_token="?", **options)
+    else:
+        trainer = trainers.BpeTrainer(special_tokens=["?"], max_token_length=16, **options)
+    tokenizer.train_from_iterator([text[:600] for text in AWKWARD.values()], trainer)
+    return SubwordVocabulary(tokenizer.to_str().encode(), kind)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "digits", "nowhere", "unigram"])
+def test_a_long_text_has_the_tokens_that_it_has_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded in windows, wherever they are cut: in words longer than a window, in a character, between CR and LF."""
+    vocabulary = of_kind(kind)
+    whole = {name: vocabulary.tokenizer.encode(text).ids for name, text in AWKWARD.items()}
+    joined = set[str]()
+    monkeypatch.setattr(vocabularies, "BATCH_WINDOWS", 3)
+    monkeypatch.setattr(vocabularies, "NUM_AGREED", 6)
+    for window, overlap in ((256, 96), (301, 128), (512, 255)):
+        monkeypatch.setattr(vocabularies, "WINDOW", window)
+        monkeypatch.setattr(vocabularies, "OVERLAP", overlap)
+        found = vocabulary.encode([array(text) for text in AWKWARD.values()] + [array("")])
+        for (name, text), tokens in zip(AWKWARD.items(), found, strict=False):
+            assert tokens.tolist() == whole[name], (name, window)
+            joined |= {name} if vocabulary._encode_windows(text, window) is not None else set()
+        assert len(found[-1]) == 0
+    assert kind != "byte-level" or joined > {"prose", "no spaces", "one letter", "spaces", "digits"}, joined
+    assert joined >= {"prose", "combining"}, joined  # they were not encoded at once
 
 
 BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
