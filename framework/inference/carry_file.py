@@ -161,7 +161,7 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
         raise InputError("carry", str(path), f"is of format {header['format']!r}; this version reads 1 and {FORMAT}")
     position, names = header.get("position"), header.get("complex")
     if not isinstance(position, int) or not 1 <= position < 1 << 53 or not isinstance(names, list):
-        raise InputError("carry", str(path), "is damaged: it does not hold what it must")
+        raise InputError("carry", str(path), "is damaged: entries are missing")
     return {"model": None, "sha256": None} | header
 
 

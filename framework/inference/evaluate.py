@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,23 +23,27 @@ from .. import tasks
 from ..config import RunConfig, load
 from ..data import (
     Batches,
+    DataConfig,
     IdVocabulary,
     Index,
+    SubwordVocabulary,
     TokenStream,
     Vocabulary,
-    load_vocabulary,
+    corpora,
     packed_dir,
-    records,
     sequences_of,
 )
-from ..data.corpus import File, list_files
+from ..data.corpus import list_files
+from ..data.nucleotides import LetterCount, masked_letters
 from ..data.progress import progress
+from ..data.reading import BadSamples, Reader
+from ..data.tally import Tally
 from ..model import IGNORED, Model
 from ..monitoring.monitor import BITS
 from ..runtime.validation import score as score_task
 from ..tasks import Task, kind_of, open_task
 from .generate import PREFILL_BLOCK_LEN
-from .loading import load_run
+from .loading import load_run, vocabulary_of
 
 FIRST_BIN_LEN = 64  # bins of positions begin at 0, 64, 128, 256, ...: each but the first is as long as all before it
 
@@ -121,11 +126,14 @@ class Evaluation:
         score: of all tokens with their whole context.
         by_context: (context, mean loss) of the same tokens with the carry reset every ``context`` tokens.
         unit: of `bits` and `MeanLoss.bits_per_byte`; ``token`` if tokens are ids, which stand for no bytes.
+        counts: of the files and documents that were read, converted and skipped; see `data.tally.Tally`. Empty for
+            held-out documents.
     """
 
     score: Score
     by_context: list[tuple[int, MeanLoss]]
     unit: Literal["byte", "token"] = "byte"
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def bits(self, nats: float) -> float:
         """Convert nats per token to bits per byte, with the mean bytes per token of all tokens."""
@@ -142,6 +150,7 @@ class Evaluation:
             "documents": [{"name": name, **mean.as_json()} for name, mean in score.documents],
             "by_position": bins,
             "by_context": [{"context": context, **mean.as_json()} for context, mean in self.by_context],
+            "counts": self.counts,
         }
 
 
@@ -151,12 +160,15 @@ def has_test(place: str | Path) -> bool:
     return file.is_file() and "test" in kind_of(load(file).task).splits
 
 
-def evaluate_task(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Task, tasks.Score | None]:
+def evaluate_task(
+    run_dir: str | Path, overrides: Sequence[str] = (), device: torch.device | None = None
+) -> tuple[Task, tasks.Score | None]:
     """Score a run's newest model on the test split of its task.
 
     Args:
         run_dir: directory of the run; `has_test` is true for it.
         overrides: of its config: ``data.seq_len`` for longer examples, ``parallel.block_len`` to stream them in blocks.
+        device: where the model computes; by default on the GPU, where torch sees one.
 
     Returns:
         The task, and the score; None if no example has a label.
@@ -164,7 +176,7 @@ def evaluate_task(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[T
     Raises:
         InputError: model, task or overrides do not fit together.
     """
-    config, model = load_run(run_dir, overrides)
+    config, model = load_run(run_dir, overrides, device)
     assert config is not None
     task = open_task(config.task, config.data)
     task.configure_model(config.model)
@@ -183,6 +195,7 @@ def evaluate(
     by_document: bool = False,
     max_batches: int = 0,
     contexts: Sequence[int] = (),
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Score a run's newest model, or an export, on next-token prediction.
 
@@ -194,58 +207,70 @@ def evaluate(
         by_document: score each held-out document as one sequence, instead of the windows of validation.
         max_batches: stop after this many held-out batches; 0 reads all.
         contexts: score again with the carry reset every so many tokens, for each number.
+        device: where the model computes; by default on the GPU, where torch sees one.
 
     Raises:
         InputError: model, corpus or files do not fit together or cannot be read.
     """
-    config, model = load_run(place, overrides)
+    config, model = load_run(place, overrides, device)
     if model.config.head != "token":
-        raise InputError("model.head", model.config.head, "token: it is the next token that is scored")
-    vocabulary = load_vocabulary(place)
+        allowed = "token: it is the next token that is scored"
+        raise InputError("model.head", model.config.head, allowed, "longreach predict answers for new data")
+    vocabulary = vocabulary_of(place, model)
+    tally = Tally()
     if sources:
-        name, num_tokens, rows = _from_sources(sources, vocabulary, "text" if config is None else config.data.field)
+        data = DataConfig() if config is None else config.data
+        name, num_tokens, rows = _from_sources(sources, vocabulary, data, tally)
     else:
         name, num_tokens, rows = _held_out(config, place, vocabulary, by_document, max_batches)
     with progress(f"reading {name}", num_tokens * (1 + len(contexts)), unit="tokens") as advance:
         whole = score(model, rows(), advance)
         others = [(context, score(model, with_resets(rows(), context), advance).whole) for context in contexts]
-    return Evaluation(whole, others, "token" if isinstance(vocabulary, IdVocabulary) else "byte")
+    unit: Literal["byte", "token"] = "token" if isinstance(vocabulary, IdVocabulary) else "byte"
+    return Evaluation(whole, others, unit, tally.as_json())
 
 
 RowSource = tuple[str, int, Callable[[], Iterator[ScoredRows]]]
 """A name, the number of tokens, and a function that iterates over the rows."""
 
 
-def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, field: str) -> RowSource:
-    """The documents of files and folders, as packing would find them; one row each."""
-    files: list[tuple[str, File]] = []
+def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConfig, tally: Tally) -> RowSource:
+    """The documents of files and folders, as packing would find them, and skip and count others; one row each."""
+    chat = vocabulary.encode_chat if isinstance(vocabulary, SubwordVocabulary) else None
+    readers: list[tuple[str, Reader]] = []
     for source in sources:
-        some = [one for one in list_files(source) if one.num_bytes > 1]
-        if not some:
-            raise InputError("source", source, "at least two bytes")
-        files += [(f"{source}: " if len(sources) > 1 else "", one) for one in some]
+        files, upper = list_files(source, data.binary, tally), data.case == "upper"
+        reader = Reader(files, 0.0, data.field, chat=chat, tally=tally, upper=upper)
+        readers.append((f"{source}: " if len(sources) > 1 else "", reader))
+    count = LetterCount(vocabulary, masked_letters(data.mask, data.case))
+    masked = torch.tensor(count.masked)
+    tallies = iter([tally])  # documents are counted when they are read first
 
     def rows() -> Iterator[ScoredRows]:
-        for prefix, file in files:
-            for document in records.documents([file], field):
-                name, content = f"{prefix}{document.key}", document.read()
-                tokens = _tokens(name, content, vocabulary, records.kind_of(file) == "npy")
+        ours = next(tallies, None)
+        bad = BadSamples(data.max_bad_samples, report=ours is not None, tally=ours)
+        for prefix, reader in readers:
+            for key, content in reader.read("train", bad, vocabulary.check):
+                tokens = _tokens(f"{prefix}{key}", content, vocabulary)
                 if len(tokens) > 1:
-                    bytes_per_token = None if isinstance(vocabulary, IdVocabulary) else len(content) / len(tokens)
-                    yield _document_row(name, tokens, bytes_per_token)
+                    before = count.num_masked
+                    num_bytes = sum(map(len, vocabulary.text_of(content))) - count.add(tokens.numpy())
+                    num_labels = max(1, len(tokens) - (count.num_masked - before))
+                    bytes_per_token = None if isinstance(vocabulary, IdVocabulary) else num_bytes / num_labels
+                    yield _document_row(f"{prefix}{key}", tokens, bytes_per_token, masked)
+                else:
+                    bad.tally.add("skipped", "shorter than two tokens")
 
-    return ", ".join(sources), sum(one.num_bytes - 1 for _, one in files), rows
+    return ", ".join(sources), sum(reader.num_bytes for _, reader in readers), rows
 
 
-def _tokens(name: str, content: NDArray[Any], vocabulary: Vocabulary, is_array: bool) -> Tensor:
-    """The tokens ``[n]`` of a document's content; if ``is_array``, it holds token ids already."""
-    if not is_array:
-        if why := vocabulary.check(content):
-            raise InputError("source", name, why, "leave it out")
+def _tokens(name: str, content: NDArray[Any], vocabulary: Vocabulary) -> Tensor:
+    """The tokens ``[n]`` of a document's content: of a text (uint8), or token ids already."""
+    if content.dtype == np.uint8:
         return torch.from_numpy(vocabulary.encode_text(content.tobytes()).copy())
-    if not isinstance(vocabulary, IdVocabulary):
+    if not isinstance(vocabulary, (IdVocabulary, SubwordVocabulary)):
         raise InputError("source", name, f"holds token ids, and the model reads {vocabulary.kind}", "leave it out")
-    if content.size and not 0 <= int(content.min()) <= int(content.max()) < vocabulary.size:
+    if content.size and int(content.max()) >= vocabulary.size:
         raise InputError("source", name, f"must hold token ids from 0 to {vocabulary.size - 1}")
     return torch.from_numpy(content.astype("int64"))
 
@@ -257,7 +282,19 @@ def _held_out(
     if config is None:
         fix = "give --source FILE, or the directory of the run"
         raise InputError("RUN_DIR", str(place), "an export has no held-out documents", fix)
-    data = config.data
+    found = [_held_out_of(data, place, vocabulary, by_document, max_batches) for data in corpora(config.data).values()]
+
+    def rows() -> Iterator[ScoredRows]:
+        for _, _, read in found:
+            yield from read()
+
+    return ", ".join(name for name, _, _ in found), sum(num_tokens for _, num_tokens, _ in found), rows
+
+
+def _held_out_of(
+    data: DataConfig, place: str | Path, vocabulary: Vocabulary, by_document: bool, max_batches: int
+) -> RowSource:
+    """The held-out documents of one source."""
     index = Index.load(packed_dir(data), verify=data.verify, timeout=data.timeout)
     index.check_vocab(vocabulary.size)
     ours, theirs = ({**v.describe(), "size": 0} for v in (vocabulary, index.open_vocabulary()))
@@ -265,15 +302,15 @@ def _held_out(
         allowed = f"must be packed with the vocabulary of {place}: {ours['kind']}"
         raise InputError("data.source", data.source, f"{allowed}, and not with {theirs['kind']} of others")
     split = index.splits["valid"]
-    bytes_per_token = split.num_bytes / split.num_tokens if split.num_bytes else None  # the split's mean, for all rows
+    bytes_per_token = split.bytes_per_token or None  # the split's mean, for all rows
     if by_document:
-        stream = TokenStream(index, "valid", data.timeout)
+        stream, masked = TokenStream(index, "valid", data.timeout), torch.tensor(index.masked)
 
         def documents() -> Iterator[ScoredRows]:
             for name, start, stop in zip(stream.split.keys, stream.starts, stream.starts[1:], strict=False):
                 if stop - start > 1:
                     tokens = torch.from_numpy(stream.read(int(start), int(stop)).astype("int64"))
-                    yield _document_row(name, tokens, bytes_per_token)
+                    yield _document_row(name, tokens, bytes_per_token, masked)
 
         return index.name, stream.num_tokens - stream.num_documents, documents
     batches = Batches(sequences_of(index, data, "valid"), data.batch_size)
@@ -288,10 +325,12 @@ def _held_out(
     return index.name, num_sequences * data.seq_len, windows
 
 
-def _document_row(name: str, tokens: Tensor, bytes_per_token: float | None) -> ScoredRows:
-    """A document of tokens ``[L]``, L >= 2, as one row; each token but the first is a label."""
-    num_bytes = None if bytes_per_token is None else (len(tokens) - 1) * bytes_per_token
-    return ScoredRows(tokens[:-1].unsqueeze(0), tokens[1:].unsqueeze(0), name=name, num_bytes=num_bytes)
+def _document_row(name: str, tokens: Tensor, bytes_per_token: float | None, masked: Tensor) -> ScoredRows:
+    """A document of tokens ``[L]``, L >= 2, as one row; each token but the first is a label, unless in ``masked``."""
+    is_masked = torch.isin(tokens[1:], masked)
+    labels = tokens[1:].long().masked_fill(is_masked, IGNORED)
+    num_bytes = None if bytes_per_token is None else int((~is_masked).sum()) * bytes_per_token
+    return ScoredRows(tokens[:-1].unsqueeze(0), labels.unsqueeze(0), name=name, num_bytes=num_bytes)
 
 
 def with_resets(batches: Iterable[ScoredRows], context: int) -> Iterator[ScoredRows]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -15,12 +16,26 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..checkpoint import tensors_of
+from ..config import RunConfig
 from ..data import ByteVocabulary, load_vocabulary, save_vocabulary
+from ..data.chat import TOKENIZER_CONFIG
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
 from ..model import Model
 from ..runtime.files import digest, remove, sync, write_tensors, write_text
-from .loading import CONFIG, TENSORS, ExportConfig, load_exported, load_step, read_export_config
+from ..tasks import TaskDescription
+from .loading import (
+    ARCHITECTURES,
+    CONFIG,
+    TENSORS,
+    ExportConfig,
+    describe_task,
+    load_exported,
+    load_step,
+    read_export_config,
+)
+
+log = logging.getLogger("longreach")
 
 __all__ = ["CONFIG", "TENSORS", "export", "load_exported"]
 
@@ -42,14 +57,18 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
     place = Path(os.path.realpath(out_dir))
     _check_replaceable(place, out_dir)
     config, model, step = load_step(run_dir)
-    vocabulary = load_vocabulary(run_dir)
+    vocabulary, task = load_vocabulary(run_dir), _description(Path(run_dir), config)
     partial, replaced = (place.parent / f".{place.name}.{end}" for end in ("partial", "replaced"))
     try:
         remove(partial)
         partial.mkdir(parents=True)
         write_tensors(partial / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
-        document = ExportConfig(step=step, sha256=digest(partial / TENSORS).hex(), model=config.model)
-        write_text(partial / CONFIG, json.dumps(dataclasses.asdict(document), indent=2) + "\n")
+        sha256, classes = digest(partial / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
+        document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
+        del document["task"]  # without it, earlier versions read the export
+        if task is not None:
+            document["task"] = task.as_json()
+        write_text(partial / CONFIG, json.dumps(document, indent=2) + "\n")
         if vocabulary.kind != ByteVocabulary.kind:
             save_vocabulary(vocabulary, partial)
         sync(partial)
@@ -66,6 +85,15 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
     return model, step
 
 
+def _description(run_dir: Path, config: RunConfig) -> TaskDescription | None:
+    """What predictions need; None where a run of an earlier version did not keep it and the data are gone."""
+    try:
+        return describe_task(run_dir, config)
+    except InputError as error:
+        log.warning("exported without the names and units that `longreach predict` needs: %s", error)
+        return None
+
+
 def _exported(tensor: Tensor) -> Tensor:
     """A tensor as it is written: contiguous, and fp32 if it is floating-point."""
     contiguous = tensor.detach().contiguous()
@@ -76,7 +104,8 @@ def _check_replaceable(place: Path, given: str | Path) -> None:
     """Raise InputError if ``place`` is there and neither an export nor an empty directory; ``given`` names it."""
     try:
         names = set(os.listdir(place))
-        if not names or (names - {VOCABULARY, TOKENIZER} == {TENSORS, CONFIG} and read_export_config(place / CONFIG)):
+        ours = names - {VOCABULARY, TOKENIZER, TOKENIZER_CONFIG}
+        if not names or (ours == {TENSORS, CONFIG} and read_export_config(place / CONFIG)):
             return
     except FileNotFoundError:
         return

@@ -49,7 +49,8 @@ def prefill(
         InputError: the model is not causal or has another head, or the prompt is empty.
     """
     if model.config.head != "token":
-        raise InputError("model.head", model.config.head, "must be token: other heads predict no next token")
+        allowed = "must be token: other heads predict no next token"
+        raise InputError("model.head", model.config.head, allowed, "longreach predict answers for new data")
     if not model.config.causal:
         raise InputError("model.causal", False, "only a causal model can continue a text")
     if not prompt.shape[1]:

@@ -6,6 +6,8 @@ export`` writes::
     import longreach.framework.inference.huggingface
     model = AutoModelForCausalLM.from_pretrained("exported")
 
+`AutoModel` gives hidden states, `AutoModelForSequenceClassification` classes or numbers for whole sequences.
+
 The cache of transformers is a `Span` with a carry here; its size does not grow with the number of tokens read. No other
 module imports this one, because transformers is an optional dependency.
 """
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -24,21 +28,28 @@ from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..data.labels import IGNORE, next_token_labels
-from ..heads import labelled
-from ..model import ModelConfig, build_model
+from ..heads import SequenceHead, labelled
+from ..model import Model, ModelConfig, build_model
+from ..tasks import TaskDescription
 from .loading import MODEL_TYPE, read_json_as
 
 try:
     from transformers import (
         AutoConfig,
+        AutoModel,
         AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
         Cache,
         GenerationMixin,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerFast,
     )
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPast,
+        CausalLMOutputWithPast,
+        SequenceClassifierOutput,
+    )
     from transformers.utils import can_return_tuple
 except ModuleNotFoundError as error:
     if error.name != "transformers":
@@ -54,9 +65,11 @@ class LongreachConfig(PreTrainedConfig):
 
     Attributes:
         model: the keys of `ModelConfig`, plain values in nested dicts.
+        task: the keys of `TaskDescription`, which `longreach predict` needs; None for a language model.
 
     Args:
         model: a `ModelConfig`, or some of its keys; missing ones have their defaults.
+        task: its names of the classes are used, unless others are given.
         kwargs: keys of every transformers configuration.
 
     Raises:
@@ -67,9 +80,21 @@ class LongreachConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     tie_word_embeddings = True
 
-    def __init__(self, model: ModelConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: ModelConfig | dict[str, Any] | None = None,
+        task: TaskDescription | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.model = dataclasses.asdict(model) if isinstance(model, ModelConfig) else model or {}
-        self.model = dataclasses.asdict(self.shape())
+        shape = self.shape()
+        self.model = dataclasses.asdict(shape)
+        self.task = task.as_json() if isinstance(task, TaskDescription) else task
+        if shape.head in ("class", "numbers") and not kwargs.keys() & {"id2label", "num_labels"}:
+            names = (self.task or {}).get("classes" if shape.head == "class" else "targets") or []
+            known = len(names) == shape.outputs
+            kwargs["id2label"] = {i: names[i] if known else f"LABEL_{i}" for i in range(shape.outputs)}
+            kwargs["label2id"] = {name: i for i, name in kwargs["id2label"].items()}
         super().__init__(**{key: value for key, value in kwargs.items() if key not in EXPORT_KEYS})
 
     def shape(self) -> ModelConfig:
@@ -161,8 +186,27 @@ class LongreachCache(Cache):
         )
 
 
-class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
-    """`Model` as a causal language model of transformers: on one device, for whole sequences or with a cache.
+class _Features(NamedTuple):
+    """What a model computed before its head.
+
+    Attributes:
+        x: the head's input.
+        penalty: on the weights, a scalar.
+        states: ``[B, L, D]``: the input of each block, then the output of the last one; that alone unless all were
+            asked for.
+        padding: of the inputs.
+        cache: that was given, or a new one.
+    """
+
+    x: Tensor
+    penalty: Tensor
+    states: list[Tensor]
+    padding: _Padding
+    cache: LongreachCache | None
+
+
+class LongreachPreTrainedModel(PreTrainedModel):
+    """The base of the classes below: a `Model` on one device, for whole sequences or with a cache.
 
     Attributes:
         model: the `Model`.
@@ -175,18 +219,22 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # refuses decoding methods that crop the cache
     _keep_in_fp32_modules_strict = ("log_decay", "angle")  # powers of a modal kernel's rates amplify their rounding
     _no_split_modules = ("Block",)
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: LongreachConfig) -> None:
         super().__init__(config)
-        shape = config.shape()
-        if not shape.causal:
-            raise InputError("model.causal", False, "only a causal model can continue a text")
-        if shape.head != "token":
-            raise InputError("model.head", shape.head, "must be token: other heads predict no next token")
+        shape = self._shape(config)
         self.model = build_model(shape)
+        if shape.head == "token":
+            self._tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+        if shape.channels:
+            self.main_input_name = "input_values"
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def _shape(cls, config: LongreachConfig) -> ModelConfig:
+        """The configuration of the `Model`; InputError if it does not fit this class."""
+        return config.shape()
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -196,28 +244,160 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: a tensor of the model is missing.
         """
         model, found = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(found["missing_keys"]):
+        if missing := sorted(name for name in found["missing_keys"] if not cls._may_be_new(name)):
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise InputError("model", str(path), f"lacks {missing[0]}{more}")
         return (model, found) if output_loading_info else model
 
+    @staticmethod
+    def _may_be_new(name: str) -> bool:
+        """Whether a tensor is initialized where a directory lacks it."""
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: `build_model` has initialized the weights."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding; where the head is ``token``, its weight is tied to the head's."""
+        embedding: nn.Module = self.model.embedding
+        return embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, and a tied weight of the head."""
+        self.model.embedding = value
+        if self.model.config.head == "token":
+            self.model.head.weight = value.weight
+        self.model.config.vocab = value.num_embeddings
+
+    def _read(
+        self,
+        inputs: Tensor | None,
+        mask: Tensor | None,
+        past: LongreachCache | None = None,
+        use_cache: bool | None = None,
+        *,
+        documents: Tensor | None = None,
+        all_states: bool = False,
+        others: dict[str, Any],
+    ) -> _Features:
+        """Run the model up to its head.
+
+        Args:
+            inputs: ``[B, L]`` int64 or ``[B, L, channels]``.
+            mask, past, use_cache: as of `LongreachForCausalLM.forward`.
+            documents: ``[B, L]`` int64, 0 and 1 for the tokens of the two documents that are compared.
+            all_states: also return what the blocks before the last one computed.
+            others: further arguments of ``forward``: none may be given.
+        """
+        shape = self.model.config
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise InputError(name, value, "is no argument of this model")
+        if inputs is None or inputs.dim() != (3 if shape.channels else 2):
+            wanted = f"input_values [B, L, {shape.channels}]" if shape.channels else "input_ids [B, L]"
+            raise InputError("inputs", None if inputs is None else [*inputs.shape], wanted)
+        has_positions, cache = shape.positions != "none", None
+        if shape.causal and shape.head == "token":
+            if use_cache is None:  # a cache takes no padding behind tokens where positions count it
+                use_cache = not self.training and not (has_positions and mask is not None)
+            cache = _cache(past, use_cache)
+            padding = _Padding.of(mask, inputs, cache)
+            if has_positions and padding.shifts_tokens:
+                allowed = f"no padding before a token: the model's {shape.positions} positions would count it"
+                fix = "padding_side='right', and use_cache=False"
+                raise InputError("attention_mask", "0 before a token", allowed, fix)
+        else:
+            if past is not None or use_cache:
+                raise InputError("use_cache", True, "only a causal model of the next token has a cache")
+            padding = _Padding.moved_behind(mask, inputs, documents, shape.documents)
+        dropout_seeds = torch.randint(2**62, inputs.shape[:1], device=inputs.device) if self.training else None
+        span = Span() if cache is None else cache.span
+        span = span.with_carry(span.carry, segments=padding.segments, dropout_seeds=dropout_seeds)
+        self.model.recompute = self.gradient_checkpointing and self.training
+        with _recorded(self.model, all_states) as states:
+            x, penalty = self.model.features(padding.to_left(inputs), span)
+        if cache is not None:
+            cache.span, cache.mask = span.next_block(inputs.shape[1]), padding.mask
+        if not isinstance(self.model.head, SequenceHead):
+            x = padding.back(x)
+        return _Features(x, penalty, [padding.back(state) for state in states], padding, cache)
+
+    def _hidden_states(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The states of `_Features` as in transformers: the last one is normed, unless the head pools it before."""
+        *before, last = states
+        norm = cast(nn.Module, self.model.head.norm)
+        return (*before, last if isinstance(self.model.head, SequenceHead) else norm(last))
+
+    def _wants_states(self, given: bool | None) -> bool:
+        """Whether ``output_hidden_states`` is set, for this call or in the configuration."""
+        return bool(self.config.output_hidden_states if given is None else given)
+
+
+class LongreachModel(LongreachPreTrainedModel):
+    """A model without its head: hidden states. `AutoModel` gives it."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: LongreachCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        input_values: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute the hidden states of each token.
+
+        Args:
+            input_ids, attention_mask, past_key_values, use_cache: as of `LongreachForCausalLM.forward`; a model that is
+                not causal, or has another head, has no cache.
+            output_hidden_states: return those of all blocks.
+            input_values: in place of ``input_ids``, ``[B, L, channels]`` where a token is a vector of numbers.
+            token_type_ids: ``[B, L]``, 0 and 1 for the tokens of the two documents that are compared.
+
+        Returns:
+            ``last_hidden_state [B, L, D]``: after the last block, and the final norm unless the head pools before it;
+            ``past_key_values``; with ``output_hidden_states`` also ``hidden_states``, depth + 1 of ``[B, L, D]``: the
+            embedded tokens, the output of each block but the last, and ``last_hidden_state``.
+
+        Raises:
+            InputError: an invalid mask or cache, or an argument that this model does not have.
+        """
+        all_states = self._wants_states(output_hidden_states)
+        found = self._read(
+            input_ids if input_values is None else input_values,
+            attention_mask,
+            past_key_values,
+            use_cache,
+            documents=token_type_ids,
+            all_states=all_states,
+            others=others,
+        )
+        states = self._hidden_states(found.states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=found.cache,
+            hidden_states=states if all_states else None,
+        )
+
+
+class LongreachForCausalLM(LongreachPreTrainedModel, GenerationMixin):
+    """`Model` as a causal language model of transformers: on one device, for whole sequences or with a cache."""
+
+    @classmethod
+    def _shape(cls, config: LongreachConfig) -> ModelConfig:
+        shape = config.shape()
+        if not shape.causal:
+            raise InputError("model.causal", False, "only a causal model can continue a text")
+        if shape.head != "token":
+            raise InputError("model.head", shape.head, "must be token: other heads predict no next token")
+        return shape
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` creates the cache, not `generate`
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding; its weight is tied to the head's."""
-        embedding = self.model.embedding
-        assert isinstance(embedding, nn.Embedding)  # checked in the constructor: the head is ``token``
-        return embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding and the tied weight of the head."""
-        self.model.embedding, self.model.head.weight = value, value.weight
-        self.model.config.vocab = value.num_embeddings
 
     @can_return_tuple
     def forward(
@@ -227,6 +407,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: LongreachCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
@@ -243,6 +424,7 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
                 it. -100 for no label.
             use_cache: create a cache if none is given; None creates one, except in training and for a mask where the
                 model has positions.
+            output_hidden_states: also return those of all blocks, as `LongreachModel` does.
             logits_to_keep: the number of last tokens, or the indices of the tokens, whose logits are returned; 0 for
                 all.
             num_items_in_batch: the number of labels in all batches of an optimizer step, by which the sum of losses is
@@ -250,31 +432,15 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             ``loss`` in nats, a scalar, including the weights' penalty; ``logits [B, L, vocab]``, None in training with
-            labels (the loss is computed in parts, without all logits in memory); ``past_key_values``.
+            labels (the loss is computed in parts, without all logits in memory); ``past_key_values``;
+            ``hidden_states``.
 
         Raises:
             InputError: an invalid mask or cache, or an argument that this model does not have.
         """
-        for name, value in others.items():
-            if value is not None and value is not False:
-                raise InputError(name, value, "is no argument of this model")
-        has_positions = self.model.config.positions != "none"
-        if use_cache is None:  # a cache takes no padding behind tokens where positions count it
-            use_cache = not self.training and not (has_positions and attention_mask is not None)
-        cache = _cache(past_key_values, use_cache)
-        padding = _Padding.of(attention_mask, input_ids, cache)
-        dropout_seeds = torch.randint(2**62, input_ids.shape[:1], device=input_ids.device) if self.training else None
-        span = Span() if cache is None else cache.span
-        if has_positions and padding.shifts_tokens:
-            allowed = f"no padding before a token: the model's {self.model.config.positions} positions would count it"
-            fix = "padding_side='right', and use_cache=False"
-            raise InputError("attention_mask", "0 before a token", allowed, fix)
-        span = span.with_carry(span.carry, segments=padding.segments, dropout_seeds=dropout_seeds)
-        self.model.recompute = self.gradient_checkpointing and self.training
-        x, penalty = self.model.features(padding.to_left(input_ids), span)
-        x = padding.back(x)
-        if cache is not None:
-            cache.span, cache.mask = span.next_block(input_ids.shape[1]), padding.mask
+        all_states = self._wants_states(output_hidden_states)
+        found = self._read(input_ids, attention_mask, past_key_values, use_cache, all_states=all_states, others=others)
+        x, padding = found.x, found.padding
         loss = logits = None
         if labels is not None:
             if padding.documents is not None:
@@ -283,11 +449,105 @@ class LongreachForCausalLM(PreTrainedModel, GenerationMixin):
             num_labels = labelled(shifted).sum()
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             # Without labels, the loss and its gradients are 0.
-            loss = (self.model.head(x, shifted).sum() + penalty * num_labels) / num_items.clamp(min=1).to(x.device)
+            loss = (self.model.head(x, shifted).sum() + found.penalty * num_labels) / num_items.clamp(min=1).to(
+                x.device
+            )
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.head(x[:, kept])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        states = self._hidden_states(found.states) if all_states else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=found.cache, hidden_states=states)
+
+
+class LongreachForSequenceClassification(LongreachPreTrainedModel):
+    """`Model` with one answer for a whole sequence: a class, or numbers.
+
+    Of a language model it takes all but the output, which is a new one for ``config.num_labels`` classes.
+    """
+
+    @classmethod
+    def _shape(cls, config: LongreachConfig) -> ModelConfig:
+        shape = config.shape()
+        if shape.head == "series":
+            raise InputError(
+                "model.head", shape.head, "must be class, numbers or token: it has an answer for each token"
+            )
+        if shape.head != "numbers":
+            shape.head, shape.outputs = "class", config.num_labels
+            config.model |= {"head": shape.head, "outputs": shape.outputs}
+        return shape
+
+    @staticmethod
+    def _may_be_new(name: str) -> bool:
+        return name.startswith("model.head.answer.")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize a new output; `build_model` has initialized the other weights."""
+        if isinstance(module, nn.Linear) and module is self.model.head.answer:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        input_values: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> SequenceClassifierOutput:
+        """Classify each sequence.
+
+        Args:
+            input_ids: ``[B, L]`` int64.
+            attention_mask: ``[B, L]``, 0 for padding before or after the tokens of a row.
+            labels: ``[B]`` int64 classes, -100 for none; numbers ``[B, outputs]``, NaN for none.
+            output_hidden_states, input_values, token_type_ids: as of `LongreachModel.forward`.
+            num_items_in_batch: as of `LongreachForCausalLM.forward`.
+
+        Returns:
+            ``loss``, a scalar, including the weights' penalty: cross entropy in nats, or the mean squared error;
+            ``logits [B, num_labels]``, or the numbers; ``hidden_states``.
+
+        Raises:
+            InputError: an invalid mask, or an argument that this model does not have.
+        """
+        all_states = self._wants_states(output_hidden_states)
+        found = self._read(
+            input_ids if input_values is None else input_values,
+            attention_mask,
+            documents=token_type_ids,
+            all_states=all_states,
+            others=others,
+        )
+        head = cast(SequenceHead, self.model.head)
+        logits, loss = head(found.x), None
+        if labels is not None:
+            labels = labels.view(len(logits), -1) if labels.is_floating_point() else labels.view(len(logits))
+            count = labelled(labels.unsqueeze(1)).sum()
+            num_items = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            total = head.loss(logits, labels).sum() + found.penalty * count
+            loss = total / num_items.clamp(min=1).to(logits.device)
+        states = self._hidden_states(found.states) if all_states else None
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+@contextmanager
+def _recorded(model: Model, all_states: bool) -> Iterator[list[Tensor]]:
+    """A list that gets the output of the model's last block, and with ``all_states`` the input of each before it."""
+    states: list[Tensor] = []
+    blocks = [*model.blocks] if all_states else []
+    hooks = [block.register_forward_pre_hook(lambda _, given: states.append(given[0])) for block in blocks]
+    hooks.append(model.blocks[-1].register_forward_hook(lambda _, given, output: states.append(output[0])))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _cache(given: Any, use_cache: bool) -> LongreachCache | None:
@@ -356,20 +616,59 @@ class _Padding(NamedTuple):
             segments = documents if order is None else documents.gather(1, order)
         return cls(torch.cat([past, now], dim=1), documents, segments, order)
 
+    @classmethod
+    def moved_behind(
+        cls, mask: Tensor | None, inputs: Tensor, documents: Tensor | None, num_documents: int
+    ) -> _Padding:
+        """The same where tokens see later ones, or the head pools: all padding is moved behind the tokens.
+
+        Args:
+            mask: ``[B, L]``, or None.
+            inputs: ``[B, L, ...]``.
+            documents: ``[B, L]`` int64 document ids, or None for one document.
+            num_documents: that the model reads.
+
+        Raises:
+            InputError: the mask does not fit the inputs, or has padding between tokens; a second document is missing.
+        """
+        rows, length = inputs.shape[:2]
+        if documents is None and num_documents > 1:
+            allowed = "0 for the tokens of the first document, 1 for those of the second"
+            raise InputError("token_type_ids", None, allowed)
+        if mask is None:
+            mask = torch.ones(rows, length, device=inputs.device)
+        if mask.shape != (rows, length):
+            raise InputError("attention_mask", [*mask.shape], f"[batch, tokens], here {[rows, length]}")
+        now = mask != 0
+        begun = now.cumsum(1) > 0
+        if (now[:, 1:] & ~now[:, :-1] & begun[:, :-1]).any():
+            raise InputError("attention_mask", "0 between 1s", "padding must be before or after a row's tokens")
+        if now.all() and documents is None:
+            return cls()
+        segments = torch.zeros_like(now, dtype=torch.int64) if documents is None else documents
+        segments = segments.masked_fill(~now, num_documents)
+        if begun[:, 0].all():
+            return cls(segments=segments)
+        order = (torch.arange(length, device=now.device) + (~begun).sum(1, keepdim=True)) % length
+        return cls(segments=segments.gather(1, order), order=order)
+
     @property
     def shifts_tokens(self) -> bool:
         """Whether a token's place in its row is not its place in its text."""
         return self.segments is not None and not bool(self.segments[:, 0].all())
 
-    def to_left(self, tokens: Tensor) -> Tensor:
-        """``[B, L]``, padding before the tokens."""
-        return tokens if self.order is None else tokens.gather(1, self.order)
+    def to_left(self, x: Tensor) -> Tensor:
+        """``[B, L, ...]``, moved."""
+        return x if self.order is None else _reordered(x, self.order)
 
     def back(self, x: Tensor) -> Tensor:
-        """``[B, L, D]`` of moved tokens, in the order that they were given in."""
-        if self.order is None:
-            return x
-        return x.gather(1, self.order.argsort(1).unsqueeze(-1).expand_as(x))
+        """``[B, L, ...]`` of moved tokens, in the order that they were given in."""
+        return x if self.order is None else _reordered(x, self.order.argsort(1))
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """``[B, L, ...]``: row by row, token ``order[b, i]`` at place i."""
+    return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -395,4 +694,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 AutoConfig.register(MODEL_TYPE, LongreachConfig)
+AutoModel.register(LongreachConfig, LongreachModel)
 AutoModelForCausalLM.register(LongreachConfig, LongreachForCausalLM)
+AutoModelForSequenceClassification.register(LongreachConfig, LongreachForSequenceClassification)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
-from ..arguments import add_model_directory, check_output_file
+from ..arguments import add_device, add_model_directory, add_threads, check_output_file, device_of, threads_of
 
 if TYPE_CHECKING:
     from ...framework.inference.evaluate import Evaluation
     from ...framework.tasks import Score, Task
 
-SUMMARY = "bits per byte of held-out documents or of files of any length; of a task, its test"
+SUMMARY = "score a model: bits per byte of held-out documents or other files; a task by its test set"
 DESCRIPTION = """Score the newest model of a run on the documents that were held out from it, or on other files
-(--source). The run of a task (docs/tasks.md) is scored by the task's test: then only --json and key=value may be
-given."""
+(--source). A run of a task (docs/tasks.md) is scored on the test set of the task: then only --json and key=value
+may be given."""
 EXAMPLES = """
   longreach evaluate runs/quickstart
   longreach evaluate runs/quickstart --source book.txt    # a file of any length as one sequence
@@ -40,20 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", metavar="FILE.png", help="plot bits per byte by position, and by context")
     batches_help = "number of held-out batches to score; 0, the default, scores all"
     parser.add_argument("--batches", type=int, default=0, help=batches_help)
+    add_device(parser)
+    add_threads(parser)
     overrides_help = "replaces one value of the run's config, as in data.seq_len=1048576"
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=overrides_help)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the scores of a run or an export; returns the exit code."""
-    contexts = _check(arguments)
+    contexts, threads = _check(arguments), threads_of(arguments)
+    from ...framework.data.tally import told
     from ...framework.inference.evaluate import evaluate, evaluate_task, has_test, plot, write_json
+    from ...framework.runtime.process import set_num_threads
 
+    set_num_threads(threads)
+    device = device_of(arguments)
     if has_test(arguments.run_dir):
         if arguments.source or arguments.by_document or contexts or arguments.batches or arguments.figure:
             allowed = "is of a task: only --json and key=value say how it is scored"
             raise InputError("RUN_DIR", arguments.run_dir, allowed)
-        return _print_task(*evaluate_task(arguments.run_dir, arguments.overrides), arguments.json)
+        return _print_task(*evaluate_task(arguments.run_dir, arguments.overrides, device), arguments.json)
     found = evaluate(
         arguments.run_dir,
         arguments.source,
@@ -61,8 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         by_document=arguments.by_document,
         max_batches=arguments.batches,
         contexts=contexts,
+        device=device,
     )
     _print_tables(found, arguments.by_document)
+    for line in told(found.counts):
+        print(line)
     try:
         if arguments.json:
             write_json(found, Path(arguments.json))

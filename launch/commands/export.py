@@ -6,10 +6,11 @@ import argparse
 
 SUMMARY = "write a run's newest model as safetensors, to be loaded anywhere"
 DESCRIPTION = """Write the newest model of a run as model.safetensors and config.json, which can be loaded without the
-run and without DeepSpeed."""
+run, its data and DeepSpeed: names of classes and columns, standardization and tokenizer are exported too."""
 EXAMPLES = """
   longreach export runs/quickstart exported
-Load it: from longreach.framework.inference.export import load_exported; model = load_exported("exported")"""
+The other commands take it as they take a run (longreach predict exported --source new-photos). In Python:
+from longreach import load_exported; model = load_exported("exported")"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ...errors import InputError
-from ..arguments import add_model_directory, check_output_file
+from ..arguments import add_device, add_model_directory, add_threads, check_output_file, device_of, threads_of
 from ..exit_codes import INTERRUPTED, report_error
 
 SUMMARY = "continue a text"
@@ -26,7 +26,8 @@ EXAMPLES = """
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``longreach generate``."""
     add_model_directory(parser)
-    prompt_help = "text to continue; @FILE reads a file; may be given several times: each prompt is continued by itself"
+    prompt_help = "text to continue; @FILE reads a file, @@TEXT is the text @TEXT; may be given several times: each "
+    prompt_help += "prompt is continued by itself"
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=prompt_help)
     parser.add_argument("--tokens", type=int, default=256, help="number of tokens to generate (default 256)")
     temperature_help = "temperature of sampling; 0 takes the most likely token (default 0.8)"
@@ -42,19 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--carry-out", metavar="FILE", help=out_help)
     in_help = "continue from a state that --carry-out saved, as if there had been no stop; a prompt is read after it"
     parser.add_argument("--carry-in", metavar="FILE", help=in_help)
+    add_device(parser)
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the prompts and their continuations; returns the exit code."""
     _check(arguments)
+    threads = threads_of(arguments)
     prompts = [_read_prompt(text) for text in arguments.prompt] or [b""]  # with --carry-in, a prompt may be missing
-    from ...framework.data import load_vocabulary
     from ...framework.data.progress import progress
     from ...framework.inference.generate import Decoder, continuations, decode_stream, encode
-    from ...framework.inference.loading import load_run
+    from ...framework.inference.loading import load_run, vocabulary_of
+    from ...framework.runtime.process import set_decoding_threads, set_num_threads
 
-    _, model = load_run(arguments.run_dir)
-    vocabulary = load_vocabulary(arguments.run_dir)
+    _, model = load_run(arguments.run_dir, device=device_of(arguments))
+    vocabulary = vocabulary_of(arguments.run_dir, model)
     encoded = [encode(prompt, vocabulary) if prompt else None for prompt in prompts]
     if arguments.carry_in:
         start = Decoder.load(model, arguments.carry_in, arguments.seed)
@@ -65,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     decoders = [start.fork() for _ in prompts]
     for decoder, ids in zip(decoders, encoded, strict=True):
         if ids is not None:
+            set_num_threads(threads, ids.numel() * model.config.width)
             with progress("reading the prompt", ids.shape[1], unit="tokens") as advance:
                 decoder.prefill(ids, advance)
+    set_decoding_threads(threads, model)
     texts = continuations(
         decoders,
         arguments.tokens,
@@ -142,8 +148,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _read_prompt(text: str) -> bytes:
     """The bytes of a ``--prompt``."""
-    prompt = text.encode("utf-8", errors="surrogateescape")
-    if text.startswith("@"):
+    prompt = text.removeprefix("@").encode("utf-8", errors="surrogateescape")  # of @@TEXT
+    if text.startswith("@") and not text.startswith("@@"):
         try:
             with open(text[1:], "rb") as file:
                 prompt = file.read()

@@ -12,18 +12,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import longreach
 from longreach.errors import InputError
+from longreach.framework.inference.export import load_exported
 from longreach.framework.inference.generate import Decoder
 from longreach.framework.inference.huggingface import (
     LongreachCache,
     LongreachConfig,
     LongreachForCausalLM,
+    LongreachForSequenceClassification,
+    LongreachModel,
     byte_tokenizer,
 )
 from longreach.framework.model import ModelConfig
+from longreach.framework.tasks import TaskDescription
+from longreach.launch import cli
+from longreach.parallel.span import Span
 
 MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
 RECOMPUTE = "activation_checkpointing"  # "gradient_checkpointing" before transformers 5.21
@@ -297,6 +312,214 @@ def test_a_vocabulary_grows(tmp_path: Path) -> None:
     assert model(tokens).logits.shape == (1, 10, 270)
 
 
+@torch.no_grad()
+def states_of(model: LongreachModel | LongreachForCausalLM, tokens: Tensor) -> list[Tensor]:
+    """The embedded tokens and the output of each block, one after the other."""
+    found = [model.model._embed(tokens, Span())]
+    for number, block in enumerate(model.model.blocks):
+        found.append(block(found[-1], Span().for_layer(f"blocks.{number}"))[0])
+    return found
+
+
+@torch.no_grad()
+def test_hidden_states_are_what_the_blocks_compute(tmp_path: Path) -> None:
+    """Embedding, each block, the last one normed; also from `AutoModel`, padded, with a cache, and in `generate`."""
+    model, tokens = small_model(), text(20, rows=2)
+    *before, last = states_of(model, tokens)
+    expected = [*before, model.model.head.norm(last)]
+    output = model(tokens, output_hidden_states=True)
+    assert isinstance(output.hidden_states, tuple) and len(output.hidden_states) == len(MIXERS) + 1
+    for state, wanted in zip(output.hidden_states, expected, strict=True):
+        assert state.shape == (2, 20, 16)
+        torch.testing.assert_close(state, wanted)
+    logits = torch.nn.functional.linear(output.hidden_states[-1], model.model.embedding.weight)
+    torch.testing.assert_close(logits, output.logits)
+    assert model(tokens).hidden_states is None and not any(block._forward_hooks for block in model.model.blocks)
+    model.config.output_hidden_states = True
+    assert len(model(tokens).hidden_states) == 5
+    model.config.output_hidden_states = False
+
+    model.save_pretrained(tmp_path)
+    base, found = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(base, LongreachModel) and not any(found.values())
+    assert torch.equal(base(tokens).last_hidden_state, output.hidden_states[-1])
+    assert base(tokens).hidden_states is None
+    for side in (0, 5):
+        padded_tokens, mask = padded([tokens[:1, :9], tokens[1:]], left=side, right=5 - side)
+        states = base(padded_tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        for state, wanted in zip(states, base(tokens[:1, :9], output_hidden_states=True).hidden_states, strict=True):
+            end = side + 20
+            torch.testing.assert_close(state[:1, end - 9 : end], wanted, **TIGHT)
+    cache = base(tokens[:, :12]).past_key_values
+    rest = base(tokens[:, 12:], past_key_values=cache, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(rest[2], expected[2][:, 12:], **TIGHT)
+    written = model.generate(
+        tokens, max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert [len(step) for step in written.hidden_states] == [5, 5, 5]
+    assert [step[-1].shape[1] for step in written.hidden_states] == [20, 1, 1]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_states_have_gradients(recompute: bool) -> None:
+    model, tokens = small_model(["elementwise", "chela"]).train(), text(12)
+    if recompute:
+        getattr(model, f"{RECOMPUTE}_enable")()
+    model(tokens, output_hidden_states=True).hidden_states[1].square().sum().backward()
+    weights = [block.ffn.down.weight.grad for block in model.model.blocks]
+    assert weights[0].any() and (weights[1] is None or not weights[1].any())
+
+
+def classifier(**fields: Any) -> LongreachForSequenceClassification:
+    shape = ModelConfig(**({"width": 16, "depth": 2, "mixers": ["elementwise"], "head": "class"} | fields))
+    torch.manual_seed(0)
+    return LongreachForSequenceClassification(LongreachConfig(shape)).eval()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_classes_of_padded_rows_are_those_of_the_rows(causal: bool, side: str) -> None:
+    """The logits of the model itself, also where its tokens have positions; the loss is the mean over the labels."""
+    model = classifier(vocab=50, outputs=3, causal=causal, positions="sinusoidal")
+    rows = [torch.randint(0, 50, (1, length)) for length in (4, 9, 12)]
+    expected = torch.cat([model.model(row) for row in rows])
+    tokens, mask = torch.full((3, 12), 7), torch.zeros(3, 12, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        here = slice(12 - row.shape[1], 12) if side == "left" else slice(0, row.shape[1])
+        tokens[number, here], mask[number, here] = row[0], 1
+    labels = torch.tensor([2, -100, 0])
+    output = model(tokens, attention_mask=mask, labels=labels, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, expected, **TIGHT)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(expected, labels), **TIGHT)
+    assert [state.shape for state in output.hidden_states] == [(3, 12, 16)] * 3
+    alone = states_of(model, rows[0])
+    for state, wanted in zip(output.hidden_states, alone, strict=True):
+        torch.testing.assert_close(state[:1][mask[:1] == 1], wanted[0], **TIGHT)
+    torch.testing.assert_close(
+        model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=4).loss * 2, output.loss
+    )
+
+
+@torch.no_grad()
+def test_numbers_and_pairs_are_answered() -> None:
+    """Sequences of vectors, numbers as labels, two documents side by side."""
+    model, values = classifier(head="numbers", channels=2, outputs=3), torch.randn(2, 7, 2)
+    labels = torch.randn(2, 3)
+    output = model(input_values=values, labels=labels)
+    torch.testing.assert_close(output.logits, model.model(values))
+    torch.testing.assert_close(output.loss, (output.logits - labels).square().mean())
+    pairs, tokens = classifier(vocab=9, outputs=2, documents=2), torch.randint(0, 9, (1, 6))
+    kinds = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = pairs.model(tokens, Span(segments=kinds))
+    padded_tokens, mask = torch.nn.functional.pad(tokens, (2, 1)), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0]])
+    found = pairs(padded_tokens, attention_mask=mask, token_type_ids=torch.nn.functional.pad(kinds, (2, 1))).logits
+    torch.testing.assert_close(found, expected, **TIGHT)
+    with pytest.raises(InputError, match="token_type_ids"):
+        pairs(tokens)
+    with pytest.raises(InputError, match=r"input_values \[B, L, 2\]"):
+        model(tokens)
+    with pytest.raises(InputError, match="has a cache"):
+        LongreachModel(model.config)(input_values=values, use_cache=True)
+
+
+def test_classes_have_names(tmp_path: Path) -> None:
+    """Those of the task, or of the user; saved and loaded, also by `load_exported`."""
+    shape = ModelConfig(width=16, depth=1, mixers=["elementwise"], head="class", channels=1, outputs=3)
+    task = TaskDescription("series", 9, classes=["cat", "dog", "owl"], mean=[1.0], deviation=[2.0])
+    model = LongreachForSequenceClassification(LongreachConfig(shape, task=task)).eval()
+    assert model.config.num_labels == 3 and model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert model.config.label2id["owl"] == 2
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.id2label == model.config.id2label
+    values = torch.randn(5, 1)
+    logits = loaded(input_values=(values[None] - 1) / 2).logits
+    (answer,) = load_exported(tmp_path).predict([values.numpy()])
+    assert answer["class"] == ["cat", "dog", "owl"][int(logits.argmax())]
+    assert answer["probability_owl"] == pytest.approx(float(logits.detach().softmax(-1)[0, 2]), rel=1e-4)
+    named = AutoModelForSequenceClassification.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
+    named.save_pretrained(tmp_path / "named")
+    assert "probability_c" in load_exported(tmp_path / "named").predict([values.numpy()])[0]
+
+
+def test_a_language_model_learns_to_classify(tmp_path: Path) -> None:
+    """With a new output, which alone is not loaded; what the trainer saved is read by transformers and by `predict`."""
+    small_model(["elementwise"]).save_pretrained(tmp_path / "language")
+    names = {0: "letters", 1: "digits"}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "language", id2label=names)
+    weights = load_file(tmp_path / "language" / "model.safetensors")
+    assert torch.equal(model.model.embedding.weight, weights["model.embedding.weight"])
+    answer = model.model.head.answer
+    assert answer.weight.shape == (2, 16) and 0.1 < answer.weight.std() < 0.5 and not answer.bias.any()
+    rows = [
+        {"input_ids": torch.randint(48, 58, (10,)) + 49 * (number % 2 == 0), "labels": torch.tensor(number % 2)}
+        for number in range(32)
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=20, learning_rate=1e-2,
+        save_strategy="no", per_device_train_batch_size=8, dataloader_pin_memory=False, logging_steps=1,
+    )  # fmt: skip
+    found = Trainer(model, arguments, train_dataset=rows)
+    found.train()
+    assert losses(found)[-1] < 0.5 * losses(found)[0]
+    found.save_model(str(tmp_path / "tuned"))
+    byte_tokenizer().save_pretrained(tmp_path / "tuned")
+    answers = load_exported(tmp_path / "tuned").predict(["hello", "2026", b"31415"])
+    assert [answer["class"] for answer in answers] == ["letters", "digits", "digits"]
+    classify = pipeline("text-classification", model=str(tmp_path / "tuned"), device="cpu")
+    assert [one["label"] for one in classify(["hello", "2026"], batch_size=2)] == ["letters", "digits"]
+
+
+def test_what_is_saved_is_read_by_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`load_exported`, in one file or several; `longreach generate` and `evaluate`; a missing file is told."""
+    model, tokens = small_model(["elementwise", "chela"]), text(30)
+    for place, options in (("one", {}), ("several", {"max_shard_size": "20KB"}), ("half", {})):
+        saved = model.bfloat16() if place == "half" else model
+        saved.save_pretrained(tmp_path / place, **options)
+        byte_tokenizer().save_pretrained(tmp_path / place)
+        model.float()
+        loaded = load_exported(tmp_path / place)
+        assert not loaded.training and loaded.head.weight is loaded.embedding.weight
+        assert torch.equal(loaded(tokens), model.model(tokens))
+    assert len([*(tmp_path / "several").glob("*.safetensors")]) > 1
+    (tmp_path / "book.txt").write_text("a carry is all that a shard needs of its past; " * 4)
+    one = str(tmp_path / "one")
+    assert (
+        cli.main(["generate", one, "--prompt", "def ", "--tokens", "5", "--temperature", "0", "--device", "cpu"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("def ")
+    assert cli.main(["evaluate", one, "--source", str(tmp_path / "book.txt"), "--device", "cpu"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    next((tmp_path / "several").glob("*.safetensors")).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        load_exported(tmp_path / "several")
+    (tmp_path / "several" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="does not name the files"):
+        load_exported(tmp_path / "several")
+
+
+def test_a_model_of_subwords_needs_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens of another vocabulary are not shown as bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    LongreachForCausalLM(LongreachConfig(model={"vocab": 600, "width": 16, "depth": 1})).save_pretrained(tmp_path)
+    words = ["generate", str(tmp_path), "--prompt", "shard", "--tokens", "3"]
+    assert cli.main(words) == 2
+    assert "tokenizer.save_pretrained" in capsys.readouterr().err
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["a shard of a sequence " * 9], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("shard")
+
+
 def at_positions(model: LongreachForCausalLM) -> LongreachForCausalLM:
     model.model.config.positions = "sinusoidal"
     return model
@@ -326,7 +549,8 @@ def at_positions(model: LongreachForCausalLM) -> LongreachForCausalLM:
             "use_cache=False",
         ),
         (lambda m, x: m(x, past_key_values=object()), "past_key_values = 'object'"),
-        (lambda m, x: m(x, output_hidden_states=True), "output_hidden_states"),
+        (lambda m, x: m(x, output_attentions=True), "output_attentions"),
+        (lambda m, x: m(x.unsqueeze(-1)), r"input_ids \[B, L\]"),
         (lambda m, x: m(x).past_key_values.crop(1), "cannot take tokens back"),
         (lambda m, x: LongreachConfig(model={"widht": 3}), "did you mean width"),
         (lambda m, x: LongreachConfig(model={"width": "${oc.env:HOME}"}), "plain values"),
