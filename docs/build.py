@@ -31,6 +31,7 @@ MODULES = [  # what users call, the public names first; `kernels` is no package,
     "longreach.kernels.transition",
     "longreach.kernels.elementwise",
     "longreach.kernels.linear_attention",
+    "longreach.kernels.delta_rule",
     "longreach.kernels.short_conv",
     "longreach.kernels.long_conv",
     "longreach.kernels.modal_conv",
@@ -38,6 +39,7 @@ MODULES = [  # what users call, the public names first; `kernels` is no package,
     "longreach.parallel.mesh",
     "longreach.parallel.span",
     "longreach.parallel.streaming",
+    "longreach.testing",
     "longreach.framework.config",
     "longreach.framework.data",
     "longreach.framework.mixers",
@@ -46,6 +48,8 @@ MODULES = [  # what users call, the public names first; `kernels` is no package,
     "longreach.framework.tasks",
     "longreach.framework.inference.generate",
     "longreach.framework.inference.evaluate",
+    "longreach.framework.inference.predict",
+    "longreach.framework.inference.inputs",
     "longreach.framework.inference.export",
     "longreach.framework.inference.loading",
     "longreach.framework.inference.carry_file",
@@ -54,15 +58,15 @@ MODULES = [  # what users call, the public names first; `kernels` is no package,
 CONFIG_PAGE = ROOT / "docs" / "config.md"
 MEANINGS = {  # of keys of which the Args or Attributes of the docstring say nothing, or nothing of each by itself
     "run.dir": "where results go; by default `runs/<name of the config>`",
-    "run.seed": "of the weights and of the order of the data",
+    "run.seed": "seed of the initial weights and of the order of the data",
     "optim.lr": "learning rate after the warm-up",
-    "optim.min_lr_ratio": "the cosine ends at so many times `lr`",
+    "optim.min_lr_ratio": "the learning rate at the end of the cosine, divided by `lr`",
     "optim.warmup_steps": "steps in which the learning rate rises from 0, linearly",
     "optim.schedule_steps": "the step at which the cosine ends; by default `train.steps`",
-    "optim.betas": "of AdamW",
-    "optim.eps": "of AdamW",
-    "optim.weight_decay": "of AdamW",
-    "optim.clip": "limit of the gradient's norm; 0 does not limit it",
+    "optim.betas": "AdamW's decay rates of the mean and of the square of the gradient",
+    "optim.eps": "AdamW's epsilon, in the denominator of the update",
+    "optim.weight_decay": "AdamW's weight decay, of the matrices of linear layers and embeddings",
+    "optim.clip": "the gradient is scaled down to this norm where its norm is larger; 0 never",
     "parallel.near": "`[latency, bandwidth]` between ranks of a node, in seconds and bytes a second, as "
     "`longreach doctor` measures them; empty for rough figures",
     "parallel.far": "the same between nodes, as `python -m longreach.launch.link_benchmark` measures them",
@@ -77,11 +81,12 @@ CONFIG_HEAD = """# Keys of a config
 <!-- Written by docs/build.py from the dataclasses and their docstrings: python docs/build.py --config -->
 
 A config is a YAML file with these sections. `longreach train CONFIG` takes its path, or the name of one in
-`configs/`; what it does not give has the default. `section.key=VALUE` on the command line replaces a value, in YAML's
-notation; quote what a shell would read itself: `"model.mixers=[chela]"`, `"parallel.near=[5e-6, 2e11]"`. An unknown
-key, or a value of another type, is refused by name. `RUN_DIR/config.yaml` has all keys of a run.
+`configs/`. Keys that it leaves out have their defaults. `section.key=VALUE` on the command line replaces a value, in
+YAML's notation; quote values that a shell would interpret: `"model.mixers=[chela]"`, `"parallel.near=[5e-6, 2e11]"`.
+An unknown key, or a value of the wrong type, is an error that names the key. `RUN_DIR/config.yaml` has all keys of a
+run.
 
-Names in code that are neither keys nor values are those of the Python interface (`make docs`).
+Other names in code, such as `config.load`, are those of the Python interface (`make docs`).
 """
 CONFIG_TAIL = """
 `deepspeed` is one of
@@ -90,8 +95,8 @@ CONFIG_TAIL = """
 - the path of a DeepSpeed JSON: `deepspeed=my_zero.json`, or `--deepspeed_config my_zero.json`, which is the same;
 - a mapping of DeepSpeed's keys, in the YAML file.
 
-`cp configs/deepspeed/zero1.json my_zero.json` is a start for one's own. `"auto"` takes the value from the config. A key
-that DeepSpeed does not know, or one that says something else than the config does, is refused.
+`cp configs/deepspeed/zero1.json my_zero.json` makes a file to start from. In it, `"auto"` takes the value from the
+config. A key that DeepSpeed does not know, or a value that contradicts the config, is an error.
 """
 
 

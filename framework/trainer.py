@@ -34,10 +34,11 @@ from .model import build_model
 from .monitoring.exchanges import record_exchanges
 from .monitoring.profile import StepProfile
 from .runtime.loss_guard import LossGuard
+from .runtime.memory import check_memory, tokens_at_a_time
 from .runtime.preemption import Preemption
 from .runtime.process import abort, check_compile, compile_model, peak_memory, set_num_threads
 from .runtime.rank_consistency import check_rank_consistency
-from .runtime.run import open_run
+from .runtime.run import keeps_best, open_run
 from .runtime.schedule import learning_rate
 from .runtime.validation import batches_of, blocks_of
 from .tasks import Score, Task, kind_of, open_task
@@ -50,6 +51,7 @@ class Result:
     Attributes:
         step: optimizer steps done.
         held_out: held-out loss, nats per token; None if nothing was held out.
+        held_out_by_source: that of each of several sources.
         run_dir: its directory.
         plot: the loss curve.
         stopped: why it ended before its last step, if it did.
@@ -64,6 +66,7 @@ class Result:
     stopped: str = ""
     test: Score | None = None
     baseline_metrics: dict[str, float] = field(default_factory=dict)
+    held_out_by_source: dict[str, float] = field(default_factory=dict)
 
 
 def train(config: RunConfig) -> Result:
@@ -72,7 +75,7 @@ def train(config: RunConfig) -> Result:
     Raises:
         InputError: something in the config, the data or the checkpoint does not fit; before the first step.
     """
-    mesh, task, engine = _set_up(config)
+    mesh, task, engine = set_up(config)
     with open_run(config, mesh, task, engine) as run:
         monitor, state, steps, stopped, save_seconds = run.monitor, run.state, config.train.steps, "", 0.0
         with (
@@ -85,7 +88,7 @@ def train(config: RunConfig) -> Result:
             on_trace = monitor.profile if monitor is not None else None
             profile = StepProfile(config.monitor.profile_steps, run.directory, mesh.world.rank, engine.module, on_trace)
             recorded = partial(record_exchanges, run.directory, mesh.world.rank, traffic)
-            while state["step"] < steps and not stopped:
+            while not run.has_ended and not stopped:
                 step = state["step"] + 1
                 heartbeat.set_phase(f"in step {step}")
                 started = time.monotonic()
@@ -100,19 +103,22 @@ def train(config: RunConfig) -> Result:
                 seconds = {"step_seconds": time.monotonic() - started, "data_wait_seconds": data_wait}
                 run.record_step(metrics, {**seconds, "save_seconds": save_seconds}, traffic, warning)
                 stopped = preemption.reason(mesh.world) if step < steps else ""
+                is_best = False
                 if step == steps or (_is_due(config.train.validate_every, step) and not stopped):
-                    run.validate()
+                    is_best = run.validate()
                 heartbeat.set_phase(f"after step {step}")
-                ends = step == steps or bool(stopped)
-                save_seconds = run.save(due=ends or _is_due(config.checkpoint.every, step), wait=ends)
+                ends = run.has_ended or bool(stopped)
+                due = ends or _is_due(config.checkpoint.every, step) or (is_best and keeps_best(config))
+                save_seconds = run.save(due=due, wait=ends)
             profile.finish()
         test = None if stopped else run.test()
-        if monitor is not None and not stopped:
-            monitor.finish()
+        if not stopped:
+            run.finish()
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     gather_values([0.0], mesh.world)  # a barrier: no rank leaves while the first one writes
     engine.close()
-    return Result(state["step"], state.get("held_out"), run.directory, plot, stopped, test, task.baseline_metrics)
+    held_out, by_source = state.get("held_out"), state.get("held_out_by_source", {})
+    return Result(state["step"], held_out, run.directory, plot, stopped, test, task.baseline_metrics, by_source)
 
 
 def _is_due(every: int, step: int) -> bool:
@@ -146,7 +152,7 @@ def train_step(
     for stopwatch in (traffic.waiting, engine.comm_timer, engine.step_timer):
         stopwatch.read()  # validation and checkpoints are not part of the step
     num_labels = _count_labels(batch, mesh, traffic)
-    sums = _accumulate_gradients(config, engine, mesh, batch, consumed, num_labels, traffic)
+    sums = accumulate_gradients(config, engine, mesh, batch, consumed, num_labels, traffic)
     engine.comm_timer.lap()
     norm = engine.step(lr)
     nll_sum, penalty_sum, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # here the host waits
@@ -182,7 +188,7 @@ def _count_labels(batch: list[Batch], mesh: Mesh, traffic: Traffic) -> float:
     return count
 
 
-def _accumulate_gradients(
+def accumulate_gradients(
     config: RunConfig,
     engine: Engine,
     mesh: Mesh,
@@ -221,13 +227,13 @@ def _accumulate_gradients(
     return sums
 
 
-def _set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
+def set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
     """Join the world, open the data and build the model; nothing is written to the run directory."""
     config.parallel.ranks = world_size()
     validate(config)
     check_compile(config.train.compile)
     settings = settings_of(config)
-    set_num_threads(config.train.threads)
+    set_num_threads(config.train.threads, tokens_at_a_time(config) * config.model.width)
     join_world(config.parallel.timeout)
     mesh = mesh_of(config)
     check_rank_consistency(config, mesh.world)
@@ -236,6 +242,10 @@ def _set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
         sequences = len(task.sequences("train", None))
         config.train.steps = max(1, math.ceil(config.data.epochs * sequences / config.data.batch_size))
         config.optim.schedule_steps = config.optim.schedule_steps or config.train.steps
+    if config.train.patience and "valid" not in task.splits:
+        allowed = f"needs held-out data, and {task.title} has none"
+        raise InputError("train.patience", config.train.patience, allowed, "set data.valid_fraction")
+    check_memory(config, settings, mesh)
     return mesh, task, start_engine(config, settings, mesh)
 
 

@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import InputError
 from .exit_codes import INPUT_ERROR, report_error
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,17 +44,66 @@ def add_model_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help=run_dir_help)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where the model computes; see `device_of`."""
+    device_help = "cpu, cuda or cuda:N, where the model computes (default: the GPU, if torch sees one)"
+    parser.add_argument("--device", metavar="NAME", help=device_help)
+
+
+def device_of(arguments: argparse.Namespace) -> torch.device | None:
+    """The device of ``--device``; None for the default.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    if arguments.device is None:
+        return None
+    try:
+        found = torch.device(arguments.device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        number = torch.cuda.device_count()
+        known = ["cpu", *(f"cuda:{index}" for index in range(number))]
+        raise InputError("--device", arguments.device, f"one of {', '.join(known)}")
+    return found
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """How many threads compute on a CPU; see `threads_of`."""
+    threads_help = "threads that compute on a CPU (default: by OMP_NUM_THREADS, else by the cores and the work)"
+    parser.add_argument("--threads", type=int, metavar="N", help=threads_help)
+
+
+def threads_of(arguments: argparse.Namespace) -> int:
+    """The number of ``--threads``; 0 for the default.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError("--threads", arguments.threads, "at least 1")
+    return arguments.threads or 0
+
+
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The documents that a command reads, and which of them; see `check_source`."""
-    source_help = "file or folder of text, JSONL, FASTA, .npy arrays of token ids or tar shards; cpython: Python's own "
-    source_help += "library"
+    source_help = "file or folder of text, JSONL, CSV, Parquet, FASTA, .npy arrays of token ids or tar shards; "
+    source_help += "cpython: Python's own library"
     parser.add_argument("source", metavar="SOURCE", help=source_help)
     fraction_help = "fraction of the documents to hold out for validation (default 0.05)"
     parser.add_argument("--valid-fraction", type=float, default=0.05, help=fraction_help)
-    field_help = "key of each JSONL line whose value is the text (default text)"
+    field_help = "key of each JSONL line, or column of a CSV or Parquet file, with the text or the messages of a chat; "
+    field_help += "nested keys are joined by dots (default text)"
     parser.add_argument("--field", default="text", metavar="NAME", help=field_help)
-    bad_help = "skip up to N documents that cannot be read (default 0)"
+    bad_help = "skip up to N documents and files that cannot be read (default 0)"
     parser.add_argument("--max-bad", type=int, metavar="N", default=0, help=bad_help)
+    binary_help = "files whose content is no text: skip and count them, read their bytes, or end with an error "
+    binary_help += "(default skip; a single file is never skipped)"
+    parser.add_argument("--binary", choices=("skip", "bytes", "error"), default="skip", help=binary_help)
 
 
 def check_source(arguments: argparse.Namespace) -> None:

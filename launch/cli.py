@@ -10,9 +10,9 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from .arguments import Parser, parse
-from .commands import bench, completion, doctor, evaluate, export, generate, pack, tokenizer, train
+from .commands import bench, completion, doctor, evaluate, export, generate, lr, pack, predict, tokenizer, train, verify
 from .exit_codes import BROKEN_PIPE, INTERRUPTED, report_error, report_errors
-from .process import exit_process, use_huge_pages
+from .process import exit_process, prepare_libraries
 
 
 class Command(Protocol):
@@ -37,8 +37,11 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "lr": lr,
+    "verify": verify,
     "evaluate": evaluate,
     "generate": generate,
+    "predict": predict,
     "pack": pack,
     "tokenizer": tokenizer,
     "export": export,
@@ -74,7 +77,7 @@ def build_parser() -> Parser:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = parse(build_parser(), words)
-    use_huge_pages()
+    prepare_libraries()
     try:
         with report_errors() as outcome:
             outcome.exit_code = arguments.command(arguments)

@@ -16,11 +16,12 @@ from ..framework.config import RunConfig, validate
 from ..framework.data import Batch, Batches, ByteVocabulary, SubwordVocabulary
 from ..framework.deepspeed.engine import Engine
 from ..framework.deepspeed.workarounds import disable_stage3_order_check
+from ..framework.runtime.memory import GIB, Memory, compare, free_memory, needed_memory
 from ..framework.runtime.process import peak_memory
 from ..framework.tasks import open_task
 from ..framework.trainer import mesh_of, num_micro_batches, settings_of, start_engine, train_step
 from ..parallel import cost
-from ..parallel.mesh import Mesh, fake_world, leave_world
+from ..parallel.mesh import Mesh, default_device, fake_world, leave_world
 from ..parallel.recorder import Event, Recorder
 from ..parallel.traffic import Traffic
 
@@ -56,6 +57,8 @@ class Plan:
         num_parameters: of the whole model.
         num_tokens: that this rank processes in a step.
         memory_bytes: peak; of the device on a GPU, resident on a CPU.
+        needed: the sum of what it needs at least; None if unknown.
+        available_bytes: on this machine before the run; None if unknown.
         flops: of the matrix products that torch sees; the mixers' own kernels are not among them.
         compute_seconds: of a step on this machine, where exchanges take no time.
         exchanges: by purpose and kind.
@@ -67,6 +70,8 @@ class Plan:
     num_parameters: int
     num_tokens: int
     memory_bytes: float
+    needed: Memory | None
+    available_bytes: int | None
     flops: int
     compute_seconds: float
     exchanges: list[Line] = field(default_factory=list)
@@ -100,13 +105,17 @@ def plan(
     """
     validate(config)
     world, sequence = config.parallel.ranks, config.parallel.num_sequence_ranks
-    batch = _batch(config)
     rank = sequence // 2 if rank is None else rank
     if node_size < 1:
         raise InputError("--per-node", node_size, "at least 1")
     if not 0 <= rank < world:
         raise InputError("rank", rank, f"one of the {world} ranks, from 0 on")
-    settings = settings_of(config)
+    settings, device = settings_of(config), default_device()
+    _set_vocabulary(config)
+    needed, available = needed_memory(config, settings, device.type == "cuda"), free_memory(device)
+    if needed is not None and available is not None and (warning := compare(config, needed, available)):
+        say(warning)
+    batch = sample_batch(config)
     disable_stage3_order_check()
     fake_world(world, rank, min(node_size, world))
     try:
@@ -131,6 +140,8 @@ def plan(
             num_parameters=engine.num_parameters,
             num_tokens=own * config.data.batch_size // config.parallel.num_data_ranks,
             memory_bytes=peak_memory(mesh.device),
+            needed=needed,
+            available_bytes=available,
             flops=flops.get_total_flops(),
             compute_seconds=seconds,
             exchanges=_lines(recorder.events, mesh, min(node_size, world)),
@@ -146,19 +157,25 @@ def plan(
         leave_world()
 
 
-def _batch(config: RunConfig) -> Batch:
+def sample_batch(config: RunConfig) -> Batch:
     """A micro-batch: of random tokens for the language task, else of the task's examples."""
     shape = config.train.micro_batch_size, config.data.seq_len
     if config.task.name != "language":
         task = open_task(config.task, config.data)
         task.configure_model(config.model)
         return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
-    data = config.data
-    trained = SubwordVocabulary.read(data.tokenizer).size if data.tokenizer and not config.model.vocab else 0
-    config.model.vocab = config.model.vocab or trained or data.vocab or ByteVocabulary.size
+    _set_vocabulary(config)
     tokens = torch.randint(0, config.model.vocab, shape)
     segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
     return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
+
+
+def _set_vocabulary(config: RunConfig) -> None:
+    """Set ``model.vocab`` of the language task to that of the data."""
+    data, model = config.data, config.model
+    if config.task.name == "language" and not model.vocab:
+        trained = SubwordVocabulary.read(data.tokenizer).size if data.tokenizer else 0
+        model.vocab = trained or data.vocab or ByteVocabulary.size
 
 
 def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic) -> None:
@@ -182,11 +199,14 @@ def _lines(events: list[Event], mesh: Mesh, node_size: int) -> list[Line]:
 
 def as_text(plan: Plan) -> str:
     """A plan as a table."""
+    fitting = f"enough for {(plan.available_bytes or 0) // max(1, int(plan.memory_bytes)):,} such ranks"
     rows = [
         f"rank {plan.rank} of {plan.world}, {plan.sequence} ranks per sequence",
         f"parameters            {plan.num_parameters:,} in the whole model",
         f"tokens                {plan.num_tokens:,} per step",
-        f"peak memory           {plan.memory_bytes / 2**30:.2f} GiB",
+        f"peak memory           {plan.memory_bytes / GIB:.2f} GiB",
+        *([f"  at least            {plan.needed.total / GIB:.2f} GiB: {plan.needed}"] if plan.needed else []),
+        *([f"available here        {plan.available_bytes / GIB:.2f} GiB, {fitting}"] if plan.available_bytes else []),
         f"matrix products       {plan.flops / 1e12:.3f} TFLOP per step (the mixers' own kernels are not counted)",
         "exchanges per step:",
         f"  {'for':<12} {'kind':<15} {'ranks':>6} {'number':>7} {'bytes':>15} {'predicted':>12}",

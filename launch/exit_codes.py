@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..framework.monitoring.terminal import line_start
 
 FAILED = 1  # a fault: a rank, a data worker or an exchange failed, a loss that is not finite, out of memory
 INPUT_ERROR = 2  # what the user gave is wrong
@@ -71,5 +72,6 @@ def report_error(reason: object, exit_code: int) -> int:
     if rank != "0":
         time.sleep(GRACE_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
     line = " ".join(str(reason).splitlines())
-    print(f"longreach: {f'rank {rank}: ' if rank != '0' else ''}{line}", file=sys.stderr, flush=True)
+    start = line_start() if "RANK" in os.environ else ""  # the first rank may show a progress bar
+    print(f"{start}longreach: {f'rank {rank}: ' if rank != '0' else ''}{line}", file=sys.stderr, flush=True)
     return exit_code

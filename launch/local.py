@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
+from ..framework.monitoring.terminal import line_start
+from ..framework.runtime.machine import Machine
 from .exit_codes import FAILED, INTERRUPTED, Outcome, report_error
 from .process import forward_signal
 
+if TYPE_CHECKING:
+    from ..framework.config import RunConfig
 
-def train_on_local_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
-    """Run ``longreach train`` with these arguments as ``num_ranks`` ranks; returns the exit code."""
+OUT_OF_MEMORY = (
+    "for want of memory: a smaller parallel.block_len or train.recompute=true needs less; "
+    "longreach train ... --dry-run measures one rank"
+)
+
+
+def train_on_local_ranks(num_ranks: int, arguments: Sequence[str], module: str = "longreach.launch.train") -> int:
+    """Run ``longreach train``, or another ``module``, with these arguments as ``num_ranks`` ranks; the exit code."""
     signal.signal(signal.SIGINT, forward_signal)  # the ranks save a checkpoint
     with report_rank_errors() as outcome:
         signals = "SIGTERM,SIGHUP,SIGQUIT"
-        start_ranks(num_ranks, sys.executable, "-m", "longreach.launch.train", *arguments, signals=signals)
+        start_ranks(num_ranks, sys.executable, "-m", module, *arguments, signals=signals)
     return outcome.exit_code
+
+
+def fewer_ranks(config: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """Overrides for a machine that has fewer cores, or GPUs, than the config's file asks for ranks; says so in a line.
+
+    Losses are the same on any number of ranks. A number on the command line is taken as it is.
+
+    Args:
+        config: of the run; gets their number.
+        overrides: of the command line.
+
+    Returns:
+        The overrides, with those that say the same.
+    """
+    import torch
+
+    from ..framework.config import validate
+
+    gpus = torch.cuda.device_count()
+    there, given = gpus or Machine().num_cores(), {word.partition("=")[0] for word in overrides}
+    if config.parallel.ranks <= there or given & {"parallel", "parallel.ranks"}:
+        return [*overrides]
+    smaller = copy.deepcopy(config)
+    sequences = [config.parallel.sequence] if "parallel.sequence" in given else [config.parallel.sequence, 0]
+    for ranks, sequence in itertools.product(range(there, 0, -1), sequences):
+        smaller.parallel.ranks, smaller.parallel.sequence = ranks, sequence
+        with suppress(InputError):
+            validate(smaller)
+            has = f"this machine has {there} {'GPU' if gpus else 'core'}{'s' if there > 1 else ''}"
+            asked = f"parallel.ranks={config.parallel.ranks}"
+            line = f"{asked} in the config, but {has}: training on {ranks}, with the same losses"
+            print(f"{line} ({asked} on the command line is taken as it is)", file=sys.stderr, flush=True)
+            config.parallel = smaller.parallel
+            return [*overrides, f"parallel.ranks={ranks}", f"parallel.sequence={sequence}"]
+    return [*overrides]
 
 
 def start_ranks(
@@ -43,12 +91,14 @@ def start_ranks(
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from ..framework.runtime.process import LOCAL_RUN_ID
+
     logging.disable(logging.ERROR)  # torchrun's log: the ranks report what went wrong
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
-        run_id="longreach",
+        run_id=LOCAL_RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
@@ -70,14 +120,17 @@ def report_rank_errors() -> Iterator[Outcome]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    outcome = Outcome()
+    outcome, oom_kills = Outcome(), Machine().oom_kills()
     try:
         yield outcome
     except ChildFailedError as error:
+        print(end=line_start(), file=sys.stderr, flush=True)  # a rank that was killed leaves its progress bar
         rank, failure = error.get_first_failure()
         outcome.exit_code = failure.exitcode
         if failure.exitcode == -signal.SIGINT:
             outcome.exit_code = report_error("interrupted", INTERRUPTED)
+        elif failure.exitcode == -signal.SIGKILL and Machine().oom_kills() > oom_kills:
+            outcome.exit_code = report_error(f"rank {rank} was ended by the kernel {OUT_OF_MEMORY}", FAILED)
         elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             outcome.exit_code = report_error(f"rank {rank} was ended by {name}", FAILED)

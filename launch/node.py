@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from ..errors import InputError
 from .exit_codes import FAILED, report_error, report_errors
 from .local import report_rank_errors
-from .process import forward_signal, use_huge_pages
+from .process import forward_signal, prepare_libraries
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run this node's ranks to their end; returns the exit code of the first that ended early, else 0."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, forward_signal)
-    use_huge_pages()  # in the ranks, which inherit the environment
+    prepare_libraries()  # in the ranks, which inherit the environment
     with report_errors() as outcome:
         outcome.exit_code = _run(words)
     return outcome.exit_code

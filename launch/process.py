@@ -14,13 +14,18 @@ import psutil
 
 from .exit_codes import BROKEN_PIPE, FAILED, INTERRUPTED, report_error
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for work
 
-def use_huge_pages() -> None:
-    """Let torch ask for huge pages, before its first allocation; a value that is set in the environment is kept.
 
-    On a CPU, the page faults of a large new tensor cost more than filling it.
+def prepare_libraries() -> None:
+    """Set what torch and OpenMP read from the environment when they are loaded; what is set there already is kept.
+
+    torch asks for huge pages: on a CPU, the page faults of a large new tensor cost more than filling it. OpenMP's
+    threads sleep while they wait: one that spins on a busy machine takes the core from the thread that it waits for.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def forward_signal(number: int, frame: FrameType | None) -> None:

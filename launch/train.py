@@ -7,22 +7,25 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from .arguments import Parser, parse
 from .commands.train import add_arguments, run
 from .exit_codes import INTERRUPTED, report_errors
-from .process import exit_process, interrupt_once, use_huge_pages
+from .process import exit_process, interrupt_once, prepare_libraries
 
 
-@record  # torchrun shows the traceback of the rank that failed first
 def main(words: Sequence[str] | None = None) -> None:
     """Run ``longreach train`` as one rank, then end the process."""
+    prepare_libraries()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_run)(words)  # torchrun shows the traceback of the rank that failed first
+
+
+def _run(words: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m longreach.launch.train", description=__doc__)
     add_arguments(parser)
     arguments = parse(parser, words)
     signal.signal(signal.SIGINT, interrupt_once)
-    use_huge_pages()
     try:
         with report_errors() as outcome:
             outcome.exit_code = run(arguments)

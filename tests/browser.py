@@ -49,7 +49,9 @@ CHARTS = """
 return all(document.body, 'tf-custom-scalar-multi-line-chart-card').map(card => [
   text(all(card, 'tf-card-heading')[0]),
   text(card),
-  all(all(card, 'vz-line-chart2')[0], 'path').filter(path => (path.getAttribute('d') || '').length > 20).length,
+  all(all(card, 'vz-line-chart2')[0], 'path')
+    .filter(path => (path.getAttribute('d') || '').length > 20)
+    .map(path => getComputedStyle(path).stroke),
 ]);
 """
 FIGURES = """
@@ -108,8 +110,8 @@ def shown(browser: Chrome) -> str:
     return browser.execute_script(f"{WALK} return text(document.body);")
 
 
-def charts(browser: Chrome) -> dict[str, tuple[str, int]]:
-    """The charts of the custom scalars: by title, their text and how many curves and marks are drawn."""
+def charts(browser: Chrome) -> dict[str, tuple[str, list[str]]]:
+    """The charts of the custom scalars: by title, their text and the colours of the curves and marks that are drawn."""
     return {title: (words, curves) for title, words, curves in browser.execute_script(WALK + CHARTS)}
 
 

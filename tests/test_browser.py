@@ -74,9 +74,11 @@ def test_every_question_is_answered_by_curves(config: str, address: str, page: A
         assert text.count(question) == 1
         for title, (_, tags) in charts.items():
             said, curves = found[title]
-            assert f"Matches ({len(tags)})" in said and curves >= len(tags)
+            assert f"Matches ({len(tags)})" in said and len(curves) >= len(tags)
             for tag in tags:
                 assert tag.removesuffix("$") in said
+    colours = {colour for colour in found["loss, nats per token"][1] if colour != "none"}
+    assert len(colours) == 2, "the loss of held-out data has a colour of its own"
 
 
 def test_the_table_of_runs_has_the_run(address: str, page: Any) -> None:

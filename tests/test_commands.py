@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed_world import run_world
+from PIL import Image
 from programs import python
 
 from longreach.framework.config import CONFIGS
@@ -47,7 +48,7 @@ SMALL = {
 SMALLER = {"parallel.block_len": "32"}
 # ... and where it does not. (`cpython` is 30 MB of text.) train.steps is 2 more with each command, so that each trains.
 DEFAULT = {"data.source": "my-texts", "parallel.ranks": "1", "parallel.sequence": "0"}
-# The same of a plan: its ranks are not there, and it reads no data.
+# The same of a dry run, which has no other ranks and reads no data.
 PLANNED = {"model.width": "24", "model.depth": "2", "model.chela.heads": "2", "data.seq_len": "1024"}
 PLANNED |= {"train.precision": "fp32"}
 # Trainings of a task, which bring their data: nothing but train.steps.
@@ -83,6 +84,11 @@ ELSEWHERE = {
     # No test runs these two: the files that they take are looked at.
     r"docker .*": "tests/launch/test_cluster.py::test_the_image_holds_what_its_file_copies",
     r"kubectl .*": "tests/launch/test_cluster.py::test_the_job_set_has_the_fields_of_its_interface",
+    r"longreach verify .*": "tests/launch/test_verify.py::test_a_broken_mixer_is_found",
+    r"longreach lr .*": "tests/launch/test_lr.py::test_the_command_writes_a_run_of_its_own_with_the_losses_of_one_rank",
+    r"longreach train .*optim\.lr=1e-3,4e-3.*": (
+        "tests/launch/test_sweep.py::test_a_sweep_goes_on_past_a_failed_run_and_does_not_repeat_finished_ones"
+    ),
     r"longreach bench decode": "tests/launch/test_bench_decode.py::test_states_stay_and_caches_grow",
     r"longreach train .*train\.compile=true.*": "tests/framework/test_compile.py::test_training_with_compile",
 }
@@ -198,6 +204,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "genome.fna.gz").write_bytes(gzip.compress(record.encode()))
     prices = "".join(f"2026-01-{day},{draw.random()},{draw.random()}\n" for day in range(400))
     (place / "prices.csv").write_text(f"date,a,b\n{prices}")
+    for level, folder in ((60, "photos/cats"), (190, "photos/dogs"), (190, "new-photos")):
+        (place / folder).mkdir(parents=True)
+        for number in range(20 if "/" in folder else 2):
+            Image.effect_noise((20, 20), 40).point(lambda x, level=level: x - 128 + level).save(
+                place / folder / f"{number:02}.png"
+            )
     (place / "README.md").write_text(" ".join(draw.choice(words) for _ in range(100)))
     shutil.copytree(ROOT / "docs" / "examples", place / "docs" / "examples")
     code, said = run("longreach train quickstart parallel.ranks=2", place, steps=2)

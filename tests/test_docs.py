@@ -23,6 +23,7 @@ PAGE = DOCS / "use-in-your-model.md"
 PUBLIC = [  # what other code may call
     "kernels.elementwise.elementwise_attention",
     "kernels.linear_attention.linear_attention",
+    "kernels.delta_rule.delta_rule",
     "kernels.short_conv.short_conv",
     "kernels.long_conv.long_conv",
     "kernels.scan.StatefulOp",
@@ -30,6 +31,7 @@ PUBLIC = [  # what other code may call
     "parallel.span.Span",
     "framework.config.load",
     "framework.mixers.register",
+    "testing.check_mixer",
     "framework.model.build_model",
     "framework.inference.export.load_exported",
 ]
@@ -41,7 +43,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     text, namespace = PAGE.read_text(encoding="utf-8"), {"__name__": "page"}
     examples = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(examples) == 8
+    assert len(examples) == 10
     for number, example in enumerate(examples, start=1):
         lines_above = text.count("\n", 0, example.start(1))
         exec(compile("\n" * lines_above + example[1], str(PAGE), "exec"), namespace)

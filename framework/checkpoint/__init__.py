@@ -43,7 +43,7 @@ from .shards import KINDS, MODEL, OPTIMIZER, Damaged, Shapes, Shards, file_name
 
 __all__ = [
     "LATEST", "MODEL", "OPTIMIZER", "STATE", "Damaged", "Keep", "Saver", "differences", "file_name", "is_count",
-    "load", "load_model", "newest", "resume", "save", "tensors_of", "verify",
+    "load", "load_model", "newest", "path_of", "resume", "save", "tensors_of", "verify",
 ]  # fmt: skip
 
 

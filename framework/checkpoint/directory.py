@@ -34,7 +34,7 @@ class Keep:
     Attributes:
         last: the newest so many; 0 keeps all.
         every: those whose step is a multiple of this; 0 for none.
-        best: the one with the lowest ``held_out`` in its state.
+        best: the one whose step is ``best_step`` in the newest state, or else the one with the lowest ``held_out``.
     """
 
     last: int = 3
@@ -69,7 +69,7 @@ def commit(path: Path, document: dict[str, Any], keep: Keep) -> None:
     write_text(pointer, path.name + "\n")
     os.replace(pointer, path.parent / LATEST)
     sync(path.parent)
-    _remove_earlier(path, keep)
+    _remove_earlier(path, keep, document["state"].get("best_step"))
 
 
 def first_intact(directory: Path, paths: list[Path], check: Callable[[Path], str]) -> Path | None:
@@ -222,7 +222,7 @@ def _latest_name(directory: Path) -> str:
         return ""
 
 
-def _remove_earlier(path: Path, keep: Keep) -> None:
+def _remove_earlier(path: Path, keep: Keep, best_step: int | None) -> None:
     """Remove what `Keep` does not keep of the checkpoints up to this one."""
     if not keep.last:
         return
@@ -231,7 +231,8 @@ def _remove_earlier(path: Path, keep: Keep) -> None:
     if keep.every:
         kept |= {old for old in found if step_of(old) % keep.every == 0}
     if keep.best:
-        kept |= {min(found, key=_held_out)}
+        best = None if best_step is None else path_of(path.parent, best_step)
+        kept |= {best if best in found else min(found, key=_held_out)}
     for old in found:
         if old not in kept:
             remove(old)

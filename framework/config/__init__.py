@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 
 from ...bounds import bounded, check_bounds
 from ...errors import InputError
-from ..data import DataConfig
+from ..data import DataConfig, masked_letters
 from ..mixers.registry import run_files
 from ..model import ModelConfig
 from ..tasks import TaskConfig, kind_of
@@ -57,8 +57,8 @@ class ParallelConfig:
             ranks at distances 1, 2, 4, ...), ``auto`` (the fastest by the times of the links).
         near, far: latency in seconds and bandwidth in bytes a second between ranks of a node, and between nodes, as
             ``longreach doctor`` and `launch.link_benchmark` measure them; empty for rough figures.
-        park_carries: keep what waits between streamed blocks in host memory.
-        timeout: seconds after which a rank that does not answer ends the run, and an exchange that does not end.
+        park_carries: keep the carries between streamed blocks in host memory, not on the GPU.
+        timeout: seconds after which the run ends, if a rank does not respond or an exchange does not complete.
     """
 
     ranks: int = bounded(1, minimum=1)
@@ -103,15 +103,20 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        micro_batch_size: sequences that a data rank processes at once; the rest of its share accumulates.
-        precision: of activations; weights are kept in fp32 besides.
+        micro_batch_size: sequences that a data rank processes at once; gradients are accumulated over its share of the
+            batch.
+        precision: of weights and activations in the forward and backward passes; the optimizer keeps its own weights in
+            fp32.
         log_every, validate_every: steps; a run always validates at its end, and with 0 only there.
         validate_batches: how many batches of ``data.batch_size`` sequences a validation reads; 0 reads all.
-        threads: intra-op threads of a rank; 0 shares the cores among the ranks of a machine.
+        patience: end the run after this many validations without a new lowest held-out loss, and keep the best
+            checkpoint; 0 never ends it.
+        threads: threads with which a rank computes on a CPU; 0 takes ``OMP_NUM_THREADS`` or, where that is not set,
+            divides the cores among the ranks of a machine, and takes fewer where little is computed at a time.
         compile: run the model through ``torch.compile``, which fuses what lies between the operators; the first step
             takes minutes. Exchanges between ranks stay outside of its graphs.
-        recompute: keep only the input of each block of the model for backward, and compute the block again then: less
-            memory for one more forward pass. States and halos are exchanged once.
+        recompute: activation checkpointing: keep only the input of each layer for the backward pass, and compute the
+            layer again there. Less memory for one more forward pass; states and halos are exchanged once.
         time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
         nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
             ``skip`` the step, up to 10 in a row.
@@ -123,6 +128,7 @@ class TrainConfig:
     log_every: int = bounded(1, minimum=1)
     validate_every: int = bounded(0, minimum=0)
     validate_batches: int = bounded(0, minimum=0)
+    patience: int = bounded(0, minimum=0)
     threads: int = bounded(0, minimum=0)
     compile: bool = False
     recompute: bool = False
@@ -135,11 +141,11 @@ class CheckpointConfig:
     """When to save, and what to keep. Training goes on while a checkpoint is written.
 
     Args:
-        every: so many steps, and at the end; 0 only there.
-        resume: continue what the run dir holds.
-        keep_last: the newest so many are kept; 0 keeps all.
-        keep_every: and those whose step is a multiple of this; 0 for none.
-        keep_best: and the one with the lowest held-out loss.
+        every: steps from one checkpoint to the next; one more is saved at the end. 0: only the one at the end.
+        resume: continue from the newest checkpoint in ``run.dir``, if there is one.
+        keep_last: how many of the newest checkpoints are kept; 0 keeps all.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
+        keep_best: also keep the one with the lowest held-out loss; a validation that is the best so far saves one.
     """
 
     every: int = bounded(100, minimum=0)
@@ -155,16 +161,18 @@ class MonitorConfig:
 
     Args:
         tensorboard, plot: write TensorBoard's events, and the loss curve at the end.
-        sample_len: tokens of generated text at the end.
-        record_exchanges: of so many first steps, every exchange of every rank, in ``exchanges/rank-N.jsonl``.
-        profile_steps: the first and the last step that are traced, as in ``[10, 12]``, every rank in a file of
-            ``profile/``; empty for none.
+        sample_len: tokens of a text that is generated and printed at the end; 0 for none.
+        record_exchanges: in this many first steps, record every exchange of every rank, in ``exchanges/rank-N.jsonl``.
+        hparams: keys that the table of runs (HPARAMS) shows first; a sweep sets those that it varies.
+        profile_steps: the first and the last step to trace, as in ``[10, 12]``; each rank writes a file into
+            ``profile/``. Empty for none.
     """
 
     tensorboard: bool = True
     plot: bool = True
     sample_len: int = bounded(0, minimum=0)
     record_exchanges: int = bounded(0, minimum=0)
+    hparams: list[str] = field(default_factory=list)
     profile_steps: list[int] = field(default_factory=list)
 
 
@@ -208,6 +216,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *trees)
         if _source_alone(trees[1:]) and merged.task.name != "series":  # there, the name selects a data set
             merged.data.name = ""
+        if any("source" in keys for keys in map(_data_keys, trees[1:])):
+            merged.data.sources = {}  # the command line's source replaces those of the file
         if missing := OmegaConf.missing_keys(merged):
             allowed = f"mandatory, and given neither in {file} nor on the command line"
             raise InputError(", ".join(sorted(missing)), MISSING, allowed, "add each as key=value")
@@ -232,9 +242,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _source_alone(overrides: Sequence[Any]) -> bool:
     """Whether another source is given without a name: that in the file is the name of the file's own source."""
-    sections = [tree.get("data") for tree in overrides]
-    given = {key for section in sections if isinstance(section, Mapping) for key in section}
+    given = {key for tree in overrides for key in _data_keys(tree)}
     return "source" in given and "name" not in given
+
+
+def _data_keys(tree: Any) -> set[str]:
+    """The keys of ``data`` that one override sets."""
+    section = tree.get("data")
+    return set(section) if isinstance(section, Mapping) else set()
 
 
 def as_written(config: RunConfig) -> dict[str, Any]:
@@ -288,9 +303,16 @@ def validate(config: RunConfig) -> None:
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise InputError("optim.betas", optim.betas, "must be two numbers in [0, 1)")
     kind_of(config.task)
+    _check_sources(config)
+    masked_letters(config.data.mask, config.data.case)
+    if train.patience and not train.validate_every:
+        allowed = "needs validations to count, and train.validate_every is 0"
+        raise InputError("train.patience", train.patience, allowed, "set train.validate_every=100")
     if not isinstance(config.deepspeed, (str, dict)):
         allowed = "must be a name in configs/deepspeed/, the path of a JSON file, or a mapping"
         raise InputError("deepspeed", config.deepspeed, allowed)
+    for key in config.monitor.hparams:
+        typed_yaml.type_of(key, "monitor.hparams", RunConfig)
     profiled = config.monitor.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]):
         raise InputError("monitor.profile_steps", profiled, "must be a first and a last step, as in [10, 12]")
@@ -319,6 +341,18 @@ def validate(config: RunConfig) -> None:
         )
         nearest = max(1, round(config.data.batch_size / unit)) * unit
         raise InputError("data.batch_size", config.data.batch_size, allowed, f"set data.batch_size={nearest}")
+
+
+def _check_sources(config: RunConfig) -> None:
+    for name, one in config.data.sources.items():
+        key = f"data.sources.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(key, name, "must be a name of letters, digits, '_' or '-'")
+        if not 0 < one.weight < math.inf:
+            raise InputError(f"{key}.weight", one.weight, "must be a number above 0")
+        _check_path(f"{key}.source", one.source)
+    if config.data.sources and config.task.name != "language":
+        raise InputError("data.sources", [*config.data.sources], "is for task.name=language alone", "set data.source")
 
 
 def _find(path: str | Path) -> Path:

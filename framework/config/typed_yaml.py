@@ -78,13 +78,11 @@ def read_document(text: str, kind: Any, source: str) -> Any:
     return _Reader(kind, source).read(node, kind, "")
 
 
-def read_override(key: str, text: str, root: Any) -> dict[str, Any]:
-    """Read ``key=text`` of a command line against the dataclass ``root``.
+def type_of(key: str, text: str, root: Any) -> Any:
+    """The type of the field ``key`` of the dataclass ``root``, for which the command line gives ``text``.
 
-    Where the field is text, ``text`` is its value, whatever characters it has: the shell has had its quotes.
-
-    Returns:
-        Nested dicts with that one key.
+    Raises:
+        InputError: there is no such field.
     """
     parts, kind = key.split("."), root
     for depth, part in enumerate(parts):
@@ -93,7 +91,19 @@ def read_override(key: str, text: str, root: Any) -> dict[str, Any]:
             raise InputError(key, text, f"{'.'.join(parts[:depth])} has no keys of its own ({COMMAND_LINE})")
         if not part or (known is not None and part not in known):
             raise unknown(".".join(parts[: depth + 1]), root, COMMAND_LINE)
-        kind = Any if known is None else known[part]
+        kind = known[part] if known is not None else (*typing.get_args(_without_none(kind))[1:], Any)[0]
+    return kind
+
+
+def read_override(key: str, text: str, root: Any) -> dict[str, Any]:
+    """Read ``key=text`` of a command line against the dataclass ``root``.
+
+    Where the field is text, ``text`` is its value, whatever characters it has: the shell has had its quotes.
+
+    Returns:
+        Nested dicts with that one key.
+    """
+    kind = type_of(key, text, root)
     if base_of(kind) is str:
         value: Any = text
         if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
@@ -103,7 +113,7 @@ def read_override(key: str, text: str, root: Any) -> dict[str, Any]:
     else:
         node = _compose(text, key, text) or yaml.ScalarNode(PREFIX + "null", "")
         value = _Reader(root, COMMAND_LINE).read(node, kind, key)
-    for part in reversed(parts):
+    for part in reversed(key.split(".")):
         value = {part: value}
     return typing.cast(dict[str, Any], value)
 

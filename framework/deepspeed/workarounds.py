@@ -77,7 +77,7 @@ def avoid_compiling() -> None:
 
 
 def disable_stage3_order_check() -> None:
-    """Keep stage 3 from comparing its order of modules with ranks that are not there, in a plan."""
+    """Keep stage 3 from comparing its order of modules with other ranks, which a dry run does not have."""
     import_deepspeed()
     from deepspeed.runtime.zero import partitioned_param_coordinator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from ..config import RunConfig, as_written
@@ -51,6 +52,9 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
         "Where does the time go?": {"seconds of a step on rank 0": [f"speed/{part}_seconds" for part in PARTS]},
         "Does it use its context?": {"gain of context, bits per token": ["validation/gain_of_context"]},
     }
+    if config.data.sources:
+        tags = [f"validation/loss/{name}" for name in config.data.sources]
+        questions["Is it learning?"]["held-out loss of each source, nats per token"] = tags
     if config.task.name != "language":
         del questions["Does it use its context?"]
         questions["Is it learning?"] = {
@@ -68,10 +72,10 @@ def hyperparameters(config: RunConfig) -> dict[str, float | str]:
     """The hyperparameters in which runs differ, by short names; see `as_written`."""
     tree = as_written(config)
     model, data, optim, train = (tree[name] for name in ("model", "data", "optim", "train"))
-    return {
+    shown = {
         "mixers": ", ".join(model["mixers"]),
         "task": tree["task"]["name"],
-        "data": data["name"] or data["source"],
+        "data": ", ".join(sorted(data["sources"])) or data["name"] or data["source"],
         "ranks": config.parallel.ranks,
         "sequence_ranks": config.parallel.num_sequence_ranks,
         "block_len": config.parallel.block_len,
@@ -82,3 +86,10 @@ def hyperparameters(config: RunConfig) -> dict[str, float | str]:
         **{name: optim[name] for name in ("lr", "warmup_steps", "weight_decay")},
         **{name: train[name] for name in ("precision", "steps")},
     }
+    first: dict[str, float | str] = {}
+    for key in config.monitor.hparams:
+        section, _, name = key.rpartition(".")
+        value = reduce(lambda place, part: place[part], key.split("."), tree)
+        has_column = name in shown and section in ("model", "data", "optim", "train", "run")
+        first[name if has_column else key] = value if isinstance(value, (int, float)) else str(value)
+    return first | shown

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -35,11 +35,15 @@ from .probe import Probe
 matplotlib.use("Agg")
 log = logging.getLogger("longreach.monitor")
 BITS = math.log2(math.e)  # bits in a nat
+HELD_OUT = "held-out"  # TensorBoard's run of held-out scores
 RECENT = 20  # last steps whose mean training loss is the result
 
 
 class Monitor:
     """Records a run on rank 0, below its directory.
+
+    In TensorBoard, held-out scores are a run of their own beside that of training, ``held-out``: TensorBoard draws each
+    run in a colour, and all tags of a run in the same one.
 
     Args:
         run_dir: gets ``metrics.jsonl``, ``validation.jsonl``, ``tensorboard/`` and ``plots/``.
@@ -56,6 +60,7 @@ class Monitor:
         _write_rows(self.metrics, self.rows)
         _write_rows(self.validations, self.held_out)
         self.board: SummaryWriter | None = None
+        self.held_out_board: SummaryWriter | None = None
         self.console = Console(stderr=True, highlight=False, markup=False)
         self.progress: Progress | None = None
         if self.console.is_terminal:
@@ -72,9 +77,11 @@ class Monitor:
         if config.monitor.tensorboard:
             with self._guard_tensorboard():
                 threading.excepthook = _ignore_writer_errors
-                with self._side_file("layout") as board:
+                with _side_file(run_dir, "layout") as board:
                     board.add_custom_scalars(layout(config))
-                self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+                directory = run_dir / "tensorboard"
+                self.board = SummaryWriter(str(directory), purge_step=first_step + 1)
+                self.held_out_board = SummaryWriter(str(directory / HELD_OUT), purge_step=first_step + 1)
                 self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.started, self.first_step = time.monotonic(), first_step
 
@@ -115,7 +122,8 @@ class Monitor:
         if self.in_bits:
             row["bits_per_token"] = loss * BITS
             row["gain_of_context"] = (by_position[0][1] - by_position[-1][1]) * BITS
-            self.print_line(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token")
+            sources = "".join(f", {name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items())
+            self.print_line(f"step {step}: held-out {loss:.4f} nats, {loss * BITS:.4f} bits/token{sources}")
         else:
             found = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
             self.print_line(f"step {step}: held-out {loss:.4f}{found}")
@@ -123,13 +131,15 @@ class Monitor:
             row["outside_range"] = probe.outside_range
         self.held_out.append({**row, "by_position": by_position})
         _append(self.validations, self.held_out[-1])
-        if self.board is None:
+        if self.board is None or self.held_out_board is None:
             return
         title = f"held-out, step {step}"
         with self._guard_tensorboard():
             for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(TAGS.get(name, f"validation/{name}"), value, step)
+                if name in TAGS:
+                    self.board.add_scalar(TAGS[name], value, step)
+                elif name != "step":
+                    self.held_out_board.add_scalar(f"validation/{name}", value, step)
             if self.in_bits:
                 bits = [(position, value * BITS) for position, value in by_position]
                 self.board.add_figure("validation/by_position", figures.by_position(bits, title), step)
@@ -157,7 +167,7 @@ class Monitor:
         if finite:
             results["result/loss"] = fmean(row["loss"] for row in finite[-RECENT:])
         results["result/tokens_per_second"] = median(row["tokens_per_second"] for row in self.rows)
-        with self._guard_tensorboard(), self._side_file("results") as board:
+        with self._guard_tensorboard(), _side_file(self.run_dir, "results") as board:
             assert board.file_writer is not None
             for summary in hparams(hyperparameters(self.config), results):
                 board.file_writer.add_summary(summary, step)
@@ -190,18 +200,10 @@ class Monitor:
         """Stop the progress bar and flush TensorBoard."""
         if self.progress is not None:
             self.progress.stop()
-        if self.board is not None:
-            with self._guard_tensorboard():
-                self.board.close()
-
-    @contextmanager
-    def _side_file(self, name: str) -> Iterator[SummaryWriter]:
-        """A file of TensorBoard's beside the main one; it replaces the file of this name that a resumed run left."""
-        directory = self.run_dir / "tensorboard"
-        for old in directory.glob(f"events.out.tfevents.*.{name}"):
-            old.unlink()
-        with SummaryWriter(str(directory), filename_suffix=f".{name}") as board:
-            yield board
+        for board in (self.board, self.held_out_board):
+            if board is not None:
+                with self._guard_tensorboard():
+                    board.close()
 
     @contextmanager
     def _guard_tensorboard(self) -> Iterator[None]:
@@ -214,7 +216,7 @@ class Monitor:
             self.print_line(
                 f"warning: {directory} cannot be written ({why}): no more charts; metrics.jsonl has every step"
             )
-            self.board = None
+            self.board = self.held_out_board = None
 
 
 def _is_finite(value: float | None) -> bool:
@@ -271,9 +273,37 @@ def _format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _LineHandler(logging.Handler):
+    """Prints each record on what is standard error at that time: while a progress bar is shown, it prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError):  # a terminal that is gone does not end the run
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def add_sample(run_dir: Path, step: int, prompt: str, text: str) -> None:
+    """Add a generated text to the texts of TensorBoard; it takes the place of an earlier one of the run's end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _side_file(run_dir, "sample") as board:
+        board.add_text("sample", f"after `{prompt!r}`:\n\n```\n{text}\n```", step)
+
+
+@contextmanager
+def _side_file(run_dir: Path, name: str) -> Iterator[SummaryWriter]:
+    """A file of TensorBoard's beside the main one; it replaces the file of this name that a resumed run left."""
+    directory = run_dir / "tensorboard"
+    for old in directory.glob(f"events.out.tfevents.*.{name}"):
+        old.unlink()
+    with SummaryWriter(str(directory), filename_suffix=f".{name}") as board:
+        yield board
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Send this package's log lines of a level and above to standard error, one plain line each."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _LineHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("longreach")
     root.handlers, root.propagate = [handler], False

@@ -9,11 +9,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ...parallel.mesh import Axis, gather_values
+from ..monitoring.terminal import line_start
 
 # Of a cluster's scheduler, the end and the warning before it; Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SECONDS = 1.0  # within which SIGINT comes again: from the terminal to every process, and from the launcher
-STOPPING = b"\nlongreach: saving after this step; Ctrl-C again ends at once, without saving\n"
+STOPPING = "longreach: saving after this step; Ctrl-C again ends at once, without saving\n"
 
 
 class Preemption:
@@ -62,4 +63,4 @@ class Preemption:
             os.kill(os.getpid(), number)
         self._signal, self._received = number, time.monotonic()
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            os.write(2, STOPPING)  # `print` may be at work
+            os.write(2, f"{line_start()}{STOPPING}".encode())  # `print` may be at work

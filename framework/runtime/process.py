@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -12,16 +13,44 @@ import torch
 from torch import nn
 
 from ...errors import InputError
+from ..monitoring.terminal import line_start
+from .machine import Machine
 
+LOCAL_RUN_ID = "longreach"  # torchrun's name of a job whose ranks `longreach train` started
+ELEMENTS_PER_THREAD = 1 << 16  # fewer are computed sooner than another thread wakes up
+SHARED_PARAMETERS = 1 << 28  # of a model from which on several threads decode a token
 MAX_GRAPHS = 1024  # of one function: ranks trace each layer for itself, between its exchanges
 
 
-def set_num_threads(threads: int) -> None:
-    """Set torch's intra-op threads; 0 shares the machine's cores among its ranks."""
-    # torchrun gives the number of ranks on this machine in one variable, deepspeed in the other.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // local))
+def num_local_ranks() -> int:
+    """Ranks on this machine: torchrun gives their number in one variable, deepspeed in the other."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def set_num_threads(threads: int, work: float = math.inf) -> None:
+    """Set torch's intra-op threads.
+
+    Args:
+        threads: how many; 0: those of ``OMP_NUM_THREADS``, else the machine's cores shared among its ranks, but no more
+            than the work is worth.
+        work: elements (tokens x channels) that the model processes at a time.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if given == "1" and num_local_ranks() > 1 and os.environ.get("TORCHELASTIC_RUN_ID", LOCAL_RUN_ID) != LOCAL_RUN_ID:
+        given = ""  # torchrun sets it where nobody has
+    share = Machine().num_cores() // num_local_ranks()
+    chosen = threads or (int(given) if given.isdecimal() else int(min(share, work // ELEMENTS_PER_THREAD)))
+    torch.set_num_threads(max(1, chosen))
+
+
+def set_decoding_threads(threads: int, model: nn.Module) -> None:
+    """Set torch's intra-op threads for decoding token by token; 0 as of `set_num_threads`, but one for most models.
+
+    A token's operations are too short to be shared: on two cores a second thread made no model of up to 250 M
+    parameters faster.
+    """
+    is_small = sum(p.numel() for p in model.parameters()) < SHARED_PARAMETERS
+    set_num_threads(threads, 0 if is_small else math.inf)
 
 
 def check_compile(enabled: bool) -> None:
@@ -52,5 +81,5 @@ def peak_memory(device: torch.device) -> float:
 
 def abort(reason: str) -> NoReturn:
     """End this process, whose main thread waits in an exchange with a lost rank; the launcher ends the others."""
-    print(f"longreach: {reason}", file=sys.stderr, flush=True)
+    print(f"{line_start()}longreach: {reason}", file=sys.stderr, flush=True)
     os._exit(1)

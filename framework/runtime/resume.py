@@ -8,13 +8,21 @@ from ...errors import InputError
 from ..checkpoint import is_count
 from ..config import RunConfig
 from ..tasks import Task
+from .patience import KEYS
 
 
 def run_identity(config: RunConfig, task: Task) -> dict[str, Any]:
     """What a position in the training data depends on; it is saved in every checkpoint."""
     data = config.data
     settings = {"seed": config.run.seed, "batch_size": data.batch_size, "seq_len": data.seq_len}
-    return {**settings, "packing": data.packing, "data": task.fingerprint}
+    weights = {name: one.weight for name, one in data.sources.items()}
+    strands = data.reverse_complement
+    return settings | {
+        "packing": data.packing,
+        "sources": weights,
+        "reverse_complement": strands,
+        "data": task.fingerprint,
+    }
 
 
 EFFECTS = {  # of another value, on what a resumed run reads
@@ -23,6 +31,9 @@ EFFECTS = {  # of another value, on what a resumed run reads
     "data.seq_len": "the sequences: reading goes on after as many tokens, in another order; some of this epoch are "
     "read twice, some not at all",
     "data.packing": "the labels and the documents that a token sees",
+    "data.reverse_complement": "the strand of a sequence",
+    "data.sources": "the weights: each source is read on from where it would be with the new ones; some sequences of "
+    "this epoch are read twice, some not at all",
 }
 
 
@@ -44,6 +55,9 @@ def check_resume(config: RunConfig, task: Task, state: dict[str, Any]) -> list[s
         raise InputError("data.source", config.data.source, allowed, fix)
     before = {name: state.get(name.split(".")[1]) for name in EFFECTS}
     changed = {name: now[name.split(".")[1]] for name in EFFECTS}
+    if any(state.get(name) != now[name] for name in ("data", "seq_len", "packing")):
+        for name in KEYS:  # held-out losses of other sequences do not compare
+            state.pop(name, None)
     if (seq_len := before["data.seq_len"]) is not None:
         state["consumed"] = state["consumed"] * seq_len // config.data.seq_len
     return [

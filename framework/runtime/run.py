@@ -23,6 +23,7 @@ from ..tasks import Score, Task
 from .files import write_text
 from .lock import RunLock
 from .loss_guard import Diverged, LossGuard
+from .patience import count_validation, is_exhausted, reason
 from .resume import check_resume, run_identity
 from .schedule import shortened
 from .validation import score
@@ -39,7 +40,8 @@ class Run:
         saver: writes its checkpoints.
         monitor: of the first rank; None on the others.
         state: of the loop, as a checkpoint keeps it: ``step``, ``consumed`` and ``tokens`` (steps, sequences
-            and tokens so far), ``held_out`` (loss of the last validation).
+            and tokens so far), ``held_out`` and ``held_out_by_source`` (losses of the last validation), and the
+            keys of `patience`.
     """
 
     config: RunConfig
@@ -81,16 +83,34 @@ class Run:
                 self.monitor.print_line(warning)
         traffic.clear()
 
-    def validate(self) -> None:
+    def validate(self) -> bool:
         """Set ``held_out`` to the mean loss over the held-out examples, and show it with its course over positions.
 
         It is None if no example is held out, or none that was read has a label.
+
+        Returns:
+            Whether it is the lowest so far.
         """
         probe = Probe(self.engine.module, enabled=self.monitor is not None)
         found = self._score("valid", self.config.train.validate_batches, probe)
         if found is not None and self.monitor is not None:
-            self.monitor.validation(self.state["step"], found.loss, found.by_position, found.metrics, probe)
+            metrics = found.metrics | {f"loss/{name}": loss for name, loss in found.by_source.items()}
+            self.monitor.validation(self.state["step"], found.loss, found.by_position, metrics, probe)
         self.state["held_out"] = None if found is None else found.loss
+        self.state["held_out_by_source"] = {} if found is None else found.by_source
+        return count_validation(self.state)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to train."""
+        return has_ended(self.config, self.state)
+
+    def finish(self) -> None:
+        """Record the results of a run that has ended."""
+        if self.monitor is not None:
+            if self.state["step"] < self.config.train.steps:
+                self.monitor.print_line(_early_end(self.config, self.state))
+            self.monitor.finish()
 
     def test(self) -> Score | None:
         """The model's score in the task's test, also written to ``result.json``; None where the task has none."""
@@ -151,14 +171,15 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
     saved, state = found or (None, {"step": 0, "consumed": 0, "tokens": 0})
     inexact = [] if saved is None else check_resume(config, task, state)
     state.setdefault("tokens", state["consumed"] * config.data.seq_len)
-    kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keep.keep_best)
+    kept = checkpoint.Keep(keep.keep_last, keep.keep_every, keeps_best(config))
     saver = checkpoint.Saver(engine, directory, kept, config.parallel.timeout)
     saver.check_space()
-    first_rank_only(lambda: _open_directory(run_dir, config, task, lock, state["step"]), mesh.world)
+    ended = has_ended(config, state)
+    first_rank_only(lambda: _open_directory(run_dir, config, task, lock, ended), mesh.world)
     monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
     if monitor is not None:
-        resumed = [] if saved is None else [_resume_line(saved, state["step"], config.train.steps)]
-        if state["step"] < config.train.steps:
+        resumed = [] if saved is None else [_resume_line(saved, config, state)]
+        if not ended:
             shorter = shortened(config.optim, config.train.steps)
             resumed += [*inexact, *([shorter] if shorter else [])]
         for line in (_summary_line(config, task, engine.num_parameters, mesh), *resumed):
@@ -171,11 +192,11 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
         lock.release()
 
 
-def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock, step: int) -> None:
+def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock, ended: bool) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(run_dir)
-        if step < config.train.steps:  # else nothing is trained by this configuration
+        if not ended:  # else nothing is trained by this configuration
             save(config, run_dir / "config.yaml")
         task.write_run_files(run_dir)
     except OSError as error:
@@ -186,18 +207,40 @@ def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock,
 def _summary_line(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh) -> str:
     """Model, data and layout of a run."""
     mixers, model = ", ".join(config.model.mixers), config.model
-    epochs = config.train.steps * config.data.batch_size / max(1, len(task.sequences("train", None)))
-    often = f"; each is read {epochs:,.0f} times: give more data, or fewer steps" if epochs >= MANY_EPOCHS else ""
+    by_source = task.sequences("train", config.run.seed).epochs(config.train.steps * config.data.batch_size)
+    epochs = ", ".join(f"{number:,.3g} epochs{f' of {name}' * bool(name)}" for name, number in by_source.items())
+    most = max(by_source.values())
+    often = f"; each is read {most:,.0f} times: give more data, or fewer steps" if most >= MANY_EPOCHS else ""
     return (
         f"{num_parameters:,} parameters ({mixers}; width {model.width}, depth {model.depth}), "
         f"{task.introduction()}, sequences of {config.data.seq_len:,} tokens, "
-        f"{config.train.steps:,} steps or {epochs:,.3g} epochs, "
+        f"{config.train.steps:,} steps or {epochs}, "
         f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}{often}"
     )
 
 
-def _resume_line(saved: Path, step: int, num_steps: int) -> str:
-    if step < num_steps:
-        return f"resuming from {saved}"
-    done = f"finished: {saved} is at step {step} of {num_steps}; nothing is trained"
-    return f"{done}: raise train.steps to go on, or give another run.dir"
+def _resume_line(saved: Path, config: RunConfig, state: dict[str, Any]) -> str:
+    step, steps = state["step"], config.train.steps
+    if step >= steps:
+        done = f"finished: {saved} is at step {step} of {steps}; nothing is trained"
+        return f"{done}: raise train.steps to go on, or give another run.dir"
+    if has_ended(config, state):
+        return f"finished: {saved}; nothing is trained: raise train.patience to go on, or give another run.dir"
+    return f"resuming from {saved}"
+
+
+def has_ended(config: RunConfig, state: dict[str, Any]) -> bool:
+    """Whether a run whose ``state`` this is has nothing more to train."""
+    return state["step"] >= config.train.steps or is_exhausted(state, config.train.patience)
+
+
+def keeps_best(config: RunConfig) -> bool:
+    """Whether the checkpoint with the lowest held-out loss is saved and kept."""
+    return config.checkpoint.keep_best or config.train.patience > 0
+
+
+def _early_end(config: RunConfig, state: dict[str, Any]) -> str:
+    """Why a run ended early, and where its best checkpoint is."""
+    best = checkpoint.path_of(Path(config.run.dir) / "checkpoints", state.get("best_step", 0))
+    where = f" in {best}" if best.is_dir() else ""
+    return f"stopped early at step {state['step']}: {reason(state)}{where}"

@@ -14,7 +14,7 @@ from ...parallel.mesh import Mesh, gather_values, to_device
 from ...parallel.span import Span
 from ...parallel.traffic import Traffic
 from ..config import RunConfig
-from ..data import Batch, Batches
+from ..data import Batch, Batches, Mixture, Sequences
 from ..heads import Head, labelled
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
@@ -26,7 +26,11 @@ def batches_of(config: RunConfig, mesh: Mesh, task: Task, split: str, seed: int 
     """This data rank's micro-batches of a split, in the order of ``seed``. Without a seed they are read once, and a
     batch has no more sequences than there are.
     """
-    sequences, data, micro_batch_size = task.sequences(split, seed), config.data, config.train.micro_batch_size
+    return _batches(config, mesh, task.sequences(split, seed))
+
+
+def _batches(config: RunConfig, mesh: Mesh, sequences: Sequences) -> Batches:
+    data, micro_batch_size, seed = config.data, config.train.micro_batch_size, sequences.seed
     batch_size = data.batch_size
     if seed is None and 0 < len(sequences) < batch_size:
         micro_batch_size = min(micro_batch_size, -(-len(sequences) // mesh.data.size))
@@ -64,7 +68,7 @@ def score(
     probe: Probe | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Score | None:
-    """Losses and metrics of a model on a split, over all ranks.
+    """Losses and metrics of a model on a split, over all ranks; of several sources, the mean by their weights.
 
     Args:
         config: of the run.
@@ -72,7 +76,7 @@ def score(
         head: the model's.
         mesh: whose ranks share the work.
         task, split: the examples.
-        max_batches: stop after so many; 0 reads all.
+        max_batches: stop after so many, of each source; 0 reads all.
         probe: inspects the first batch.
         progress: called with the number of tokens just read.
 
@@ -81,9 +85,50 @@ def score(
     """
     if split not in task.splits or not len(task.sequences(split, None)):
         return None
+    sequences = task.sequences(split, None)
+    if not isinstance(sequences, Mixture):
+        return _score(config, run, head, mesh, task, sequences, max_batches, probe, progress)
+    scores = dict[str, Score]()
+    for name, part in sequences.parts.items():
+        found = _score(config, run, head, mesh, task, part, max_batches, None if scores else probe, progress)
+        if found is not None:
+            scores[name] = found
+    return _weighted_mean(scores, sequences.shares) if scores else None
+
+
+def _weighted_mean(scores: dict[str, Score], weights: dict[str, float]) -> Score:
+    """The mean of the losses of several sources, also at each position of those that have it."""
+
+    def mean(losses: list[tuple[float, float]]) -> float:
+        return sum(weight * loss for weight, loss in losses) / sum(weight for weight, _ in losses)
+
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for name, score in scores.items():
+        for position, loss in score.by_position:
+            bins.setdefault(position, []).append((weights[name], loss))
+    losses = {name: score.loss for name, score in scores.items()}
+    return Score(
+        mean([(weights[name], loss) for name, loss in losses.items()]),
+        sum(score.num_labels for score in scores.values()),
+        by_position=[(position, mean(bins[position])) for position in sorted(bins)],
+        by_source=losses,
+    )
+
+
+def _score(
+    config: RunConfig,
+    run: Callable[..., Any],
+    head: Head,
+    mesh: Mesh,
+    task: Task,
+    sequences: Sequences,
+    max_batches: int,
+    probe: Probe | None,
+    progress: Callable[[int], None] | None,
+) -> Score | None:
     names = head.metrics if task.has_metrics else ()
     bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64, device=mesh.device)
-    for micro in batches_of(config, mesh, task, split).iterate(num_steps=max_batches or None):
+    for micro in _batches(config, mesh, sequences).iterate(num_steps=max_batches or None):
 
         def add(span: Span, micro: Batch = micro) -> None:
             tokens, labels = (to_device(span.shard(x), mesh.device) for x in (micro.tokens, micro.labels))

@@ -12,7 +12,7 @@ from ...errors import InputError
 SUMMARY = "check and measure on this machine: kernels, memory, parallel, decode or static"
 DESCRIPTION = """Measure on this machine: a table, JSON and a plot, with machine, commit and date. NAME is one of
 
-  kernels   checks the operators, then times them against what bounds them and what they replace (the default)
+  kernels   (the default) checks the operators, then times them beside copies, matrix products and softmax attention
   memory    peak memory of a training step against the sequence's length: softmax, whole, and streamed in blocks
   parallel  ranks on gloo: training speed of two against one, and the bytes and time that a layer exchanges, beside
             DeepSpeed's Ulysses and ring attention

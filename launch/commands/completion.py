@@ -14,7 +14,7 @@ EXAMPLES = """
 
 SHELLS = ("bash", "zsh")
 FUNCTIONS = {"config": "_longreach_configs", "run_dir": "_longreach_runs"}  # by argument: what completes it
-FILES = ("source", "deepspeed_config", "carry_in", "carry_out", "out_dir")  # arguments that are paths
+FILES = ("source", "deepspeed_config", "carry_in", "carry_out", "out_dir", "out")  # arguments that are paths
 PREAMBLE = {
     "bash": """\
 _longreach_configs() {

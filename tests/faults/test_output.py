@@ -71,10 +71,12 @@ def test_66_steps_after_a_resume_do_not_double(job_dir: JobDirectory) -> None:
     done = job_dir.train("doubled", *words, "train.steps=8")
     assert done.returncode == 0 and "step-00000004" in done.stderr, done.stderr
     assert [row["step"] for row in job_dir.rows("doubled")] == list(range(1, 9))
-    charts = EventAccumulator(str(job_dir.directory / "doubled/tensorboard"), size_guidance={"scalars": 0}).Reload()
+    board = job_dir.directory / "doubled/tensorboard"
+    charts, held_out = (EventAccumulator(str(place), {"scalars": 0}).Reload() for place in (board, board / "held-out"))
     steps = defaultdict(list)
-    for tag in charts.Tags()["scalars"]:
-        steps[tag] = [event.step for event in charts.Scalars(tag)]
+    for run in (charts, held_out):
+        for tag in run.Tags()["scalars"]:
+            steps[tag] = [event.step for event in run.Scalars(tag)]
     assert steps["train/loss"] == steps["validation/loss"] == list(range(1, 9))
     assert all(found == sorted(set(found)) for found in steps.values()), steps
     rows = {row["step"]: row["loss"] for row in job_dir.rows("doubled")}

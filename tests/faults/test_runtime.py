@@ -153,9 +153,17 @@ def test_46_a_loss_far_above_the_usual_is_told_with_its_sequences() -> None:
         loss_guard.check(101, {"loss": 2.0, "grad_norm": math.inf}, lambda: [9])
 
 
-def test_47_out_of_memory_says_which_knobs_to_turn(job_dir: JobDirectory) -> None:
+def test_47_too_little_memory_is_refused_before_the_first_step(job_dir: JobDirectory) -> None:
     done = job_dir.train("large", f"data.seq_len={1 << 42}")
-    assert done.returncode == FAILED
+    assert done.returncode == MISTAKE
+    error_line(done, "does not fit into memory", "parallel.block_len=", "train.recompute=true", "--dry-run")
+    assert not job_dir.checkpoints("large")
+
+
+def test_47_out_of_memory_says_which_knobs_to_turn(job_dir: JobDirectory) -> None:
+    """Where the sum did not refuse it: what is compiled may need less."""
+    done = job_dir.train("larger", f"data.seq_len={1 << 42}", "train.compile=true")
+    assert done.returncode == FAILED and "warning: memory may not suffice" in done.stderr
     error_line(done, "out of memory", f"data.seq_len = {1 << 42}", "parallel.block_len=", "train.recompute=true")
 
 

@@ -30,6 +30,7 @@ from longreach.framework.config import load
 from longreach.framework.mixers.chela import ModalKernel, TapKernel
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.monitoring.charts import PARTS
+from longreach.framework.monitoring.monitor import HELD_OUT
 from longreach.framework.monitoring.probe import TAPS, Probe, kernel_taps, products, safe_range
 from longreach.framework.monitoring.profile import StepProfile
 from longreach.framework.trainer import train
@@ -68,35 +69,46 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return directory / "run"
 
 
+def read_events(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory), {"images": 0, "scalars": 0, "tensors": 0}).Reload()
+
+
 @pytest.fixture(scope="module")
 def events(run_dir: Path) -> EventAccumulator:
-    found = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0})
-    found.Reload()
-    return found
+    return read_events(run_dir / "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def held_out(run_dir: Path) -> EventAccumulator:
+    return read_events(run_dir / "tensorboard" / HELD_OUT)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_chart_of_the_layout_has_its_tags(events: EventAccumulator) -> None:
-    """Five questions, once; each chart's tags are in the run, at every step or at every validation."""
+def test_every_chart_of_the_layout_has_its_tags(events: EventAccumulator, held_out: EventAccumulator) -> None:
+    """Five questions, once; each chart's tags are in the run, at every step or at every validation; those of held-out
+    data, and no others, in a run of their own, which TensorBoard draws in another colour.
+    """
     (event,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title[-1] for category in layout.category] == ["?"] * 5
-    known = events.Tags()["scalars"]
+    known = {tag: run for run in (events, held_out) for tag in run.Tags()["scalars"]}
+    assert all((run is held_out) == tag.startswith("validation/") for tag, run in known.items())
     for category in layout.category:
         for chart in category.chart:
             for pattern in chart.multiline.tag:
                 tags = [tag for tag in known if re.match(pattern, tag)]
                 assert tags == [pattern.removesuffix("$")], chart.title
-                steps = [scalar.step for scalar in events.Scalars(tags[0])]
+                steps = [scalar.step for scalar in known[tags[0]].Scalars(tags[0])]
                 assert steps in ([1, 2, 3, 4, 5, 6], [2, 4, 6]), (tags, steps)
 
 
 def test_a_resumed_run_has_one_line_in_the_table_of_runs(events: EventAccumulator, run_dir: Path) -> None:
     """And it is that of the end: its hyperparameters and results. No run beside it comes of that."""
-    assert {path.parent for path in run_dir.rglob("events.out.tfevents.*")} == {run_dir / "tensorboard"}
+    board = run_dir / "tensorboard"
+    assert {path.parent for path in run_dir.rglob("events.out.tfevents.*")} == {board, board / HELD_OUT}
     assert sorted(path.suffix for path in (run_dir / "tensorboard").glob("*.layout")) == [".layout"]
     assert len(list((run_dir / "tensorboard").glob("*.results"))) == 1
     start = parse_session_start_info_plugin_data(events.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content)

@@ -323,7 +323,8 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
     for tag, key in promised.items():
         found = {event.step: event.value for event in events.Scalars(tag)}
         assert found == pytest.approx({row["step"]: row[key] for row in rows}, rel=1e-6), tag
-    assert {event.step for event in events.Scalars("validation/loss")} == {5, 10, 12}
+    held_out_events = EventAccumulator(str(run_dir / "tensorboard/held-out"), {"scalars": 0}).Reload()
+    assert {event.step for event in held_out_events.Scalars("validation/loss")} == {5, 10, 12}
     assert [event.step for event in events.Images("validation/by_position")] == [5, 10, 12]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert yaml.safe_load(text.strip("`\n").removeprefix("yaml"))["model"]["width"] == 16

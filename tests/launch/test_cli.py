@@ -208,7 +208,7 @@ def test_export_writes_what_loads(job: Job, tmp_path: Path, capsys: pytest.Captu
 def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
     done = longreach("doctor", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("a job runs here\n")
-    for operator in ("elementwise_attention", "linear_attention", "short_conv", "long_conv"):
+    for operator in ("elementwise_attention", "linear_attention", "delta_rule", "short_conv", "long_conv"):
         assert re.search(rf"^ok +operators +{operator} on cpu: backend \w+[,;] ", done.stdout, re.MULTILINE)
 
 

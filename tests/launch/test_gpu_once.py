@@ -29,7 +29,7 @@ ONCE = ROOT / "tests" / "gpu" / "once.sh"
 SECTIONS = ["machine", "compile", "correctness", "timing", "peers", "training", "variants", "ranks", "tests"]
 VARIANTS = {
     "elementwise_attention": {"plain", "documents"},
-    "linear_attention": {"plain", "decay", "documents", "mean"},
+    "linear_attention": {"plain", "decay", "log_decay", "documents", "mean"},
     "short_conv": {"plain", "SiLU", "documents"},
     "long_conv": {"plain", "documents"},
     "modal_conv": {"plain", "documents"},
@@ -133,7 +133,9 @@ class Asked(Exception):
     """A launch would have a kernel compiled."""
 
 
-@pytest.mark.parametrize("name", ["elementwise documents", "linear_attention decay", "short_conv SiLU"])
+@pytest.mark.parametrize(
+    "name", ["elementwise documents", "linear_attention decay", "linear_attention log_decay", "short_conv SiLU"]
+)
 def test_a_launch_asks_triton_for_what_was_compiled_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an option or an alignment that differs: the cache on disk would be of no use."""
     monkeypatch.syspath_prepend(str(ONCE.parent))

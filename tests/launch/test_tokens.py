@@ -48,7 +48,7 @@ def said(place: Path) -> str:
     """What a training on tokens said in the end."""
     assert longreach("pack", "ids.npy", "ids", cwd=place).returncode == 0
     made = longreach("tokenizer", "book.jsonl", "t.json", "--field", "body", "--vocab", "290", cwd=place)
-    assert made.returncode == 0 and re.fullmatch(r"2\d\d tokens: t\.json\n", made.stdout), made
+    assert made.returncode == 0 and re.fullmatch(r"read: 1 jsonl\n2\d\d tokens: t\.json\n", made.stdout), made
     packed = longreach("pack", "book.jsonl", "packed", "--field", "body", "--tokenizer", "t.json", cwd=place)
     assert packed.returncode == 0 and packed.stderr == ""
     assert re.search(r"^valid: \d+ documents, [\d,]+ tokens of [\d,]+ bytes, 1 shards$", packed.stdout, re.MULTILINE)
@@ -79,7 +79,8 @@ def test_what_a_run_needs_to_read_and_write_is_its_own(place: Path, capsys: pyte
     (place / "text.txt").write_text("carry halo caf\xe9", encoding="utf-8")
     assert main(["evaluate", run, "--source", str(place / "text.txt")]) == 0
     num_tokens = len(load_vocabulary(run).encode_text("carry halo caf\xe9".encode()))
-    assert num_tokens < 12 and capsys.readouterr().out.startswith(f"{num_tokens - 1} tokens: ")
+    told = capsys.readouterr().out
+    assert num_tokens < 12 and told.startswith(f"{num_tokens - 1} tokens: ") and told.endswith("\nread: 1 text\n")
     ids = str(place / "alone/runs/ids")
     assert main(["generate", ids, "--prompt", "3 39", *words]) == 0
     assert re.fullmatch(r"3 39( \d+){9}\n", capsys.readouterr().out)
@@ -121,8 +122,7 @@ def test_a_corpus_of_another_vocabulary_is_not_scored(place: Path) -> None:
         (["generate", "runs/ids", "--prompt", "some words"], "must be token ids below 40"),
         (["generate", "runs/ids", "--prompt", "40"], "must be token ids below 40"),
         (["generate", "runs/tiny", "--prompt", "@ids.npy"], "is not UTF-8 from byte 0 on"),
-        (["evaluate", "runs/tiny", "--source", "ids.npy"], "holds token ids, and the model reads tokens"),
-        (["evaluate", "runs/tiny", "--source", "latin.txt"], "source = 'latin.txt': is not UTF-8 from byte 3 on"),
+        (["evaluate", "runs/tiny", "--source", "latin.txt"], "document = 'latin.txt': is not UTF-8 from byte 3 on"),
         (["pack", "book.jsonl", "out"], "has no field 'text', but 'body' (1 bad sample, 0 allowed); name its field"),
         (["pack", "book.jsonl", "out", "--tokenizer", "tiny.yaml"], "is no file of the tokenizers library"),
         (["pack", "book.jsonl", "packed", "--field", "body"], "was packed from something else (tokenizer differ)"),
