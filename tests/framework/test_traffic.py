@@ -40,6 +40,10 @@ def scans(mixer: str, packed: bool) -> int:
     if mixer == "feedforward_kernel":
         state = H * (D // H) * (D // H + 1)
         return 2 * FP32 * B * state + FP32 * decay
+    if mixer == "mamba2":  # 2 D / 8 heads with a state [5, 8] each, and a decay for each row and head
+        return 2 * FP32 * B * 2 * D * 5 + FP32 * B * (2 * D // 8)
+    if mixer == "gated_deltanet":  # A is a matrix for each row and head
+        return 2 * FP32 * B * H * 3 * 4 + FP32 * B * H * 3 * 3
     attention = H * (D // 2 // H) * (2 * D // H)
     total = 2 * FP32 * B * attention + FP32 * decay
     if mixer == "chela-modal":
@@ -50,7 +54,8 @@ def scans(mixer: str, packed: bool) -> int:
 
 def halos(mixer: str, axis_rank: int, size: int) -> int:
     """Bytes of the neighbouring tokens of one block: to the next rank forward, to the one before backward."""
-    width = 0 if mixer == "softmax" else D if mixer.startswith("chela") else 3 * D
+    widths = {"softmax": 0, "mamba2": 2 * D + 2 * 5, "gated_deltanet": H * (3 + 3 + 4)}
+    width = D if mixer.startswith("chela") else widths.get(mixer, 3 * D)
     forward, backward = axis_rank < size - 1, axis_rank > 0
     return FP32 * B * 3 * width * (forward + backward)
 
@@ -58,6 +63,8 @@ def halos(mixer: str, axis_rank: int, size: int) -> int:
 MIXERS = {
     "elementwise": ("elementwise", {}),
     "feedforward_kernel": ("feedforward_kernel", {"heads": H}),
+    "mamba2": ("mamba2", {"head_width": 8, "state_size": 5}),
+    "gated_deltanet": ("gated_deltanet", {"heads": H, "key_width": 3, "value_width": 4}),
     "chela-modal": ("chela", {"heads": H, "modes": 4}),
     "chela-free": ("chela", {"heads": H, "long_kernel": "free", "long_len": 9}),
 }
