@@ -248,7 +248,7 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
 
     def rows() -> Iterator[ScoredRows]:
         ours = next(tallies, None)
-        bad = BadSamples(data.max_bad_samples, report=ours is not None, tally=ours)
+        bad, num_rows = BadSamples(data.max_bad_samples, report=ours is not None, tally=ours), 0
         for prefix, reader in readers:
             for key, content in reader.read("train", bad, vocabulary.check):
                 tokens = _tokens(f"{prefix}{key}", content, vocabulary)
@@ -258,8 +258,11 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
                     num_labels = max(1, len(tokens) - (count.num_masked - before))
                     bytes_per_token = None if isinstance(vocabulary, IdVocabulary) else num_bytes / num_labels
                     yield _document_row(f"{prefix}{key}", tokens, bytes_per_token, masked)
+                    num_rows += 1
                 else:
                     bad.tally.add("skipped", "shorter than two tokens")
+        if not num_rows:
+            raise InputError("source", ", ".join(sources), "must have a document of at least two tokens")
 
     return ", ".join(sources), sum(reader.num_bytes for _, reader in readers), rows
 

@@ -230,10 +230,15 @@ def trials(way: str, lengths: Sequence[int], packed: Path, threads: int, limits:
             return
 
 
+def random_text(seed: int, num_bytes: int) -> bytes:
+    """So many random printable ASCII characters."""
+    return random.Random(seed).randbytes(num_bytes).translate(bytes(32 + byte % 95 for byte in range(256)))
+
+
 def pack_corpus(directory: Path, num_bytes: int) -> Path:
-    """A packed corpus of random bytes from a fixed seed, one document."""
-    source, packed = directory / "corpus.bin", directory / "packed"
-    source.write_bytes(random.Random(0).randbytes(num_bytes))
+    """A packed corpus of random text from a fixed seed, one document."""
+    source, packed = directory / "corpus.txt", directory / "packed"
+    source.write_bytes(random_text(0, num_bytes))
     # In a process of its own: the peak of this one is where those of its trials would begin.
     command = [sys.executable, "-m", "longreach", "pack", str(source), str(packed), "--valid-fraction", "0"]
     subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600, check=True)
@@ -377,8 +382,8 @@ def run(out: Path, threads: int = 0, longest: int = LONGEST, seconds: float = 30
                     done[way].append(one)
                 else:
                     stopped[way] = one
-        source = Path(directory) / "long.bin"
-        source.write_bytes(random.Random(1).randbytes(longest))
+        source = Path(directory) / "long.txt"
+        source.write_bytes(random_text(1, longest))
         print(READING_HEADER)
         read = []
         for reading in readings(source, packed, threads):

@@ -62,7 +62,7 @@ def given_metrics(run_dir: Path, speeds: list[float]) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Two ranks train and exchange; the run of one rank is given, because processes start slowly."""
     directory = tmp_path_factory.mktemp("bench")
-    (directory / "text.bin").write_bytes(bytes(range(256)) * 16)
+    (directory / "text.txt").write_bytes(bytes(range(32, 96)) * 64)
     real = bench._run
 
     def some(words: list[str], where: Path) -> None:
@@ -73,7 +73,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "_run", some)
-        patch.setattr(bench, "SOURCE", str(directory / "text.bin"))
+        patch.setattr(bench, "SOURCE", str(directory / "text.txt"))
         patch.setattr(bench, "TRAIN", ["data.seq_len=256", "model.width=16", "optim.warmup_steps=0"])
         for name, value in {"RANKS": (2,), "JOB": JOB, "TURNS": 1, "STEPS": 3, "WARM_UP": 1}.items():
             patch.setattr(bench, name, value)

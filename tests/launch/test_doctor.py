@@ -48,7 +48,7 @@ def test_the_command_finds_what_is_wrong_and_appends_it_to_a_file(
     assert bad["topic"] == "rendezvous" and "no such host; set a name" in bad["text"]
     topics = {finding["topic"] for finding in row["findings"]}
     assert {"torch", "operators", "memory", "interface", "links", "disk", "limits", "clock"} <= topics
-    assert done.stdout.count("; not cpu (CPU kernels need a C++ compiler") == 5 and "install g++" in done.stdout
+    assert done.stdout.count("; not cpu (CPU kernels need a C++ compiler") == 6 and "install g++" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
