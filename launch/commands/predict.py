@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             fix = f"for example {skipped[0]}" if skipped else ""
             raise InputError("--source", " ".join(arguments.source), "has no input that can be read", fix)
     if arguments.out:
-        print(f"{count:,} inputs: {arguments.out}")
+        print(f"{count:,} input{'s' * (count != 1)}: {arguments.out}")
     if skipped:
         sys.stdout.flush()
         return report_error(f"{len(skipped):,} of {count + len(skipped):,} inputs were skipped", INPUT_ERROR)
