@@ -1,6 +1,6 @@
 """How far decoding token by token drifts from streaming: a whole model, over tens of thousands of tokens.
 
-    python benchmarks/drift.py [--tokens 65536]
+    python benchmarks/drift.py [--tokens 65536] [--mixers chela mamba2]
 
 One model of each mixer in fp32 reads the same random tokens twice, in blocks of 1,024 and one by one, and once in fp64
 in blocks. Printed, at powers of two: the largest difference of the logits from those of fp64 over the last 64 tokens,
@@ -49,13 +49,14 @@ def logits(model: Model, tokens: Tensor, step: int, marks: list[int]) -> list[Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65_536, help="a power of two from 1,024 on (default 65,536)")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=MIXERS, help="which (default all)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "drift.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     marks = [1 << bit for bit in range(10, arguments.tokens.bit_length())]
     rows = []
     print("| mixer | tokens | streamed | decoded | ratio |\n|---|---|---|---|---|")
-    for mixer in MIXERS:
+    for mixer in arguments.mixers:
         torch.manual_seed(1)
         tokens, model, started = torch.randint(0, VOCAB, (1, marks[-1])), small_model(mixer), time.perf_counter()
         streamed, decoded = (logits(model, tokens, step, marks) for step in (BLOCK, 1))
