@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from logging import LogRecord
 from typing import TYPE_CHECKING
 
 from longreach.parallel.local_ranks import run_on_ranks as run_distributed
@@ -55,3 +57,8 @@ def assert_close(
     place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     told = f"{name}: {'; '.join(lines)} (largest at {place}; RMS of what is expected {size:.3e})"
     assert all(limit is None or value <= limit for _, value, limit in limits), told
+
+
+def messages(records: Iterable[LogRecord]) -> list[str]:
+    """The messages of `pytest.LogCaptureFixture.records`; a record that two handlers captured counts once."""
+    return [record.getMessage() for record in {id(record): record for record in records}.values()]

@@ -37,7 +37,7 @@ def set_num_threads(threads: int, work: float = math.inf) -> None:
     """
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if given == "1" and num_local_ranks() > 1 and os.environ.get("TORCHELASTIC_RUN_ID", LOCAL_RUN_ID) != LOCAL_RUN_ID:
-        given = ""  # torchrun sets it where nobody has
+        given = ""  # torchrun sets it if it is not set
     share = Machine().num_cores() // num_local_ranks()
     chosen = threads or (int(given) if given.isdecimal() else int(min(share, work // ELEMENTS_PER_THREAD)))
     torch.set_num_threads(max(1, chosen))

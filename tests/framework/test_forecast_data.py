@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import messages
 
 from longreach.errors import InputError
 from longreach.framework.data import DataConfig
@@ -114,7 +115,7 @@ def test_training_prints_it_once_with_the_constant_columns(
     monkeypatch.setattr(logging.getLogger("longreach"), "propagate", True)
     with caplog.at_level(logging.INFO, "longreach"):
         task = forecast_of(tmp_path, "a,flat\n" + "\n".join(f"{n % 7},1" for n in range(60)))
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = messages(caplog.records)
     assert line == task.table.summary
     assert "1 channel: a;" in line and "'flat' (constant in training)" in line
     assert task.columns == ["a"]

@@ -507,7 +507,7 @@ def test_ids_are_scored_by_their_bytes(tmp_path: Path, chat_tokenizer: Path) -> 
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """By the next one that packs to the same place, and only if nobody is writing it."""
+    """By the next one that packs to the same place, and only if no process is writing it."""
     write(tmp_path / "source/a.txt", "text " * 1000)
     code = (
         "import sys, time; from longreach.framework.data import pack\n"

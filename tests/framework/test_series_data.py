@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import messages
 
 from longreach.errors import InputError
 from longreach.framework.data import DataConfig, prepare
@@ -87,7 +88,7 @@ def test_the_line_says_what_was_taken(
     monkeypatch.setattr(logging.getLogger("longreach"), "propagate", True)
     with caplog.at_level(logging.INFO, "longreach"):
         task = series_of(write(tmp_path, "1,2,3:Up\n4,?:down\n7,9:down\n", "1,2:up\n"))
-    assert [record.getMessage() for record in caplog.records] == [task.summary]
+    assert messages(caplog.records) == [task.summary]
 
 
 def test_what_was_taken(tmp_path: Path) -> None:

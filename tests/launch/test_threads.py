@@ -19,7 +19,7 @@ from longreach.launch.process import prepare_libraries
 
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of a machine on which nobody has said anything about threads."""
+    """On a machine whose environment says nothing about threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -48,7 +48,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_threads_are_the_users_or_those_that_the_work_is_worth(
     given: int, elements: float, environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun sets ``OMP_NUM_THREADS=1`` by itself, where nobody has set it."""
+    """torchrun sets ``OMP_NUM_THREADS=1`` by itself if it is not set."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     set_num_threads(given, elements)
