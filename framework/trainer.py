@@ -29,8 +29,8 @@ from .config import OptimConfig, RunConfig, validate
 from .data import Batch
 from .deepspeed.engine import Engine
 from .deepspeed.settings import deepspeed_settings
-from .heads import labelled
 from .model import build_model
+from .model.heads import labelled
 from .monitoring.exchanges import record_exchanges
 from .monitoring.profile import StepProfile
 from .runtime.loss_guard import LossGuard

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..framework.config import RunConfig
 from ..framework.data import Batch
 from ..framework.deepspeed.engine import Engine
-from ..framework.heads import labelled
 from ..framework.mixers.registry import run_files
 from ..framework.model import build_model
+from ..framework.model.heads import labelled
 from ..framework.trainer import accumulate_gradients
 from ..parallel.local_ranks import RankFailed, run_on_ranks, sum_over_ranks
 from ..parallel.mesh import Axis, Mesh

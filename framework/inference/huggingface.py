@@ -28,8 +28,8 @@ from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..data.labels import IGNORE, next_token_labels
-from ..heads import SequenceHead, labelled
 from ..model import Model, ModelConfig, build_model
+from ..model.heads import SequenceHead, labelled
 from ..tasks import TaskDescription
 from .loading import MODEL_TYPE, read_json_as
 

@@ -15,7 +15,7 @@ from ...parallel.span import Span
 from ...parallel.traffic import Traffic
 from ..config import RunConfig
 from ..data import Batch, Batches, Mixture, Sequences
-from ..heads import Head, labelled
+from ..model.heads import Head, labelled
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
 

@@ -9,7 +9,7 @@ from helpers import assert_close
 from torch import Tensor, nn
 
 from longreach.framework import heads
-from longreach.framework.heads import IGNORED, TokenHead
+from longreach.framework.model.heads import IGNORED, TokenHead
 
 VOCAB, WIDTH, LENGTH = 96, 32, 4096
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}  # bf16 keeps 8 bits: one rounding is 2e-3

@@ -15,8 +15,8 @@ from deepspeed_world import run_world
 
 from longreach.errors import InputError
 from longreach.framework.config import RunConfig, load
-from longreach.framework.heads import IGNORED, ClassHead, labelled
 from longreach.framework.model import build_model
+from longreach.framework.model.heads import IGNORED, ClassHead, labelled
 from longreach.framework.runtime.validation import batches_of
 from longreach.framework.tasks import TASKS, Task, TaskName, open_task
 from longreach.framework.tasks.task import TaskConfig, digest_of

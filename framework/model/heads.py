@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels.state import StatefulOp
-from ..parallel.span import Span
-from .data.labels import IGNORE
-from .layers import RMSNorm
+from ...kernels.state import StatefulOp
+from ...parallel.span import Span
+from ..data.labels import IGNORE
+from ..layers import RMSNorm
 
 IGNORED = IGNORE
 CPU_LOGIT_BYTES = 1 << 24  # of the fp32 logits that the loss holds at a time

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bounds import bounded
-from ..errors import InputError
-from ..parallel.span import Span
-from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
-from .layers import Embedding, RMSNorm, SwiGLU, dropout
-from .mixers import (
+from ...bounds import bounded
+from ...errors import InputError
+from ...parallel.span import Span
+from ..layers import Embedding, RMSNorm, SwiGLU, dropout
+from ..mixers import (
     CONFIGS,
     MIXERS,
     ChelaConfig,
@@ -30,6 +29,7 @@ from .mixers import (
     build_mixer,
     options,
 )
+from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
 
 __all__ = ["IGNORED", "Model", "ModelConfig", "build_model"]
 
