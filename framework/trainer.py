@@ -29,8 +29,10 @@ from .config import OptimConfig, RunConfig, validate
 from .data import Batch
 from .deepspeed.engine import Engine
 from .deepspeed.settings import deepspeed_settings
+from .inference.initial import initialize_run
 from .model import build_model
 from .model.heads import labelled
+from .model.trained import freeze
 from .monitoring.exchanges import record_exchanges
 from .monitoring.profile import StepProfile
 from .runtime.loss_guard import LossGuard
@@ -278,24 +280,29 @@ def start_task(config: RunConfig, mesh: Mesh) -> Task:
 
 
 def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Engine:
-    """The model with initial weights drawn from ``run.seed``, its optimizer, and DeepSpeed."""
+    """The model with initial weights drawn from ``run.seed``, or of ``model.init_from``, its optimizer, and DeepSpeed."""
     torch.manual_seed(config.run.seed)
     model = build_model(config.model).to(mesh.device)
+    if config.model.init_from:
+        initialize_run(model, config, mesh)
     model.recompute = config.train.recompute
+    freeze(model, config.train.freeze)
     if config.train.compile:
         compile_model(model)
     return Engine(model, _optimizer(model, config.optim), settings, mesh)
 
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW; only the matrices of linear layers and embeddings have weight decay."""
+    """AdamW of what is not frozen; only the matrices of linear layers and embeddings have weight decay."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    others = [p for p in model.parameters() if id(p) not in matrices]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if id(p) in matrices]
+    others = [p for p in trained if id(p) not in matrices]
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     beta1, beta2 = optim.betas
     fused = True if torch.cuda.is_available() else None  # one launch for many tensors
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=fused)

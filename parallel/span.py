@@ -20,6 +20,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
@@ -274,7 +275,13 @@ class Span:
 
     @_untraced_across_ranks
     def by_channel(
-        self, fn: Callable[[ChannelShard], Tensor], x: Tensor, reach: int | None = None, *, name: str = "by_channel"
+        self,
+        fn: Callable[[ChannelShard], Tensor],
+        x: Tensor,
+        reach: int | None = None,
+        *,
+        past_columns: int | None = None,
+        name: str = "by_channel",
     ) -> Tensor:
         """A function of the whole sequence, run by each rank on its share of the channels.
 
@@ -286,6 +293,8 @@ class Span:
                 are none; None for any, past or future. Where a halo of that width is fewer bytes than the all-to-all,
                 ``fn`` gets shards with their halos instead, all channels of them (``num_past = 0``; it answers for
                 every token that it gets), possibly in several calls.
+            past_columns: how many of the last columns (dimension -1 of ``x``) ``fn`` reads of carried tokens, such as
+                the keys and values beside queries; the others are not carried, and zeros there. None for all.
             name: of this call; a layer that calls `by_channel` twice names its calls.
 
         Returns:
@@ -309,13 +318,17 @@ class Span:
             if segments is not None and past.segment is not None:
                 segments = torch.cat([past.segment, segments], dim=1)
         kept: list[Tensor] = []
+        unread = 0 if past_columns is None else x.shape[-1] - past_columns
 
         def run(tokens: Tensor, channels: slice) -> Tensor:
             if carried is not None:
                 own = carried[:, :, channels.start - first : channels.stop - first]
+                if unread:
+                    own = F.pad(own, (unread, 0))
                 tokens = torch.cat([own, tokens], dim=1)
             if self.keep_carry:
-                kept.append(tokens if reach is None else _last(tokens, reach, 0))
+                past_tokens = tokens[..., unread:] if unread else tokens
+                kept.append(past_tokens if reach is None else _last(past_tokens, reach, 0))
             return fn(ChannelShard(tokens, num_past, channels, segments))
 
         y = reshard.by_channel(run, x, self.axis, lengths, count)

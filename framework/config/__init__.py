@@ -13,7 +13,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from ...bounds import bounded, check_bounds
 from ...errors import InputError
 from ..data import DataConfig, masked_letters
 from ..mixers.registry import run_files
-from ..model import ModelConfig
+from ..model import ModelConfig, directory
 from ..tasks import TaskConfig, kind_of
 from . import typed_yaml
 
@@ -118,6 +118,7 @@ class TrainConfig:
         recompute: activation checkpointing: keep only the input of each layer for the backward pass, and compute the
             layer again there. Less memory for one more forward pass; states and halos are exchanged once.
         time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
+        freeze: patterns of names of parameters that are not trained, as in ``[*embed*, model.model.layers.0.*]``.
         nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
             ``skip`` the step, up to 10 in a row.
     """
@@ -133,6 +134,7 @@ class TrainConfig:
     compile: bool = False
     recompute: bool = False
     time_limit: float = bounded(0.0, minimum=0)
+    freeze: list[str] = field(default_factory=list)
     nonfinite: Literal["stop", "skip"] = "stop"
 
 
@@ -212,11 +214,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         *(_read_override(item, overrides[i + 1 :]) for i, item in enumerate(overrides)),
     ]
     _check_interpolations(trees)
+    if any(_of_section(tree, "model").get(name) for tree in trees[1:] for name in ("pretrained", "architecture")):
+        _drop_shape(trees[0])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), *trees)
         if _source_alone(trees[1:]) and merged.task.name != "series":  # there, the name selects a data set
             merged.data.name = ""
-        if any("source" in keys for keys in map(_data_keys, trees[1:])):
+        if any("source" in _of_section(tree, "data") for tree in trees[1:]):
             merged.data.sources = {}  # the command line's source replaces those of the file
         if missing := OmegaConf.missing_keys(merged):
             allowed = f"mandatory, and given neither in {file} nor on the command line"
@@ -231,7 +235,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config.interpolations[place] = (text, _at(given, place))
     config.run.dir = config.run.dir or f"runs/{file.stem}"
     try:
-        validate(config)
+        validate(config, {name for tree in trees for name in _of_section(tree, "model")})
         run_files(config.model.code)
     except InputError as error:
         raise without_secrets(error, config) from None
@@ -242,14 +246,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _source_alone(overrides: Sequence[Any]) -> bool:
     """Whether another source is given without a name: that in the file is the name of the file's own source."""
-    given = {key for tree in overrides for key in _data_keys(tree)}
+    given = {key for tree in overrides for key in _of_section(tree, "data")}
     return "source" in given and "name" not in given
 
 
-def _data_keys(tree: Any) -> set[str]:
-    """The keys of ``data`` that one override sets."""
-    section = tree.get("data")
-    return set(section) if isinstance(section, Mapping) else set()
+def _of_section(tree: Any, section: str) -> Mapping[str, Any]:
+    """What a file or an override sets in a section."""
+    found = tree.get(section)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _drop_shape(tree: Any) -> None:
+    """Take the shape of its model out of a file: a model of transformers on the command line replaces it."""
+    kept = {"lora", *directory.FROM_TASK}
+    tree["model"] = {name: value for name, value in _of_section(tree, "model").items() if name in kept}
 
 
 def as_written(config: RunConfig) -> dict[str, Any]:
@@ -289,16 +299,25 @@ def without_secrets(error: InputError, config: RunConfig) -> InputError:
     return InputError(error.field, error.value if unchanged else parts[0], parts[1], parts[2])
 
 
-def validate(config: RunConfig) -> None:
-    """Check the values that a type cannot: ranges, and what fields say together.
+def validate(config: RunConfig, given: Collection[str] | None = None) -> None:
+    """Check the values that a type cannot: ranges, and what fields say together; set what a directory of
+    ``model.pretrained`` or ``model.architecture`` says of the model and its tokenizer.
+
+    Args:
+        config: is completed in place.
+        given: fields of ``model`` that the user has set; None for those that differ from their defaults.
 
     Raises:
         InputError: for the first that is wrong, with the numbers.
     """
     tree = dataclasses.asdict(config)
-    for key in ("run.dir", "data.source", "data.cache", "data.tokenizer"):
+    paths = ("run.dir", "data.source", "data.cache", "data.tokenizer")
+    for key in (*paths, "model.init_from", "model.pretrained", "model.architecture"):
         _check_path(key, _at(tree, tuple(key.split("."))))
     check_bounds(config)
+    directory.fill(config.model, given)
+    if not config.data.vocab:
+        config.data.tokenizer = config.data.tokenizer or directory.tokenizer_of(config.model)
     optim, parallel, train = config.optim, config.parallel, config.train
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise InputError("optim.betas", optim.betas, "must be two numbers in [0, 1)")
@@ -325,6 +344,9 @@ def validate(config: RunConfig) -> None:
                 else "python -m longreach.launch.link_benchmark under torchrun"
             )
             raise InputError(key, link, allowed, f"measure it with {how}, or write {key}=[1e-5,1e10]")
+    if train.compile and directory.directory_of(config.model) is not None:
+        allowed = "must be false with model.pretrained and model.architecture: torch cannot trace layers of transformers "
+        raise InputError("train.compile", True, f"{allowed}whose functions are replaced", "set it to false")
     if parallel.block_len and not config.model.causal:
         allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
         raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")

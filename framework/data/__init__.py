@@ -40,6 +40,7 @@ from .pack import pack
 from .progress import Callback
 from .stall import TIMEOUT, run_with_timeout
 from .vocabulary import (
+    TOKENIZER,
     ByteVocabulary,
     IdVocabulary,
     SubwordVocabulary,
@@ -112,7 +113,8 @@ class DataConfig:
         sources: several sources in place of ``source``: a mapping of names to ``{source: PATH, weight: NUMBER}``. Each
             gives its share of the training sequences, and is read in a new order at each of its own epochs; held-out
             losses are of each source, and their mean by weight.
-        tokenizer: path of a ``tokenizer.json`` of the tokenizers library; empty for bytes. A chat template is read from
+        tokenizer: path of a ``tokenizer.json`` of the tokenizers library; empty for bytes or, with ``model.pretrained``
+            or ``model.architecture``, for that of the model. A chat template is read from
             the ``tokenizer_config.json`` beside it. Of ``.npy`` arrays, the tokenizer that they were made with.
         vocab: size of the tokenizer to train when the corpus is packed; for ``.npy`` arrays, the bound of their ids. 0
             for bytes, and for the largest id plus one.
@@ -174,14 +176,17 @@ class DataConfig:
 
 
 def corpus_name(data: DataConfig) -> str:
-    """Return ``data.name``, or the name of the source; with a tokenizer, also its number of tokens or its file's name.
+    """Return ``data.name``, or the name of the source; with a tokenizer, also its number of tokens, or the name of its
+    file or, where that is ``tokenizer.json``, of its directory.
 
     Raises:
         InputError: it is not valid as the name of a directory, or the source is a URL.
     """
     check_source(data.source)
     source = CPYTHON if data.source == CPYTHON else Path(data.source).expanduser().resolve().stem
-    tokens = f"-{data.vocab}" if data.vocab else f"-{Path(data.tokenizer).stem}" if data.tokenizer else ""
+    file = Path(data.tokenizer)
+    tokenizer = file.parent.resolve().name if file.name == TOKENIZER else file.stem  # of a model: its directory's name
+    tokens = f"-{data.vocab}" if data.vocab else f"-{tokenizer}" if data.tokenizer else ""
     name = data.name or source + tokens
     if not NAME.fullmatch(name):
         raise InputError("data.name", name, "must be letters, digits, '.', '_' or '-'", "set data.name")

@@ -138,12 +138,12 @@ class Index:
         """Return the vocabulary; InputError if the tokenizer is missing, damaged or not the one of the index."""
         return open_vocabulary(self.directory, self.vocabulary)
 
-    def check_vocab(self, vocab: int) -> None:
+    def check_vocab(self, vocab: int, fix: str = "") -> None:
         """Raise InputError if a model's vocabulary of ``vocab`` tokens is smaller than the corpus's."""
         size = int(self.vocabulary["size"])
         if vocab < size:
             allowed = f"must be at least {size}, the vocabulary of {self.directory}"
-            raise InputError("model.vocab", vocab, allowed, f"set model.vocab={size}")
+            raise InputError("model.vocab", vocab, allowed, fix or f"set model.vocab={size}")
 
     def write(self) -> None:
         """Write ``index.json`` and flush it to the disk."""

@@ -78,6 +78,7 @@ class Engine:
         _check_precision(settings, mesh)
         self.module, self.mesh = model, mesh
         self.num_parameters = sum(p.numel() for p in model.parameters())  # stage 3 leaves only a partition of each
+        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()}
         # The step ends when the caller says so; DeepSpeed has no number of micro-batches to count or divide by.
         per_pass = settings["train_micro_batch_size_per_gpu"]

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ... import _aliases
@@ -43,6 +41,7 @@ from ..monitoring.monitor import BITS
 from ..runtime.validation import score as score_task
 from ..tasks import Task, kind_of, open_task
 from .generate import PREFILL_BLOCK_LEN
+from .inputs import document_tokens
 from .loading import load_run, vocabulary_of
 
 FIRST_BIN_LEN = 64  # bins of positions begin at 0, 64, 128, 256, ...: each but the first is as long as all before it
@@ -251,7 +250,7 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
         bad, num_rows = BadSamples(data.max_bad_samples, report=ours is not None, tally=ours), 0
         for prefix, reader in readers:
             for key, content in reader.read("train", bad, vocabulary.check):
-                tokens = _tokens(f"{prefix}{key}", content, vocabulary)
+                tokens = document_tokens(f"{prefix}{key}", content, vocabulary)
                 if len(tokens) > 1:
                     before = count.num_masked
                     num_bytes = sum(map(len, vocabulary.text_of(content))) - count.add(tokens.numpy())
@@ -265,17 +264,6 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
             raise InputError("source", ", ".join(sources), "must have a document of at least two tokens")
 
     return ", ".join(sources), sum(reader.num_bytes for _, reader in readers), rows
-
-
-def _tokens(name: str, content: NDArray[Any], vocabulary: Vocabulary) -> Tensor:
-    """The tokens ``[n]`` of a document's content: of a text (uint8), or token ids already."""
-    if content.dtype == np.uint8:
-        return torch.from_numpy(vocabulary.encode_text(content.tobytes()).copy())
-    if not isinstance(vocabulary, (IdVocabulary, SubwordVocabulary)):
-        raise InputError("source", name, f"holds token ids, and the model reads {vocabulary.kind}", "leave it out")
-    if content.size and int(content.max()) >= vocabulary.size:
-        raise InputError("source", name, f"must hold token ids from 0 to {vocabulary.size - 1}")
-    return torch.from_numpy(content.astype("int64"))
 
 
 def _held_out(

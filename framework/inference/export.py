@@ -65,7 +65,7 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
         write_tensors(partial / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
         sha256, classes = digest(partial / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
         document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
-        del document["task"]  # without it, earlier versions read the export
+        del document["task"], document["model"]["init_from"]  # without these, earlier versions read the export
         if task is not None:
             document["task"] = task.as_json()
         write_text(partial / CONFIG, json.dumps(document, indent=2) + "\n")

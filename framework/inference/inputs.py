@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...errors import InputError
-from ..data import Vocabulary, records
+from ..data import IdVocabulary, SubwordVocabulary, Vocabulary, records
 from ..data.corpus import list_files
 from ..model import ModelConfig
 from ..tasks import TaskDescription
@@ -100,6 +102,21 @@ def encode(row: Any, name: str, task: TaskDescription, model: ModelConfig, vocab
             raise InputError("input", name, "must be two texts")
         return Input(name, [_tokens(text, name, task, model, vocabulary) for text in row])
     return Input(name, [_tokens(row, name, task, model, vocabulary)])
+
+
+def document_tokens(name: str, content: NDArray[Any], vocabulary: Vocabulary) -> Tensor:
+    """The tokens ``[n]`` of a document's content: of a text (uint8), or token ids already.
+
+    Raises:
+        InputError: ids that are none of the vocabulary; ``name`` is the document's.
+    """
+    if content.dtype == np.uint8:
+        return torch.from_numpy(vocabulary.encode_text(content.tobytes()).copy())
+    if not isinstance(vocabulary, (IdVocabulary, SubwordVocabulary)):
+        raise InputError("source", name, f"holds token ids, and the model reads {vocabulary.kind}", "leave it out")
+    if content.size and int(content.max()) >= vocabulary.size:
+        raise InputError("source", name, f"must hold token ids from 0 to {vocabulary.size - 1}")
+    return torch.from_numpy(content.astype("int64"))
 
 
 def _files(source: str) -> list[Path]:

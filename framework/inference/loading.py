@@ -204,19 +204,39 @@ def load_exported(path: str | Path) -> ExportedModel:
     """
     path = Path(path)
     config = read_export_config(path / CONFIG)
-    file = path / (TENSORS if config.sha256 or not (path / SHARDS).is_file() else SHARDS)
+    file = _tensor_file(path, config)
     try:
-        if config.sha256 and digest(file).hex() != config.sha256:
-            raise InputError("model", str(file), f"is damaged: its SHA-256 is not the one in {CONFIG}")
         with ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(shard, "pt")) for shard in _shards(file)]
-            model = _build(config.model, _tensors(opened, prefix="" if config.sha256 else "model."), file)
+            model = _build(config.model, open_tensors(path, stack), file)
     except OSError as error:
         raise InputError("model", str(file), f"cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError("model", str(file), f"is damaged: {error}") from None
     model.place, model.task = path, config.task
     return model
+
+
+def open_tensors(path: Path, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+    """Where each tensor of an export is: an opened safetensors file and the name there, by its name in the model.
+
+    Args:
+        path: directory of the export, or one that ``save_pretrained`` wrote.
+        stack: closes the files.
+
+    Raises:
+        InputError: a file is damaged.
+        OSError, safetensors.SafetensorError: one cannot be read.
+    """
+    config = read_export_config(path / CONFIG)
+    file = _tensor_file(path, config)
+    if config.sha256 and digest(file).hex() != config.sha256:
+        raise InputError("model", str(file), f"is damaged: its SHA-256 is not the one in {CONFIG}")
+    opened = [stack.enter_context(safe_open(shard, "pt")) for shard in _shards(file)]
+    return _tensors(opened, prefix="" if config.sha256 else "model.")
+
+
+def _tensor_file(path: Path, config: ExportConfig) -> Path:
+    return path / (TENSORS if config.sha256 or not (path / SHARDS).is_file() else SHARDS)
 
 
 def read_export_config(file: Path) -> ExportConfig:

@@ -21,7 +21,8 @@ class Mamba2Config:
 
     Attributes:
         expand: inner width over the model's width.
-        head_width: P, channels of a head; divides the inner width. Each head has its own decay.
+        head_width: P, channels of a head; divides the inner width; 0 for the largest such number up to 64 with which
+            ``groups`` divides the heads. Each head has its own decay.
         state_size: N, numbers of the state for each channel.
         groups: G, sets of heads that share B and C; divides the number of heads.
         conv_len: taps of the short convolution on x, B and C.
@@ -29,7 +30,7 @@ class Mamba2Config:
     """
 
     expand: int = bounded(2, minimum=1)
-    head_width: int = bounded(64, minimum=1)
+    head_width: int = bounded(0, minimum=0)
     state_size: int = bounded(128, minimum=1)
     groups: int = bounded(1, minimum=1)
     conv_len: int = bounded(4, minimum=1)
@@ -49,9 +50,11 @@ class Mamba2(nn.Module):
     def __init__(self, width: int, config: Mamba2Config, *, causal: bool = True) -> None:
         super().__init__()
         inner, size = config.expand * width, config.state_size
-        if inner % config.head_width:
-            raise InputError("model.mamba2.head_width", config.head_width, f"a divisor of the inner width {inner}")
-        self.heads, self.groups = inner // config.head_width, config.groups
+        fitting = [number for number in range(1, 65) if inner % (number * config.groups) == 0]
+        head_width = config.head_width or max(fitting, default=1)
+        if inner % head_width:
+            raise InputError("model.mamba2.head_width", head_width, f"a divisor of the inner width {inner}")
+        self.heads, self.groups = inner // head_width, config.groups
         if self.heads % config.groups:
             raise InputError("model.mamba2.groups", config.groups, f"a divisor of the number of heads {self.heads}")
         if not 0 < config.dt_min <= config.dt_max:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
+from ...kernels.attention import attention
 from ...parallel.span import ChannelShard, Span
-
-MASK_ELEMENTS = 1 << 24  # of a mask of queries by keys that is held at a time
 
 
 @dataclass
@@ -44,40 +41,14 @@ class Softmax(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         position = torch.arange(span.position, span.position + x.shape[1], device=x.device)
         q, k = (rotate(part, position, self.base) for part in (q, k))
-        y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), reach=None)
+        y = span.by_channel(self._attend, torch.cat([q, k, v], dim=-1), past_columns=2 * q.shape[-1])
         return self.out(y.flatten(-2))
 
     def _attend(self, shard: ChannelShard) -> Tensor:
         """All tokens of some heads ``[B, T + L, H_r, 3K]`` -> ``[B, L, H_r, K]``."""
-        q, k, v = (part.transpose(1, 2) for part in shard.tokens.chunk(3, dim=-1))
-        q, num_past, ids = q[:, :, shard.num_past :], shard.num_past, shard.segments
-        if not q.numel():  # more ranks than heads
-            return q.transpose(1, 2)
-        # A single token sees all tokens: no mask.
-        if ids is None and not (self.causal and num_past and q.shape[2] > 1):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and not num_past)
-            return y.transpose(1, 2)
-        size = max(1, MASK_ELEMENTS // (len(q) * k.shape[2]))  # of a mask of all queries, some rows at a time
-        bounds = [(start, min(start + size, q.shape[2])) for start in range(0, q.shape[2], size)]
-        if len(bounds) == 1:
-            return self._masked(q, k, v, ids, num_past, *bounds[0]).transpose(1, 2)
-        parts = [
-            checkpoint(self._masked, q, k, v, ids, num_past, *rows, use_reentrant=False, preserve_rng_state=False)
-            for rows in bounds
-        ]
-        return torch.cat(parts, dim=2).transpose(1, 2)
-
-    def _masked(
-        self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, num_past: int, start: int, stop: int
-    ) -> Tensor:
-        """Attention ``[B, H, stop - start, K]`` of some queries of ``q [B, H, L, K]``, with causality and documents."""
-        seen = num_past + stop if self.causal else k.shape[2]
-        place = torch.arange(seen, device=k.device)
-        queries = slice(num_past + start, num_past + stop)
-        mask = place[queries].unsqueeze(-1) >= place if self.causal else place.new_ones(1, seen, dtype=torch.bool)
-        if ids is not None:
-            mask = mask & (ids[:, queries].unsqueeze(-1) == ids[:, :seen].unsqueeze(-2)).unsqueeze(1)
-        return F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], attn_mask=mask)
+        q, k, v = shard.tokens.chunk(3, dim=-1)
+        q = q[:, shard.num_past :].unsqueeze(3)
+        return attention(q, k, v, causal=self.causal, segments=shard.segments).squeeze(3)
 
 
 def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:

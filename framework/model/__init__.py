@@ -30,6 +30,7 @@ from ..mixers import (
     options,
 )
 from .heads import IGNORED, ClassHead, Head, NumberHead, SeriesHead, TokenHead
+from .trained import LoraConfig
 
 __all__ = ["IGNORED", "Model", "ModelConfig", "build_model"]
 
@@ -55,6 +56,10 @@ class ModelConfig:
         elementwise, chela, feedforward_kernel, mamba2, gated_deltanet, softmax: the mixers' options.
         code: Python files, run by `config.load`, that register mixers of your own; `build_model` runs none.
         options: the options of these mixers, by name.
+        init_from: a run or an export from which a new run takes all weights that fit by name and shape.
+        pretrained: directory of a model of transformers, in place of our own: its shape, weights and tokenizer.
+        architecture: the same without the weights, which are drawn from ``run.seed``.
+        lora: adapters of such a model.
     """
 
     vocab: int = bounded(0, minimum=0)
@@ -77,6 +82,10 @@ class ModelConfig:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     code: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+    pretrained: str = ""
+    architecture: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class Block(nn.Module):

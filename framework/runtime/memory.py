@@ -13,6 +13,7 @@ from ...errors import InputError
 from ...parallel.mesh import Mesh, gather_values
 from ..config import RunConfig
 from ..model import build_model
+from ..model.trained import freeze
 from .machine import Machine
 from .process import num_local_ranks
 
@@ -67,14 +68,16 @@ def needed_memory(config: RunConfig, settings: dict[str, Any], on_gpu: bool = Fa
             model = build_model(config.model)
     except RuntimeError:
         return None
+    freeze(model, config.train.freeze)
     count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero = settings.get("zero_optimization", {})
     stage, world = zero.get("stage", 0), config.parallel.ranks
     width = 4 if config.train.precision == "fp32" else 2  # bytes of a value
     has_copy = stage > 0 or width == 2
     parameters = width * count // (world if stage == 3 else 1)
-    gradients = width * count // (world if stage >= 2 else 1)
-    optimizer = (12 if has_copy else 8) * count // (world if stage else 1)
+    gradients = width * trained // (world if stage >= 2 else 1)
+    optimizer = (12 if has_copy else 8) * trained // (world if stage else 1)
     if on_gpu:
         parameters = 0 if zero.get("offload_param") else parameters
         optimizer = 0 if zero.get("offload_optimizer") else optimizer

@@ -182,7 +182,7 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
         if not ended:
             shorter = shortened(config.optim, config.train.steps)
             resumed += [*inexact, *([shorter] if shorter else [])]
-        for line in (_summary_line(config, task, engine.num_parameters, mesh), *resumed):
+        for line in (_summary_line(config, task, engine, mesh), *resumed):
             monitor.print_line(line)
     try:
         yield Run(config, mesh, task, engine, saver, monitor, state)
@@ -204,15 +204,16 @@ def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock,
         raise InputError("run.dir", str(run_dir), allowed, "set run.dir") from None
 
 
-def _summary_line(config: RunConfig, task: Task, num_parameters: int, mesh: Mesh) -> str:
+def _summary_line(config: RunConfig, task: Task, engine: Engine, mesh: Mesh) -> str:
     """Model, data and layout of a run."""
     mixers, model = ", ".join(config.model.mixers), config.model
     by_source = task.sequences("train", config.run.seed).epochs(config.train.steps * config.data.batch_size)
     epochs = ", ".join(f"{number:,.3g} epochs{f' of {name}' * bool(name)}" for name, number in by_source.items())
     most = max(by_source.values())
     often = f"; each is read {most:,.0f} times: give more data, or fewer steps" if most >= MANY_EPOCHS else ""
+    trained = "" if engine.num_trained == engine.num_parameters else f", {engine.num_trained:,} of them trained,"
     return (
-        f"{num_parameters:,} parameters ({mixers}; width {model.width}, depth {model.depth}), "
+        f"{engine.num_parameters:,} parameters{trained} ({mixers}; width {model.width}, depth {model.depth}), "
         f"{task.introduction()}, sequences of {config.data.seq_len:,} tokens, "
         f"{config.train.steps:,} steps or {epochs}, "
         f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}{often}"

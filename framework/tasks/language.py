@@ -19,6 +19,8 @@ from ..data import (
     save_vocabulary,
 )
 from ..model import ModelConfig
+from ..model.directory import directory_of
+from ..runtime.files import digest
 from .task import Task, TaskConfig, check_causal, digest_of, set_model_fields
 
 
@@ -74,7 +76,10 @@ class Language(Task):
         set_model_fields(model, "language", channels=0, head="token", outputs=0, documents=1)
         index = next(iter(self.indices.values()))
         model.vocab = model.vocab or int(index.vocabulary["size"])
-        index.check_vocab(model.vocab)
+        is_foreign = directory_of(model) is not None
+        index.check_vocab(model.vocab, "pack it with the model's own tokenizer" if is_foreign else "")
+        if is_foreign and self.data.tokenizer:
+            _check_tokenizer(self.indices, Path(self.data.tokenizer))
 
     def sequences(self, split: str, seed: int | None) -> Sequences:
         parts = {
@@ -104,6 +109,14 @@ def _check_mask(index: Index, data: DataConfig) -> None:
         key, value = ("data.case", data.case) if data.case != index.case else ("data.mask", data.mask)
         allowed = f"is not how {index.directory} was packed: mask={index.mask!r}, case={index.case}"
         raise InputError(key, value, allowed, "pack it again, or leave the key out")
+
+
+def _check_tokenizer(indices: dict[str, Index], file: Path) -> None:
+    """Raise InputError if a corpus was not packed with the tokenizer of a model of transformers."""
+    for index in indices.values():
+        if index.vocabulary["kind"] != "ids" and index.vocabulary.get("sha256") != digest(file).hex():
+            allowed = f"is packed as other {index.vocabulary['kind']} than those of the model's tokenizer {file}"
+            raise InputError("data.source", str(index.directory), allowed, f"pack it with data.tokenizer={file}")
 
 
 def _check_vocabularies(indices: dict[str, Index]) -> None:

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from longreach.framework.mixers import softmax
+from longreach.kernels import attention
 from longreach.framework.mixers.softmax import Softmax, SoftmaxConfig
 from longreach.kernels.state import Carry
 from longreach.parallel.span import Span
@@ -41,7 +41,7 @@ def test_masks_of_some_rows(documents: bool, carried: bool, causal: bool, monkey
         largest = max(largest, 0 if attn_mask is None else attn_mask.numel())
         return plain(*inputs, attn_mask=attn_mask, **how)
 
-    monkeypatch.setattr(softmax, "MASK_ELEMENTS", 700)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 700)
     monkeypatch.setattr(softmax.F, "scaled_dot_product_attention", watched)
     names = ("y", "dx", *(name for name, _ in mixer.named_parameters()))
     for name, mine, theirs in zip(names, run(mixer, x, documents, carried), expected):

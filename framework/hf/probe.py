@@ -1,0 +1,137 @@
+"""Runs an adapted model once to find what mixes tokens, or numbers them, without the span.
+
+In these runs the known functions are replaced by functions of each token alone (`View.is_local`). Then one token's
+value must reach no other token, and a token's value must not depend on those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...parallel.span import Span
+
+LENGTH, PLACE, START = 11, 5, 4  # tokens; the one that is not a number; where the second run begins
+Run = Callable[[Tensor, Span], Tensor]
+
+
+def check_mixing(model: nn.Module, run: Run) -> None:
+    """Raise `InputError` naming the first module by which a token reaches others.
+
+    Args:
+        run: tokens ``[1, n]`` and a span -> logits ``[1, n, vocab]``, with known functions of each token alone.
+    """
+    others = [place for place in range(LENGTH) if place != PLACE]
+    names = {id(module): name for name, module in model.named_modules()}
+    running: list[nn.Module] = [model]
+    found: list[nn.Module] = []
+
+    def spoil(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, PLACE] = torch.nan
+        return output
+
+    def reached(value: Any) -> bool:
+        return any(_by_token(x)[others].isnan().any() for x in _tensors(value) if _is_by_token(x))
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not found and reached((args, kwargs)):
+            found.append(running[-1])
+        running.append(module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        running.pop()
+        if not found and reached(output):
+            found.append(module)
+
+    with _evaluating(model), _hooks(model, enter, leave) as handles:
+        handles.append(model.get_input_embeddings().register_forward_hook(spoil, prepend=True))  # type: ignore[operator]
+        logits = run(_tokens(model, LENGTH), Span())
+    if not found and logits[:, others].isnan().any():
+        found.append(model)
+    if found:
+        where = names.get(id(found[0])) or "the model"
+        allowed = "mixes tokens in a way that is not known: convolutions, Mamba-2, delta rules and attention of"
+        raise InputError(where, type(found[0]).__name__, f"{allowed} transformers' own functions can take a span")
+
+
+def check_positions(model: nn.Module, run: Run) -> None:
+    """Raise `InputError` naming the first module that numbers tokens by itself; ``run`` as for `check_mixing`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    tokens = _tokens(model, LENGTH)
+    outputs: list[list[tuple[nn.Module, Tensor]]] = []
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        outputs[-1].extend((module, x[:, -(LENGTH - START) :]) for x in _tensors(output) if x.dim() == 3)
+
+    with _evaluating(model), _hooks(model, None, leave):
+        for start in (0, START):
+            outputs.append([])
+            run(tokens[:, start:], Span(start=start))
+    for (module, whole), (_, part) in zip(*outputs, strict=False):
+        if whole.shape == part.shape and not _close(whole, part):
+            where = names.get(id(module)) or "the model"
+            allowed = "gives a token another value where earlier tokens are elsewhere: positions must come from"
+            raise InputError(where, type(module).__name__, f"{allowed} position_ids")
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    rounding = torch.finfo(x.dtype).eps ** 0.5 if x.is_floating_point() else 0
+    return bool(((x - y).abs().max() <= rounding * y.abs().max()).item())
+
+
+def _tokens(model: nn.Module, length: int) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return (torch.arange(1, length + 1, device=weight.device) % weight.shape[0]).unsqueeze(0)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _is_by_token(x: Tensor) -> bool:
+    return (x.dim() == 3 and x.shape[:2] == (1, LENGTH)) or (x.dim() == 2 and len(x) == LENGTH)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x[0] if x.dim() == 3 else x
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _hooks(model: nn.Module, enter: Any, leave: Any) -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        for module in model.modules():
+            if enter is not None:
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,65 @@
+"""What of a model is trained: low-rank adapters of its linear layers, and all parameters that are not frozen."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ...bounds import bounded
+from ...errors import InputError
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) of a model of transformers, alone trained.
+
+    Attributes:
+        rank: of the product that is added to a matrix; 0 for no adapters.
+        alpha: the product is scaled by ``alpha / rank``.
+        targets: names of the linear layers that get one, as in ``[q_proj, v_proj]``; empty for all but the output.
+    """
+
+    rank: int = bounded(0, minimum=0)
+    alpha: float = bounded(16.0, above=0)
+    targets: list[str] = field(default_factory=list)
+
+
+def add_adapters(model: Any, config: LoraConfig) -> None:
+    """Give a model of transformers its adapters, by peft, and freeze all else of it.
+
+    Raises:
+        InputError: peft is not installed, or takes none of the targets.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise InputError("model.lora.rank", config.rank, "needs peft", "pip install 'longreach[peft]'") from None
+    targets = config.targets or "all-linear"
+    options = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        model.add_adapter(options)
+    except (ValueError, TypeError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise InputError("model.lora.targets", targets, f"peft cannot adapt them: {why}") from None
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match one of ``patterns``, as in ``*embed*``; they get no gradient.
+
+    Raises:
+        InputError: a pattern matches nothing, or nothing is left to be trained.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        found = fnmatch.filter(named, pattern)
+        if not found:
+            some = ", ".join(list(named)[:: max(1, len(named) // 3)][:3])
+            raise InputError("train.freeze", pattern, "matches no parameter", f"their names are such as {some}")
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise InputError("train.freeze", [*patterns], "leaves no parameter to be trained")
