@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not arguments.table:
-        mixers = ["chela", "elementwise, order 6", "feedforward_kernel", "softmax"]
+        mixers = ["chela", "elementwise, order 6", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
         with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
             rows = list(pool.map(lambda mixer: _row(mixer, Path(directory)), mixers))
         report = {"environment": environment("cpu", 1), "stages": STAGES, "rows": rows}

@@ -280,7 +280,7 @@ def start_task(config: RunConfig, mesh: Mesh) -> Task:
 
 
 def start_engine(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Engine:
-    """The model with initial weights drawn from ``run.seed``, or of ``model.init_from``, its optimizer, and DeepSpeed."""
+    """The model with weights drawn from ``run.seed``, or of ``model.init_from``, its optimizer, and DeepSpeed."""
     torch.manual_seed(config.run.seed)
     model = build_model(config.model).to(mesh.device)
     if config.model.init_from:

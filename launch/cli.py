@@ -10,7 +10,21 @@ from typing import NoReturn, Protocol
 
 from .. import __version__
 from .arguments import Parser, parse
-from .commands import bench, completion, doctor, evaluate, export, generate, lr, pack, predict, tokenizer, train, verify
+from .commands import (
+    bench,
+    completion,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    generate,
+    lr,
+    pack,
+    predict,
+    tokenizer,
+    train,
+    verify,
+)
 from .exit_codes import BROKEN_PIPE, INTERRUPTED, report_error, report_errors
 from .process import exit_process, prepare_libraries
 
@@ -42,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "generate": generate,
     "predict": predict,
+    "embed": embed,
     "pack": pack,
     "tokenizer": tokenizer,
     "export": export,

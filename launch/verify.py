@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from ..framework.config import RunConfig
 from ..framework.data import Batch
 from ..framework.deepspeed.engine import Engine
 from ..framework.mixers.registry import run_files
-from ..framework.model import build_model
+from ..framework.model import ModelConfig, build_model
+from ..framework.model.directory import directory_of, fill
 from ..framework.model.heads import labelled
 from ..framework.trainer import accumulate_gradients
 from ..parallel.local_ranks import RankFailed, run_on_ranks, sum_over_ranks
@@ -137,6 +139,8 @@ def limit_lines(rows: list[Row], config: RunConfig) -> list[str]:
 def groups(config: RunConfig) -> list[str]:
     """The columns of the table: the loss, and groups of tensors."""
     model = config.model
+    if directory_of(model) is not None:
+        return ["loss", *_foreign_groups(model.pretrained or model.architecture)]
     mixers = dict.fromkeys(model.mixers[: model.depth])
     return ["loss", "embedding", *mixers, "norms", "feed-forward", *([] if model.head == "token" else ["head"])]
 
@@ -214,12 +218,35 @@ def _errors(config: RunConfig, actual: list[Step], expected: list[Step]) -> dict
 
 def _group(name: str, config: RunConfig) -> str:
     """The column of a parameter."""
+    if directory_of(config.model) is not None:
+        return _foreign_group(name)
     if name.startswith("embedding."):
         return "embedding"
     part = name.split(".")
     if part[0] == "blocks" and part[2] == "mixer":
         return config.model.mixers[int(part[1]) % len(config.model.mixers)]
     return "norms" if "norm" in part[-2] else "feed-forward" if part[0] == "blocks" else "head"
+
+
+@cache
+def _foreign_groups(place: str) -> list[str]:
+    """The columns of a model of transformers."""
+    config = ModelConfig(architecture=place)
+    fill(config)
+    with torch.device("meta"):
+        names = [name for name, _ in build_model(config).named_parameters()]
+    return list(dict.fromkeys(map(_foreign_group, names)))
+
+
+def _foreign_group(name: str) -> str:
+    """The column of a parameter of a model of transformers: the part of the layer that it belongs to."""
+    *modules, last, _ = name.split(".")
+    number = next((at for at, part in enumerate(modules) if part.isdecimal()), None)
+    if "norm" in last:
+        return "norms"
+    if number is None:
+        return "embedding" if "embed" in name else "head"
+    return [*modules, last][number + 1]
 
 
 class _Engine:

@@ -323,7 +323,7 @@ class Span:
         def run(tokens: Tensor, channels: slice) -> Tensor:
             if carried is not None:
                 own = carried[:, :, channels.start - first : channels.stop - first]
-                if unread:
+                if own.shape[-1] < tokens.shape[-1]:
                     own = F.pad(own, (unread, 0))
                 tokens = torch.cat([own, tokens], dim=1)
             if self.keep_carry:

@@ -45,8 +45,8 @@ SMALL = {
     "monitor.plot": "false",
 }
 # ... where the command names it ...
-SMALLER = {"parallel.block_len": "32"}
-# ... and where it does not. (`cpython` is 30 MB of text.) train.steps is 2 more with each command, so that each trains.
+SMALLER = {"parallel.block_len": "32", "monitor.profile_steps": "[1,2]"}
+# ... and where it does not. (`cpython` is 30 MB of text.) train.steps is 2 more than the run has, so that each trains.
 DEFAULT = {"data.source": "my-texts", "parallel.ranks": "1", "parallel.sequence": "0"}
 # The same of a dry run, which has no other ranks and reads no data.
 PLANNED = {"model.width": "24", "model.depth": "2", "model.chela.heads": "2", "data.seq_len": "1024"}
@@ -101,13 +101,13 @@ def commands_of(page: Path) -> list[str]:
     return [shlex.join(words) for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-def run(command: str, place: Path, steps: int) -> tuple[int, str]:
+def run(command: str, place: Path) -> tuple[int, str]:
     """Run a command in ``place``; returns its exit code and what it said."""
     program, *words = shlex.split(command)
     if program == "make":
-        return run(made_by(words[0], place), place, steps)
+        return run(made_by(words[0], place), place)
     if program == "longreach":
-        words = small(words, steps) if words[0] == "train" else words
+        words = small(words, place) if words[0] == "train" else words
         ranks = next((int(word.partition("=")[2]) for word in words if word.startswith("parallel.ranks=")), 1)
         return run_world(_longreach, ranks, words, str(place), ranks, timeout=300)[0]
     if program == ".":  # of the environment that runs the tests
@@ -119,7 +119,7 @@ def run(command: str, place: Path, steps: int) -> tuple[int, str]:
         return done.returncode, done.stdout + done.stderr
     if program not in MODULES:
         raise LookupError(f"no test runs this command: {command}")
-    words = [*one_node(words, steps), *APPENDED.get(program, [])]
+    words = [*one_node(words, place), *APPENDED.get(program, [])]
     done = python("-m", MODULES[program], *words, cwd=ROOT if program == "pytest" else place, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
@@ -140,9 +140,13 @@ def _longreach(rank: int, words: list[str], place: str, ranks: int) -> tuple[int
     return code, said.getvalue()
 
 
-def small(words: Iterable[str], steps: int) -> list[str]:
-    """The words of a training, or of a plan, with the settings of the tables."""
+def small(words: Iterable[str], place: Path) -> list[str]:
+    """The words of a training in ``place``, or of a plan, with the settings of the tables."""
     words = list(words)
+    config = next(word for word in words if word != "train" and not word.startswith("-"))
+    directories = [word.partition("=")[2] for word in words if word.startswith("run.dir=")]
+    metrics = place / (directories or [f"runs/{Path(config).stem}"])[-1] / "metrics.jsonl"
+    steps = 2 + (len(metrics.read_text().splitlines()) if metrics.exists() else 0)
     if any(word in TASKS for word in words[:2]):
         return [*words, f"train.steps={steps}", "optim.warmup_steps=1"]
     given = {word.partition("=")[0] for word in words if "=" in word}
@@ -153,7 +157,7 @@ def small(words: Iterable[str], steps: int) -> list[str]:
     return [*kept, *(f"{key}={value}" for key, value in (always | more).items())]
 
 
-def one_node(words: list[str], steps: int) -> list[str]:
+def one_node(words: list[str], place: Path) -> list[str]:
     """The words of a launcher for this machine; those of the training behind them made small."""
     found = []
     for before, word in zip(["", *words], words):
@@ -164,7 +168,7 @@ def one_node(words: list[str], steps: int) -> list[str]:
     if "longreach.launch.train" not in found:
         return found
     ours = found.index("longreach.launch.train") + 1
-    return [*found[:ours], *small(found[ours:], steps)]
+    return [*found[:ours], *small(found[ours:], place)]
 
 
 def made_by(target: str, place: Path) -> str:
@@ -212,7 +216,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
     (place / "README.md").write_text(" ".join(draw.choice(words) for _ in range(100)))
     shutil.copytree(ROOT / "docs" / "examples", place / "docs" / "examples")
-    code, said = run("longreach train quickstart parallel.ranks=2", place, steps=2)
+    code, said = run("longreach train quickstart parallel.ranks=2", place)
     assert code == 0, said
     return place
 
@@ -227,15 +231,15 @@ def test_every_command_of_a_page_runs(page: Path, prepared: Path, tmp_path: Path
     shutil.copytree(prepared, place)
     for name, text in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         (place / name).write_text(text)
-    for number, command in enumerate(commands_of(page), 2):
+    for command in commands_of(page):
         if not any(re.fullmatch(pattern, command) for pattern in ELSEWHERE):
-            code, said = run(command, place, steps=2 * number)
+            code, said = run(command, place)
             assert code == 0, f"{page.name}: {command}\n{said}"
 
 
 def test_a_command_that_nothing_knows_is_told(tmp_path: Path) -> None:
     with pytest.raises(LookupError, match="no test runs this command: frobnicate --all"):
-        run("frobnicate --all", tmp_path, 2)
+        run("frobnicate --all", tmp_path)
 
 
 def test_commands_are_found_without_comments_and_over_lines(tmp_path: Path) -> None:

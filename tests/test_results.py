@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from longreach.framework.config import load
+from longreach.framework.model import build_model
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -45,13 +46,14 @@ def table_of(page: str, name: str) -> str:
 def test_the_page_shows_the_committed_results(tasks: ModuleType, needle: ModuleType, rows: dict[str, Any]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert table_of(page, "table") == tasks.table(rows)
+    assert table_of(page, "language") == tasks.language_table(rows)
     assert table_of(page, "needle") == needle.table(json.loads(needle.RESULTS.read_text(encoding="utf-8")))
 
 
 def test_a_needle_is_found_where_it_was_learned(needle: ModuleType) -> None:
     """And in haystacks of four times that length, by one mixer at least."""
     found = {row["mixer"]: row["accuracy"] for row in json.loads(needle.RESULTS.read_text())["rows"]}
-    assert len(found) == 4 and max(accuracy["4096"] for accuracy in found.values()) > 0.9
+    assert len(found) >= 4 and max(accuracy["4096"] for accuracy in found.values()) > 0.9
     for mixer in ("chela", "elementwise, order 6"):
         assert found[mixer]["1024"] > 0.9 and "1048576" in found[mixer]
 
@@ -68,7 +70,20 @@ def test_speakers_are_told_apart_as_well_as_in_the_paper(tasks: ModuleType, rows
 
 
 def test_the_runs_are_of_configs_that_load(tasks: ModuleType) -> None:
-    for name, (mixers, seeds, words) in tasks.RUNS.items():
+    for name, (mixers, seeds, _) in tasks.RUNS.items():
         assert seeds >= 1
         for mixer in mixers:
-            load(name.partition(" ")[0], [*words, *tasks.MIXERS[mixer]])
+            config, words = tasks.words_of(name, mixer)
+            load(config, [*words, *tasks.MIXERS[mixer]])
+
+
+def test_the_language_models_have_about_as_many_parameters(tasks: ModuleType, rows: dict[str, Any]) -> None:
+    """Within 2% of each other; as built now, and in the committed rows, which were trained on as many tokens."""
+    sizes = {}
+    for mixer in tasks.FFN_RATIOS:
+        config, words = tasks.words_of(tasks.LANGUAGE, mixer)
+        model = build_model(load(config, [*words, *tasks.MIXERS[mixer], "model.vocab=256"]).model)
+        sizes[mixer] = sum(p.numel() for p in model.parameters())
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+    found = [row for row in rows.values() if row["config"] == "quickstart"]
+    assert {row["mixer"]: row["num_parameters"] for row in found} == sizes and len({row["steps"] for row in found}) == 1

@@ -345,8 +345,8 @@ def validate(config: RunConfig, given: Collection[str] | None = None) -> None:
             )
             raise InputError(key, link, allowed, f"measure it with {how}, or write {key}=[1e-5,1e10]")
     if train.compile and directory.directory_of(config.model) is not None:
-        allowed = "must be false with model.pretrained and model.architecture: torch cannot trace layers of transformers "
-        raise InputError("train.compile", True, f"{allowed}whose functions are replaced", "set it to false")
+        allowed = "must be false with model.pretrained and model.architecture: torch does not trace what adapts them"
+        raise InputError("train.compile", True, allowed, "set it to false")
     if parallel.block_len and not config.model.causal:
         allowed = "only a causal model can be streamed: every token of another one needs all that follow it"
         raise InputError("parallel.block_len", parallel.block_len, allowed, "set it to 0, or model.causal=true")

@@ -71,6 +71,7 @@ __all__ = [
     "WorkerFailed",
     "check_labels",
     "corpora",
+    "corpus_name",
     "load_vocabulary",
     "masked_letters",
     "next_token_labels",

@@ -26,11 +26,13 @@ class Document:
         num_bytes: its size in its file, compressed if the file is.
         read: returns its content ``[n]``: the bytes of a text as uint8, or token ids as uint32. Raises `BadSample` if
             this document cannot be decoded; other documents of the file may still be.
+        label: of a record: returns its class, see `records.documents`. Raises `BadSample` if it has none.
     """
 
     key: str
     num_bytes: int
     read: Callable[[], NDArray[Any]]
+    label: Callable[[], str] | None = None
 
 
 def content_at(row: Any, field: str, place: str, chat: Chat | None = None) -> NDArray[Any]:
@@ -71,6 +73,27 @@ def content_at(row: Any, field: str, place: str, chat: Chat | None = None) -> ND
     except UnicodeEncodeError:
         allowed = f"has half a character (a lone surrogate) in its field {field!r}"
         raise BadSample("record", place, allowed, reason="with half a character") from None
+
+
+def label_at(row: Any, field: str, place: str) -> str:
+    """The class in a field of a record: a text that is not empty, or a whole number.
+
+    Args:
+        row, field, place: as of `content_at`.
+
+    Raises:
+        BadSample: there is none.
+    """
+    found = _values_at(row, field) if isinstance(row, dict) else []
+    if not found or not isinstance(found[0], (str, int)) or not str(found[0]).strip():
+        names = ", ".join(map(repr, row)) if isinstance(row, dict) else "none"
+        raise without_label(place, f"has no class in a field {field!r}: its fields are {names}")
+    return str(found[0]).strip()
+
+
+def without_label(place: str, allowed: str) -> BadSample:
+    """The error for a record without a class."""
+    return BadSample("record", place, allowed, "name the field: task.label=NAME", reason="without a class")
 
 
 def _values_at(row: dict[str, Any], field: str) -> list[Any]:

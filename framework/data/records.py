@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 from .corpus import File, lines, opened, read_file
-from .document import Chat, Document, content_at
+from .document import Chat, Document, content_at, label_at, without_label
 from .tables import csv_documents, has_column, parquet_documents
 from .tally import Tally
 from .tar import BadSample
@@ -46,6 +46,7 @@ def documents(
     chat: Chat | None = None,
     tally: Tally | None = None,
     upper: bool = True,
+    label: str = "",
 ) -> Iterator[Document]:
     """Yield the documents of files, in order.
 
@@ -57,6 +58,8 @@ def documents(
         chat: see `content_at`.
         tally: counts files of rows that are read whole, and records without content.
         upper: make the letters of FASTA capitals.
+        label: the field of a record that holds its class; see `document.label_at`. The header of a FASTA record has it
+            as ``label=CLASS``, or else as the word after the id. Empty where no classes are wanted.
 
     Raises:
         InputError: a file's content does not match its suffix; names the file and the line.
@@ -66,7 +69,7 @@ def documents(
     for file in files:
         has_documents = False
         try:
-            for document in _documents_of(file, field, marks[file.key], chat, tally, upper):
+            for document in _documents_of(file, field, marks[file.key], chat, tally, upper, label):
                 has_documents = True
                 yield document
             if not has_documents:
@@ -76,19 +79,19 @@ def documents(
 
 
 def _documents_of(
-    file: File, field: str, mark: str, chat: Chat | None, tally: Tally, upper: bool
+    file: File, field: str, mark: str, chat: Chat | None, tally: Tally, upper: bool, label: str
 ) -> Iterator[Document]:
     """The documents of one file; see `documents`. ``mark``: see `_marks`."""
     if file.kind == "jsonl":
-        return _lines_of_json(file, field, mark, chat)
+        return _lines_of_json(file, field, mark, chat, label)
     if file.kind == "fasta":
-        return _sequences(file, tally, upper)
+        return _sequences(file, tally, upper, label)
     if file.kind == "npy":
         return _rows(file, mark)
     if file.kind == "parquet":
-        return parquet_documents(file, field, mark, chat)
+        return parquet_documents(file, field, mark, chat, label)
     if file.kind in ("csv", "tsv") and (field != FIELD or has_column(file, field)):
-        return csv_documents(file, field, mark)
+        return csv_documents(file, field, mark, label)
     if file.kind != "text":
         tally.add("whole", f"{file.kind} without the column {field!r}")
     return iter([Document(file.key, file.num_bytes, partial(_content, file))])
@@ -132,31 +135,40 @@ def _content(file: File) -> NDArray[np.uint8]:
     return np.frombuffer(read_file(file), np.uint8)
 
 
-def _lines_of_json(file: File, field: str, mark: str, chat: Chat | None) -> Iterator[Document]:
+def _lines_of_json(file: File, field: str, mark: str, chat: Chat | None, label: str) -> Iterator[Document]:
     for number, line, num_bytes in lines(file):
         if line.strip():
             place = f"{file.path}:{number}"
-            yield Document(f"{file.key}{mark}{number}", num_bytes, partial(_of_json, line, field, place, chat))
+            read, read_label = partial(_of_json, line, field, place, chat), partial(_label_of_json, line, label, place)
+            yield Document(f"{file.key}{mark}{number}", num_bytes, read, read_label if label else None)
 
 
 def _of_json(line: bytes, field: str, place: str, chat: Chat | None) -> NDArray[Any]:
     """The content of a JSON line; see `content_at`."""
+    return content_at(_json(line, place), field, place, chat)
+
+
+def _label_of_json(line: bytes, field: str, place: str) -> str:
+    return label_at(_json(line, place), field, place)
+
+
+def _json(line: bytes, place: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error) or "nested too deeply"
         raise BadSample("line", place, f"is not JSON: {why}", reason="not JSON") from None
-    return content_at(row, field, place, chat)
 
 
-def _sequences(file: File, tally: Tally, upper: bool) -> Iterator[Document]:
+def _sequences(file: File, tally: Tally, upper: bool, label: str) -> Iterator[Document]:
     """The records of a FASTA file; records without a sequence are skipped."""
     seen, key, parts, length, num_bytes = set[str](), "", list[bytes](), 0, 0
+    read_label = None
     for number, line, taken in lines(file):
         line, place = line.strip(), f"{file.path}:{number}"
         if line.startswith(b">"):
             if parts:
-                yield Document(key, num_bytes, partial(_sequence, parts, upper))
+                yield Document(key, num_bytes, partial(_sequence, parts, upper), read_label)
             elif key:
                 tally.add("skipped", "FASTA record without a sequence")
             # An id has no space, so that no other record has the name of one without an id.
@@ -165,6 +177,7 @@ def _sequences(file: File, tally: Tally, upper: bool) -> Iterator[Document]:
                 raise InputError("record", place, f"is the second with the id {name!r}", "give it another id")
             seen.add(name)
             key, parts, length, num_bytes = f"{file.key}/{name}", [], 0, 0
+            read_label = partial(_label_of_header, line, label, place) if label else None
         elif line and not line.startswith(b";"):  # a comment in old FASTA files
             if not seen or not SEQUENCE.fullmatch(line):
                 allowed = "is no line of FASTA: a header with > comes first, then letters, '*', '-' and '.'"
@@ -175,9 +188,18 @@ def _sequences(file: File, tally: Tally, upper: bool) -> Iterator[Document]:
                 raise InputError("record", place, f"is longer than {MAX_RECORD >> 20} MiB", "cut it into several")
         num_bytes += taken
     if parts:
-        yield Document(key, num_bytes, partial(_sequence, parts, upper))
+        yield Document(key, num_bytes, partial(_sequence, parts, upper), read_label)
     elif key:
         tally.add("skipped", "FASTA record without a sequence")
+
+
+def _label_of_header(line: bytes, field: str, place: str) -> str:
+    """The class in the header of a FASTA record."""
+    _, *words = line[1:].decode("utf-8", "replace").split() or [""]
+    named = [word.removeprefix(f"{field}=") for word in words if word.startswith(f"{field}=")]
+    if not (found := [word for word in named or words[:1] if word]):
+        raise without_label(place, f"has no class: neither {field}=CLASS nor a word after the id in its header")
+    return found[0]
 
 
 def _sequence(parts: list[bytes], upper: bool) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 from .corpus import File, lines, opened
-from .document import Chat, Document, content_at
+from .document import Chat, Document, content_at, label_at
 from .tar import MAX_DOCUMENT, BadSample
 
 PARQUET_ROWS = 256  # rows that are read at a time
@@ -25,7 +25,7 @@ def has_column(file: File, field: str) -> bool:
         return False
 
 
-def csv_documents(file: File, field: str, mark: str) -> Iterator[Document]:
+def csv_documents(file: File, field: str, mark: str, label: str = "") -> Iterator[Document]:
     """The rows of a CSV or TSV file whose first line has the names of columns.
 
     Args:
@@ -43,18 +43,20 @@ def csv_documents(file: File, field: str, mark: str) -> Iterator[Document]:
     column = header.index(field)
     for number, row, num_bytes in rows:
         if row:
-            read = partial(_cell, row, column, len(header), f"{file.path}:{number}")
-            yield Document(f"{file.key}{mark}{number}", num_bytes + before, read)
+            place = f"{file.path}:{number}"
+            read = partial(_cell, row, column, len(header), place)
+            read_label = partial(label_at, dict(zip(header, row)), label, place) if label else None
+            yield Document(f"{file.key}{mark}{number}", num_bytes + before, read, read_label)
             before = 0
 
 
-def parquet_documents(file: File, field: str, mark: str, chat: Chat | None) -> Iterator[Document]:
+def parquet_documents(file: File, field: str, mark: str, chat: Chat | None, label: str = "") -> Iterator[Document]:
     """The rows of a Parquet file, numbered from 0.
 
     Args:
         file: of any compression that pyarrow reads.
         field, chat: see `content_at`.
-        mark: as for `csv_documents`.
+        mark, label: as for `csv_documents`.
 
     Raises:
         BadSample: the file cannot be read, or has no such column.
@@ -69,21 +71,32 @@ def parquet_documents(file: File, field: str, mark: str, chat: Chat | None) -> I
     try:
         with opened(file), parquet.ParquetFile(file.path) as table:
             names, number = table.schema_arrow.names, 0
-            roots = [field, *(field[:at] for at, letter in enumerate(field) if letter == ".")]
-            column = next((root for root in roots if root in names), None)
+            column = _root(field, names)
             if column is None:
                 raise _without_column(file, field, names)
-            for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
+            other = _root(label, names) if label else None
+            columns = [name for name in names if name in (column, other)]
+            for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
                 values = batch.column(batch.schema.names.index(column)).to_pylist()
+                classes = batch.column(batch.schema.names.index(other)).to_pylist() if other else [None] * len(values)
                 weights = [len(value) if isinstance(value, (str, list)) else 1 for value in values]
                 share = file.num_bytes * len(values) / table.metadata.num_rows / max(1, sum(weights))
-                for value, weight in zip(values, weights, strict=True):
-                    read = partial(content_at, {column: value}, field, f"{file.path}:{number}", chat)
-                    yield Document(f"{file.key}{mark}{number}", int(share * weight), read)
+                for value, weight, one in zip(values, weights, classes, strict=True):
+                    place = f"{file.path}:{number}"
+                    read = partial(content_at, {column: value}, field, place, chat)
+                    row = dict.fromkeys(names) | ({other: one} if other else {})
+                    read_label = partial(label_at, row, label, place) if label else None
+                    yield Document(f"{file.key}{mark}{number}", int(share * weight), read, read_label)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise BadSample("file", str(file.path), f"cannot be read as Parquet: {why}", reason="unreadable") from None
+
+
+def _root(field: str, names: list[str]) -> str | None:
+    """The column that holds a field, itself or in a column of mappings."""
+    roots = [field, *(field[:at] for at, letter in enumerate(field) if letter == ".")]
+    return next((root for root in roots if root in names), None)
 
 
 def _without_column(file: File, field: str, names: list[str]) -> BadSample:

@@ -10,6 +10,6 @@ instance (`rebind`). Weights, names and all that works on each token alone are t
 found by running the model once (`probe`) and refused.
 """
 
-from .adapted import adapt, hidden_states, logits, set_recompute
+from .adapted import adapt, hidden_states, logits, random_settings, set_recompute
 
-__all__ = ["adapt", "hidden_states", "logits", "set_recompute"]
+__all__ = ["adapt", "hidden_states", "logits", "random_settings", "set_recompute"]

@@ -152,7 +152,7 @@ def _layers(model: nn.Module, mixing: dict[str, nn.Module]) -> Iterator[tuple[st
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:
     """The module's forward without its ``self``."""
-    function: Callable[..., Any] = module.forward.__func__
+    function: Callable[..., Any] = module.forward.__func__  # type: ignore[attr-defined]
     return function
 
 

@@ -23,11 +23,11 @@ class View:
     span: Span
     recompute: bool = False
     is_local: bool = False
-    _calls: dict[str, int] = field(default_factory=dict)
+    _named: dict[str, int] = field(default_factory=dict)
 
     def name(self, kind: str) -> str:
         """A name for the layer's next call of this kind: each has a carry of its own."""
-        number = self._calls[kind] = self._calls.get(kind, 0) + 1
+        number = self._named[kind] = self._named.get(kind, 0) + 1
         return kind if number == 1 else f"{kind}_{number}"
 
     def of_layer(self, name: str, *, cache_collectives: bool = False) -> View:
@@ -39,7 +39,7 @@ class View:
         span = self.span
         own = name.removeprefix(f"{span.layer}.") if span.layer else name
         fields = {"cache_collectives": True} if cache_collectives else {}
-        return replace(self, span=span.for_layer(own, **fields), _calls={})
+        return replace(self, span=span.for_layer(own, **fields), _named={})
 
 
 _view: ContextVar[View | None] = ContextVar("view", default=None)

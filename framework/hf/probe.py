@@ -51,13 +51,21 @@ def check_mixing(model: nn.Module, run: Run) -> None:
 
     with _evaluating(model), _hooks(model, enter, leave) as handles:
         handles.append(model.get_input_embeddings().register_forward_hook(spoil, prepend=True))  # type: ignore[operator]
-        logits = run(_tokens(model, LENGTH), Span())
+        try:
+            logits = run(_tokens(model, LENGTH), Span())
+        except InputError:
+            raise
+        except Exception as error:  # of code that takes a mask or a state to be a tensor
+            raise _refused(names, running[-1], f"cannot run with a span ({error})") from error
     if not found and logits[:, others].isnan().any():
         found.append(model)
     if found:
-        where = names.get(id(found[0])) or "the model"
-        allowed = "mixes tokens in a way that is not known: convolutions, Mamba-2, delta rules and attention of"
-        raise InputError(where, type(found[0]).__name__, f"{allowed} transformers' own functions can take a span")
+        raise _refused(names, found[0], "mixes tokens by none of the functions of transformers that can take a span")
+
+
+def _refused(names: dict[int, str], module: nn.Module, reason: str) -> InputError:
+    fix = "known are causal_conv1d_fn, mamba2_chunk_scan, the delta rules and the attention interface"
+    return InputError(names.get(id(module)) or "the model", type(module).__name__, reason, fix)
 
 
 def check_positions(model: nn.Module, run: Run) -> None:
@@ -75,9 +83,7 @@ def check_positions(model: nn.Module, run: Run) -> None:
             run(tokens[:, start:], Span(start=start))
     for (module, whole), (_, part) in zip(*outputs, strict=False):
         if whole.shape == part.shape and not _close(whole, part):
-            where = names.get(id(module)) or "the model"
-            allowed = "gives a token another value where earlier tokens are elsewhere: positions must come from"
-            raise InputError(where, type(module).__name__, f"{allowed} position_ids")
+            raise _refused(names, module, "numbers tokens by itself, not by position_ids")
 
 
 def _close(x: Tensor, y: Tensor) -> bool:

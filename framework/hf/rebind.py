@@ -64,7 +64,7 @@ class _Copies:
             copy.__annotations__ = dict(function.__annotations__)
             inner = function.__dict__.get("__wrapped__")
             if isinstance(inner, types.FunctionType):
-                copy.__wrapped__ = self.of(inner)
+                copy.__dict__["__wrapped__"] = self.of(inner)
             self._done[id(function)] = copy
         return self._done[id(function)]
 

@@ -30,7 +30,7 @@ from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..checkpoint import differences, tensors_of
-from ..model import Model
+from ..model import SequenceModel
 from ..runtime.files import remove, write_tensors
 
 FORMAT = 2
@@ -52,7 +52,7 @@ class SavedCarry(NamedTuple):
     rng_state: Tensor | None
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: SequenceModel) -> str:
     """The SHA-256 of a model's configuration and tensors; equal for a run's model and its export."""
     config = json.dumps(dataclasses.asdict(model.config), sort_keys=True)
     return _digest(tensors_of(model), hashlib.sha256(config.encode()))
@@ -70,7 +70,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Carry]:
     return {key: Carry(tensors[key + STATE], tensors.get(key + SEGMENT)) for key in keys}
 
 
-def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
+def save(path: str | Path, model: SequenceModel, saved: SavedCarry) -> None:
     """Write a carry file atomically: an earlier file at ``path`` is replaced once all is written.
 
     Raises:
@@ -98,7 +98,7 @@ def save(path: str | Path, model: Model, saved: SavedCarry) -> None:
         ) from None
 
 
-def load(path: str | Path, model: Model, keep_rng: bool = True) -> SavedCarry:
+def load(path: str | Path, model: SequenceModel, keep_rng: bool = True) -> SavedCarry:
     """Read a carry file; its tensors are on the model's device, the state of the random generator on the CPU.
 
     Args:
@@ -166,7 +166,7 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _mismatch(model: Model, tensors: Mapping[str, Tensor], position: int) -> str:
+def _mismatch(model: SequenceModel, tensors: Mapping[str, Tensor], position: int) -> str:
     """How the names, shapes or types of tensors differ from the model's carry after ``position`` tokens; empty if not.
 
     The expected ones are taken from a forward pass over one token. The states of ``by_channel`` may hold one row for

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast, get_args
 
@@ -24,10 +24,9 @@ from ...parallel.span import Span
 from ..config import RunConfig
 from ..data import DataConfig, SubwordVocabulary, Vocabulary
 from ..data.corpus import list_files
-from ..data.progress import progress
 from ..data.reading import BadSamples, Reader
 from ..data.tally import Tally
-from ..model import Model
+from ..model import SequenceModel
 from ..model.heads import SequenceHead
 from ..runtime.files import remove
 from .generate import PREFILL_BLOCK_LEN
@@ -47,7 +46,7 @@ class Embedder:
     """A model whose hidden states are wanted.
 
     Args:
-        model: in evaluation mode, on any device.
+        model: in evaluation mode, on any device. Its layers are its first list of modules.
         layer: 0 for the embedded tokens, N for the output of layer N, or counted from the end: -1 for that of the last
             layer, after the final norm unless the head pools before it (as in transformers).
         per: a row for each ``token``, each ``window`` of tokens or each ``document``.
@@ -58,7 +57,7 @@ class Embedder:
         InputError: the model has no such layer, or the window does not fit ``per``.
     """
 
-    model: Model
+    model: SequenceModel
     layer: int = LAST
     per: Per = "document"
     pooling: Pooling = "mean"
@@ -106,7 +105,8 @@ class Embedder:
         """The hidden states ``[1, n, D]`` of the layer for a block of tokens."""
         pools, is_last = isinstance(self.model.head, SequenceHead), self._number == len(self._layers)
         if is_last and not pools:
-            return self.model.head.norm(self.model.features(tokens, span)[0])
+            norm = getattr(self.model.head, "norm", nn.Identity())
+            return cast(Tensor, norm(self.model.features(tokens, span)[0]))
         found: list[Tensor] = []
 
         def keep(value: Any) -> None:
@@ -216,16 +216,14 @@ def embed(
     head |= {"window": window} if per == "window" else {}
     try:
         with ExitStack() as stack:
-            table = stack.enter_context(_Table.open(out, model.config.width))
+            table = stack.enter_context(_Table.open(out))
             index = stack.enter_context(_replacing(out.with_suffix(".json"), "w"))
             index.write(json.dumps(head)[:-1] + ', "documents": [')
             num_documents = num_tokens = 0
             for document in _documents(place, config, model, sources, tally):
                 first = table.num_rows
-                with progress(f"reading {document.name}", len(document.tokens), unit="tokens") as advance:
-                    for rows in embedder.rows(document.tokens):
-                        table.add(rows)
-                        advance(min(PREFILL_BLOCK_LEN, len(document.tokens)))
+                for rows in embedder.rows(document.tokens):
+                    table.add(rows)
                 entry = {"source": document.source, "document": document.name}
                 entry |= {"first_row": first, "rows": table.num_rows - first, "tokens": len(document.tokens)}
                 entry |= {} if document.num_bytes is None else {"bytes": document.num_bytes}
@@ -240,7 +238,7 @@ def embed(
 
 
 def _documents(
-    place: str | Path, config: RunConfig | None, model: Model, sources: Sequence[str], tally: Tally
+    place: str | Path, config: RunConfig | None, model: SequenceModel, sources: Sequence[str], tally: Tally
 ) -> Iterator[_Document]:
     """The documents of the sources; texts are held as their bytes are, one at a time."""
     vocabulary, data = vocabulary_of(place, model), DataConfig() if config is None else config.data
@@ -278,30 +276,29 @@ class _Table:
     Attributes:
         file: is written from its beginning.
         is_npy: or safetensors.
-        width: D.
-        num_rows: N.
+        num_rows, width: N and D; 0 before the first row.
     """
 
     file: IO[bytes]
     is_npy: bool
-    width: int
-    num_rows: int = field(default=0)
+    num_rows: int = 0
+    width: int = 0
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, width: int) -> Iterator[_Table]:
+    def open(cls, path: Path) -> Iterator[_Table]:
         """A table whose file replaces ``path`` at the end."""
         with _replacing(path, "wb") as file:
-            table = cls(cast("IO[bytes]", file), path.suffix == ".npy", width)
-            table.file.write(table.header())
+            table = cls(file, path.suffix == ".npy")
+            file.write(table.header())
             yield table
-            table.file.seek(0)
-            table.file.write(table.header())
+            file.seek(0)
+            file.write(table.header())
 
     def add(self, rows: Tensor) -> None:
         """Append rows ``[k, D]`` fp32."""
-        self.file.write(memoryview(rows.contiguous().numpy().astype("<f4", copy=False)).cast("B") if len(rows) else b"")
-        self.num_rows += len(rows)
+        self.file.write(rows.numpy().astype("<f4", copy=False).tobytes())
+        self.num_rows, self.width = self.num_rows + len(rows), rows.shape[1]
 
     def header(self) -> bytes:
         """The header of a file of the rows so far; it has the same size for any number of them."""

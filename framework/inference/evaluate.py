@@ -18,7 +18,7 @@ from ...parallel import streaming
 from ...parallel.mesh import Mesh, to_device
 from ...parallel.span import Span
 from .. import tasks
-from ..config import RunConfig, load
+from ..config import RunConfig
 from ..data import (
     Batches,
     DataConfig,
@@ -36,13 +36,13 @@ from ..data.nucleotides import LetterCount, masked_letters
 from ..data.progress import progress
 from ..data.reading import BadSamples, Reader
 from ..data.tally import Tally
-from ..model import IGNORED, Model
+from ..model import IGNORED, SequenceModel
 from ..monitoring.monitor import BITS
 from ..runtime.validation import score as score_task
 from ..tasks import Task, kind_of, open_task
 from .generate import PREFILL_BLOCK_LEN
 from .inputs import document_tokens
-from .loading import load_run, vocabulary_of
+from .loading import load_config, load_run, vocabulary_of
 
 FIRST_BIN_LEN = 64  # bins of positions begin at 0, 64, 128, 256, ...: each but the first is as long as all before it
 
@@ -156,7 +156,7 @@ class Evaluation:
 def has_test(place: str | Path) -> bool:
     """Whether ``place`` is the directory of a run whose task has a test split; see `evaluate_task`."""
     file = Path(place) / "config.yaml"
-    return file.is_file() and "test" in kind_of(load(file).task).splits
+    return file.is_file() and "test" in kind_of(load_config(Path(place)).task).splits
 
 
 def evaluate_task(
@@ -352,7 +352,7 @@ def _folded(rows: ScoredRows, first: int, last: int, length: int) -> ScoredRows:
 
 
 @torch.no_grad()
-def score(model: Model, batches: Iterable[ScoredRows], progress: Callable[[int], None] | None = None) -> Score:
+def score(model: SequenceModel, batches: Iterable[ScoredRows], progress: Callable[[int], None] | None = None) -> Score:
     """Mean loss over rows of tokens.
 
     A causal model reads them in blocks of `PREFILL_BLOCK_LEN` tokens: memory does not grow with their length.
@@ -380,7 +380,7 @@ def score(model: Model, batches: Iterable[ScoredRows], progress: Callable[[int],
     return Score(MeanLoss(nats / count, int(count), num_bytes), documents, bins.means())
 
 
-def _sums_by_bin(model: Model, rows: ScoredRows, progress: Callable[[int], None] | None) -> Tensor:
+def _sums_by_bin(model: SequenceModel, rows: ScoredRows, progress: Callable[[int], None] | None) -> Tensor:
     """Sum of the losses in nats, and number of labels, of each row's bins of positions: ``[B, bins, 2]`` fp64."""
     mesh = Mesh(device=next(model.parameters()).device)
     num_rows, length = rows.tokens.shape

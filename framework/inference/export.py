@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,12 +22,14 @@ from ..data import ByteVocabulary, load_vocabulary, save_vocabulary
 from ..data.chat import TOKENIZER_CONFIG
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
-from ..model import Model
+from ..model import SequenceModel
+from ..model.directory import ADAPTER, ADAPTER_CONFIG, FOREIGN, MARK, TOKENIZER_FILES, copy_files, directory_of
 from ..runtime.files import digest, remove, sync, write_tensors, write_text
 from ..tasks import TaskDescription
 from .loading import (
     ARCHITECTURES,
     CONFIG,
+    SHARDS,
     TENSORS,
     ExportConfig,
     describe_task,
@@ -36,12 +39,20 @@ from .loading import (
 )
 
 log = logging.getLogger("longreach")
+FOREIGN_FILES = {
+    *TOKENIZER_FILES, MARK, VOCABULARY, CONFIG, "generation_config.json", TENSORS, SHARDS, ADAPTER_CONFIG, ADAPTER,
+    "README.md",
+}  # fmt: skip
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+LATER = ("init_from", "pretrained", "architecture", "lora")  # keys of a model's configuration of later versions
 
 __all__ = ["CONFIG", "TENSORS", "export", "load_exported"]
 
 
-def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
+def export(run_dir: str | Path, out_dir: str | Path) -> tuple[SequenceModel, int]:
     """Write the newest checkpoint of a run as an export, atomically: an earlier export is replaced once all is written.
+
+    A model of transformers is written as transformers does; of one with adapters, these alone, as peft does.
 
     Args:
         run_dir: directory of the run.
@@ -62,14 +73,12 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        write_tensors(partial / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
-        sha256, classes = digest(partial / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
-        document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
-        del document["task"], document["model"]["init_from"]  # without these, earlier versions read the export
-        if task is not None:
-            document["task"] = task.as_json()
-        write_text(partial / CONFIG, json.dumps(document, indent=2) + "\n")
-        if vocabulary.kind != ByteVocabulary.kind:
+        is_foreign = directory_of(config.model) is not None
+        if is_foreign:
+            _write_foreign(partial, model, Path(run_dir), step)
+        else:
+            _write_own(partial, config, model, step, task)
+        if vocabulary.kind != ByteVocabulary.kind or is_foreign:
             save_vocabulary(vocabulary, partial)
         sync(partial)
         if place.exists():
@@ -83,6 +92,33 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[Model, int]:
         why = getattr(error, "strerror", None) or error
         raise InputError("OUT_DIR", str(out_dir), f"cannot be written: {why}") from None
     return model, step
+
+
+def _write_own(place: Path, config: RunConfig, model: SequenceModel, step: int, task: TaskDescription | None) -> None:
+    """The tensors and ``config.json`` of a model of ours."""
+    write_tensors(place / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
+    sha256, classes = digest(place / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
+    document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
+    for key in ("task", *LATER):  # without these, earlier versions read the export
+        document.pop(key, None)
+        document["model"].pop(key, None)
+    if task is not None:
+        document["task"] = task.as_json()
+    write_text(place / CONFIG, json.dumps(document, indent=2) + "\n")
+
+
+def _write_foreign(place: Path, model: SequenceModel, run_dir: Path, step: int) -> None:
+    """What transformers loads, or peft where the model has adapters; the tokenizer; and a file that tells an export."""
+    kept = run_dir / FOREIGN
+    if model.config.lora.rank:
+        base = json.loads((kept / MARK).read_bytes())["pretrained"]
+        if not base:
+            allowed = "is of adapters of random weights (model.architecture), which nothing can be added to later"
+            raise InputError("RUN_DIR", str(run_dir), allowed, "train with model.pretrained")
+        model.model.peft_config["default"].base_model_name_or_path = base
+    model.model.save_pretrained(place)
+    copy_files(kept, place, TOKENIZER_FILES)
+    write_text(place / MARK, json.dumps({"step": step}) + "\n")
 
 
 def _description(run_dir: Path, config: RunConfig) -> TaskDescription | None:
@@ -106,6 +142,8 @@ def _check_replaceable(place: Path, given: str | Path) -> None:
         names = set(os.listdir(place))
         ours = names - {VOCABULARY, TOKENIZER, TOKENIZER_CONFIG}
         if not names or (ours == {TENSORS, CONFIG} and read_export_config(place / CONFIG)):
+            return
+        if MARK in names and all(name in FOREIGN_FILES or SHARD.fullmatch(name) for name in names):
             return
     except FileNotFoundError:
         return

@@ -23,7 +23,7 @@ from ...parallel.mesh import to_device
 from ...parallel.span import Span
 from ..data import ByteVocabulary, Vocabulary
 from ..data.vocabulary import MAX_PENDING
-from ..model import Model
+from ..model import SequenceModel
 from . import carry_file
 from .carry_file import SavedCarry
 
@@ -32,7 +32,7 @@ PREFILL_BLOCK_LEN = 8192  # prompt tokens processed at a time: memory does not g
 
 @torch.inference_mode()
 def prefill(
-    model: Model, prompt: Tensor, span: Span | None = None, progress: Callable[[int], None] | None = None
+    model: SequenceModel, prompt: Tensor, span: Span | None = None, progress: Callable[[int], None] | None = None
 ) -> tuple[Tensor, Span]:
     """Read a prompt in blocks of `PREFILL_BLOCK_LEN` tokens: memory does not grow with its length.
 
@@ -78,7 +78,7 @@ class Decoder:
         span: of the next token to be read, with the carry; None while nothing was read.
     """
 
-    def __init__(self, model: Model, seed: int = 0, saved: SavedCarry | None = None) -> None:
+    def __init__(self, model: SequenceModel, seed: int = 0, saved: SavedCarry | None = None) -> None:
         self.model, self.span = model, None if saved is None else saved.span
         self._logits = None if saved is None else saved.logits
         self._pending: Tensor | None = None  # [B], the last generated token; read once its next logits are needed
@@ -87,7 +87,7 @@ class Decoder:
             self._generators[0].set_state(saved.rng_state)
 
     @classmethod
-    def load(cls, model: Model, path: str | Path, seed: int | None = None) -> Decoder:
+    def load(cls, model: SequenceModel, path: str | Path, seed: int | None = None) -> Decoder:
         """Restore a decoder that `save` wrote; it generates exactly the tokens that the saved one would have.
 
         Args:
@@ -221,7 +221,7 @@ class Decoder:
 
 
 def generate(
-    model: Model,
+    model: SequenceModel,
     prompt: Tensor,
     num_tokens: int,
     *,

@@ -28,7 +28,7 @@ from ...errors import InputError
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..data.labels import IGNORE, next_token_labels
-from ..model import Model, ModelConfig, build_model
+from ..model import Model, ModelConfig
 from ..model.heads import SequenceHead, labelled
 from ..tasks import TaskDescription
 from .loading import MODEL_TYPE, read_json_as
@@ -223,7 +223,7 @@ class LongreachPreTrainedModel(PreTrainedModel):
     def __init__(self, config: LongreachConfig) -> None:
         super().__init__(config)
         shape = self._shape(config)
-        self.model = build_model(shape)
+        self.model = Model(shape)
         if shape.head == "token":
             self._tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
         if shape.channels:
@@ -255,7 +255,7 @@ class LongreachPreTrainedModel(PreTrainedModel):
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: `build_model` has initialized the weights."""
+        """Do nothing: `Model` has initialized the weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding; where the head is ``token``, its weight is tied to the head's."""
@@ -483,7 +483,7 @@ class LongreachForSequenceClassification(LongreachPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a new output; `build_model` has initialized the other weights."""
+        """Initialize a new output; `Model` has initialized the other weights."""
         if isinstance(module, nn.Linear) and module is self.model.head.answer:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)

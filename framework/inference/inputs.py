@@ -70,7 +70,7 @@ def rows_of(sources: Sequence[str], task: TaskDescription, model: ModelConfig) -
     for source in sources:
         for file in [Path(source)] if are_texts else _files(source):
             try:
-                yield from _texts(source) if are_texts else _rows(file, task, model)
+                yield from _texts(source, task) if are_texts else _rows(file, task, model)
             except InputError as error:
                 yield Row(str(file), partial(_fail, error))
 
@@ -125,10 +125,10 @@ def _files(source: str) -> list[Path]:
     return list_pictures(place)[0] if place.is_dir() else [place]
 
 
-def _texts(source: str) -> Iterator[Row]:
+def _texts(source: str, task: TaskDescription) -> Iterator[Row]:
     """The documents of a source, as packing finds them."""
     for file in list_files(source):
-        for document in records.documents([file]):
+        for document in records.documents([file], task.field or records.FIELD, upper=not task.keep_case):
             yield Row(f"{file.path}{document.key.removeprefix(file.key)}", document.read)
 
 
@@ -199,7 +199,7 @@ def _tokens(
         raise InputError("input", name, "must have at least one token")
     if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab:
         raise InputError("input", name, f"must be token ids from 0 to {model.vocab - 1}")
-    return ids
+    return ids[: task.seq_len] if task.name == "documents" else ids  # as in training
 
 
 def _expression(text: Any, name: str) -> NDArray[np.int64]:

@@ -6,8 +6,9 @@ An export is a directory that `export.export` wrote:
 - ``config.json``: the fields of `ExportConfig`.
 - ``vocabulary.json``, and ``tokenizer.json`` for subwords: only if tokens are not bytes; see `data.load_vocabulary`.
 
-The directories of transformers' ``save_pretrained`` are read as exports: their tensors have names that begin with
-``model.``, may be in several files, and have no SHA-256.
+The directories of transformers' ``save_pretrained`` are read as exports: of our own models, whose tensors have names
+that begin with ``model.``, may be in several files, and have no SHA-256; and of its models (`load_foreign`), also those
+with only the adapters that peft saved.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from ..config import RunConfig, load, typed_yaml
 from ..data import ByteVocabulary, SubwordVocabulary, Vocabulary, load_vocabulary
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
-from ..model import Model, ModelConfig, build_model
+from ..model import Model, ModelConfig, SequenceModel, build_model, directory
+from ..model.directory import ADAPTER_CONFIG, FOREIGN
+from ..model.trained import adapted_model, load_adapters
 from ..runtime.files import digest
 from ..tasks import TaskDescription, kind_of, open_task
 from .predict import Predictor
@@ -96,7 +99,7 @@ class ExportedModel(Model):
 
 def load_run(
     place: str | Path, overrides: Sequence[str] = (), device: torch.device | None = None
-) -> tuple[RunConfig | None, Model]:
+) -> tuple[RunConfig | None, SequenceModel]:
     """Load the newest checkpoint of a run, or an export, in evaluation mode.
 
     Args:
@@ -110,10 +113,11 @@ def load_run(
     Raises:
         InputError: the directory is neither, the run has no checkpoint yet, or the export is damaged.
     """
-    if (Path(place) / CONFIG).is_file():
+    if any((Path(place) / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         if overrides:
             raise InputError("key=value", " ".join(overrides), "only for a run: an export has no training config")
-        return None, load_exported(place).to(device or default_device())
+        model = load_foreign(place) if is_foreign(place) else load_exported(place)
+        return None, model.to(device or default_device())
     config, model, _ = load_step(place, overrides)
     return config, model.to(device or default_device())
 
@@ -150,7 +154,7 @@ def describe_task(run_dir: Path, config: RunConfig | None) -> TaskDescription | 
     return open_task(config.task, config.data).describe()
 
 
-def vocabulary_of(place: str | Path, model: Model) -> Vocabulary:
+def vocabulary_of(place: str | Path, model: SequenceModel) -> Vocabulary:
     """The vocabulary of a run or an export; of a directory of transformers, that of its ``tokenizer.json``.
 
     Raises:
@@ -159,7 +163,7 @@ def vocabulary_of(place: str | Path, model: Model) -> Vocabulary:
     directory = Path(place)
     if (directory / VOCABULARY).is_file() or model.config.channels:
         return load_vocabulary(directory)
-    if (directory / TOKENIZER).is_file() and (directory / CONFIG).is_file():
+    if (directory / TOKENIZER).is_file() and any((directory / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         found = SubwordVocabulary.read(directory / TOKENIZER)
         return ByteVocabulary() if _spells_bytes(found) else found
     if model.config.vocab > 2 * ByteVocabulary.size:  # a model of bytes may have more tokens, for padding and the like
@@ -168,7 +172,7 @@ def vocabulary_of(place: str | Path, model: Model) -> Vocabulary:
     return ByteVocabulary()
 
 
-def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Model, int]:
+def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, SequenceModel, int]:
     """Load the newest checkpoint of a run, as `load_run`, on the CPU; also return the step after which it was saved.
 
     Raises:
@@ -179,7 +183,7 @@ def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCo
         allowed = "is neither a run nor an export: it has no config.yaml and no config.json"
         fix = "train first (longreach train quickstart makes runs/quickstart), or go to where runs/ is"
         raise InputError("RUN_DIR", str(run_dir), allowed, fix)
-    config = load(run_dir / "config.yaml", overrides)
+    config = load_config(run_dir, overrides)
     saved = checkpoint.newest(run_dir / "checkpoints")
     if saved is None:
         fix = f"longreach train {run_dir}/config.yaml run.dir={run_dir}"
@@ -187,6 +191,38 @@ def load_step(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCo
     model = build_model(config.model)
     state = checkpoint.load_model(model, saved)
     return config, model.eval(), state["step"]
+
+
+def load_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run; a model of transformers is that of the configuration which the run has kept."""
+    kept = run_dir / FOREIGN
+    foreign = [f"model.architecture={kept}"] if (kept / CONFIG).is_file() else []
+    return load(run_dir / "config.yaml", [*foreign, *overrides])
+
+
+def is_foreign(place: str | Path) -> bool:
+    """Whether a directory holds a model of transformers that is not ours, or adapters of one."""
+    has_adapters = (Path(place) / ADAPTER_CONFIG).is_file()
+    return has_adapters or directory.model_type(Path(place)) not in ("", MODEL_TYPE)
+
+
+def load_foreign(path: str | Path) -> SequenceModel:
+    """Load a model of transformers on the CPU, in fp32 and evaluation mode, from a directory that ``save_pretrained``
+    wrote; of one with adapters alone, the model that they belong to, and them.
+
+    Raises:
+        InputError: a file is missing or damaged, or a layer of the model cannot be given a span.
+    """
+    path, base = Path(path), str(path)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        base = adapted_model(path)
+    config = ModelConfig(pretrained=base)
+    directory.fill(config)
+    with torch.random.fork_rng(devices=()):  # the caller's random generator does not advance
+        model = build_model(config)
+        if (path / ADAPTER_CONFIG).is_file():
+            load_adapters(model.model, path)
+    return model.eval()
 
 
 def load_exported(path: str | Path) -> ExportedModel:
@@ -204,6 +240,8 @@ def load_exported(path: str | Path) -> ExportedModel:
     """
     path = Path(path)
     config = read_export_config(path / CONFIG)
+    if directory.directory_of(config.model) is not None:
+        raise InputError("model", str(path / CONFIG), "names another directory")
     file = _tensor_file(path, config)
     try:
         with ExitStack() as stack:

@@ -15,7 +15,7 @@ from ...parallel import streaming
 from ...parallel.mesh import Mesh, to_device
 from ...parallel.span import Span
 from ..data import ByteVocabulary, Vocabulary
-from ..model import Model
+from ..model import SequenceModel
 from ..tasks import TaskDescription
 from ..tasks.task import padded_sequence
 from .generate import PREFILL_BLOCK_LEN
@@ -41,7 +41,7 @@ class Predictor:
         InputError: the model is one of the next token, there is no description, or ``block_len`` does not fit.
     """
 
-    model: Model
+    model: SequenceModel
     task: TaskDescription | None = None
     vocabulary: Vocabulary = field(default_factory=ByteVocabulary)
     batch_size: int = 32

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 
 if TYPE_CHECKING:
-    from . import ModelConfig
+    from .config import ModelConfig
 
 CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-SMALL_FILES = (
-    CONFIG, "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", *OTHER_TOKENIZERS,
+TOKENIZER_FILES = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *OTHER_TOKENIZERS,
 )  # fmt: skip
+KEPT_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+FOREIGN = "transformers"  # folder of a run with the `KEPT_FILES` of its model
+MARK = "longreach.json"  # what we note beside them
 FROM_TASK = {"channels", "head", "outputs", "documents"}  # fields of `ModelConfig` that a task sets
 OURS = "longreach"  # the model type of our own models
 
@@ -143,13 +146,27 @@ def tokenizer_of(config: ModelConfig) -> str:
     return ""
 
 
-def copy_small_files(place: Path, target: Path, names: Iterable[str] = SMALL_FILES) -> None:
-    """Copy the files of a directory of transformers that are no weights.
+def keep_files(config: ModelConfig, folder: Path) -> None:
+    """Keep the files of a model of transformers that are no weights in a folder of its run.
 
     Raises:
         OSError: one cannot be read or written.
     """
-    target.mkdir(parents=True, exist_ok=True)
+    place = directory_of(config)
+    if place is None or place.resolve() == folder.resolve():
+        return
+    folder.mkdir(exist_ok=True)
+    copy_files(place, folder, KEPT_FILES)
+    pretrained = str(place.resolve()) if config.pretrained else ""
+    (folder / MARK).write_text(json.dumps({"pretrained": pretrained}) + "\n", encoding="utf-8")
+
+
+def copy_files(place: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy the files of these names that a directory has.
+
+    Raises:
+        OSError: one cannot be read or written.
+    """
     for name in names:
-        if (place / name).is_file() and (place / name).resolve() != (target / name).resolve():
+        if (place / name).is_file():
             shutil.copyfile(place / name, target / name)

@@ -74,7 +74,7 @@ class TokenHead(Head):
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.weight)
-        return _TokenLosses.apply(x.flatten(0, 1), self.weight, labels.flatten()).view(labels.shape)
+        return token_losses(x.flatten(0, 1), self.weight, labels.flatten()).view(labels.shape)
 
     def measure(self, x: Tensor, labels: Tensor) -> Tensor:
         known = labelled(labels)
@@ -188,6 +188,13 @@ class SeriesHead(Head):
         return found
 
 
+def make_head(kind: str, width: int, outputs: int, documents: int) -> Head:
+    """A new head of the kind "class", "numbers" or "series"."""
+    if kind == "series":
+        return SeriesHead(width, outputs)
+    return (ClassHead if kind == "class" else NumberHead)(width, outputs, documents)
+
+
 class Total(StatefulOp):
     """The sum over all tokens up to the end of this shard of ``x [B, L, D]`` weighted by ``member [B, L, S]``: ``[B, S,
     D]`` in fp32 or better.
@@ -203,6 +210,19 @@ class Total(StatefulOp):
         return initial + self.local_transition(inputs, segments)[1], ()
 
 
+def token_losses(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihoods ``[N]`` of ``labels [N]`` under ``softmax(x W^T)``, without all logits in memory.
+
+    They are 0 where a label is `IGNORED`.
+
+    Args:
+        x: ``[N, D]``.
+        weight: W ``[V, D]``; its gradient is summed in fp32 or better.
+    """
+    losses: Tensor = _TokenLosses.apply(x, weight, labels)
+    return losses
+
+
 class _TokenLosses(torch.autograd.Function):
     """Negative log-likelihoods ``[N]`` of ``labels [N]`` under ``softmax(x W^T)``; 0 where a label is `IGNORED`.
 
@@ -216,7 +236,7 @@ class _TokenLosses(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         normalizers = x.new_empty(len(x), dtype=torch.promote_types(dtype, torch.float32))
         losses = torch.empty_like(normalizers)
-        for rows in _slabs(x, weight):
+        for rows in slabs(x, weight):
             logits = _logits(x[rows], weight, dtype)
             normalizers[rows] = logits.logsumexp(-1)
             ids = labels[rows]
@@ -232,7 +252,7 @@ class _TokenLosses(torch.autograd.Function):
         x, weight, labels, normalizers = ctx.saved_tensors
         to_x = torch.empty_like(x)
         to_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
-        for rows in _slabs(x, weight):
+        for rows in slabs(x, weight):
             ids = labels[rows]
             share = grad[rows].to(normalizers.dtype).masked_fill(ids == IGNORED, 0.0).unsqueeze(-1)
             errors = _logits(x[rows], weight, ctx.dtype).sub_(normalizers[rows].unsqueeze(-1)).exp_().mul_(share)
@@ -249,7 +269,7 @@ def _logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.to(torch.promote_types(dtype, torch.float32))
 
 
-def _slabs(x: Tensor, weight: Tensor) -> Iterator[slice]:
+def slabs(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """Rows of ``x [N, D]`` whose logits are computed at a time."""
     num_bytes = CPU_LOGIT_BYTES
     if x.device.type == "cuda":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...bounds import bounded
 from ...errors import InputError
+from .directory import ADAPTER_CONFIG, CONFIG
 
 
 @dataclass
@@ -45,6 +48,42 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     except (ValueError, TypeError) as error:
         why = (str(error).splitlines() or [""])[0]
         raise InputError("model.lora.targets", targets, f"peft cannot adapt them: {why}") from None
+
+
+def adapted_model(place: Path) -> str:
+    """The directory of the model that adapters belong to.
+
+    Args:
+        place: directory of the adapters.
+
+    Raises:
+        InputError: it does not name one that is there.
+    """
+    try:
+        base = json.loads((place / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
+        if (Path(base) / CONFIG).is_file():
+            return str(base)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError("model", str(place / ADAPTER_CONFIG), f"cannot be read: {error}") from None
+    allowed = "is of adapters, and its base_model_name_or_path must be a local directory"
+    raise InputError("model", str(place / ADAPTER_CONFIG), f"{allowed}, not {base!r}", "write the right one there")
+
+
+def load_adapters(model: Any, place: Path) -> None:
+    """Give a model of transformers the adapters that peft saved in a directory.
+
+    Raises:
+        InputError: peft is not installed, or they do not fit the model.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise InputError("model", str(place), "needs peft", "pip install 'longreach[peft]'") from None
+    try:
+        model.load_adapter(str(place), local_files_only=True)
+    except Exception as error:  # whatever peft and transformers stumble over
+        why = (str(error).splitlines() or [""])[0]
+        raise InputError("model", str(place), f"holds no adapters of this model: {why}") from None
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

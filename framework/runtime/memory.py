@@ -20,7 +20,7 @@ from .process import num_local_ranks
 log = logging.getLogger("longreach.memory")
 GIB = 2**30
 CERTAIN = 1.5  # times what there is: so much does not fit, whatever options make of the sums
-KEPT = {"elementwise": 13, "chela": 23, "feedforward_kernel": 19, "softmax": 8}
+KEPT = {"elementwise": 13, "chela": 23, "feedforward_kernel": 19, "mamba2": 20, "gated_deltanet": 18, "softmax": 8}
 """Tensors ``[tokens, width]`` that the mixer of a block keeps for backward, of those that autograd was seen to save."""
 KEPT_OTHERS = 4  # of any other mixer: its normalized input, and three more
 

@@ -16,7 +16,8 @@ from ...parallel.traffic import Traffic
 from .. import checkpoint
 from ..config import RunConfig, as_written, save
 from ..deepspeed.engine import Engine
-from ..model import Model
+from ..model import SequenceModel
+from ..model.directory import FOREIGN, keep_files
 from ..monitoring.monitor import Monitor
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
@@ -151,7 +152,8 @@ class Run:
 
     def _score(self, *what: Any) -> Score | None:
         self.engine.eval()
-        found = score(self.config, self.engine, cast(Model, self.engine.module).head, self.mesh, self.task, *what)
+        head = cast(SequenceModel, self.engine.module).head
+        found = score(self.config, self.engine, head, self.mesh, self.task, *what)
         self.engine.train()
         return found
 
@@ -199,6 +201,7 @@ def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock,
         if not ended:  # else nothing is trained by this configuration
             save(config, run_dir / "config.yaml")
         task.write_run_files(run_dir)
+        keep_files(config.model, run_dir / FOREIGN)
     except OSError as error:
         allowed = f"must be a writable directory ({error.strerror})"
         raise InputError("run.dir", str(run_dir), allowed, "set run.dir") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import InputError
 from ..data import DataConfig
 from .description import TaskDescription
+from .documents import Documents
 from .forecast import Forecast
 from .images import Images
 from .language import Language
@@ -15,6 +16,7 @@ from .task import Score, Task, TaskConfig, TaskName
 
 TASKS: dict[TaskName, type[Task]] = {
     "language": Language,
+    "documents": Documents,
     "series": Series,
     "forecast": Forecast,
     "images": Images,

@@ -31,6 +31,8 @@ class TaskDescription:
         missing: forecast: ``data.missing``.
         size: images: height and width in pixels.
         colors: images: channels of a pixel.
+        field: documents: ``data.field``; empty for its default.
+        keep_case: documents: whether lower-case letters of FASTA are kept.
     """
 
     name: str = ""
@@ -48,6 +50,8 @@ class TaskDescription:
     missing: str = "error"
     size: int = 0
     colors: int = 1
+    field: str = ""
+    keep_case: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The attributes that differ from their defaults."""
@@ -100,5 +104,5 @@ def _is_of(value: Any, annotation: str) -> bool:
     """Whether a value of JSON has one of the types of `TaskDescription`."""
     if annotation.startswith("list["):
         return isinstance(value, list) and all(_is_of(one, annotation[5:-1]) for one in value)
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
-    return isinstance(value, kinds[annotation]) and not isinstance(value, bool)
+    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    return isinstance(value, kinds[annotation]) and isinstance(value, bool) == (annotation == "bool")

@@ -16,6 +16,8 @@ from .archive import is_hidden
 from .description import TaskDescription
 from .pictures import list_pictures, read_pictures
 from .task import (
+    SPLITS,
+    TEST_FRACTION,
     Examples,
     Rows,
     Task,
@@ -26,11 +28,10 @@ from .task import (
     holdout_split,
     padded_sequence,
     set_model_fields,
+    stratified_split,
 )
 
 DIGITS = "digits"  # as data.source: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels
-TEST_FRACTION = 0.2
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}  # folders that are no classes
 log = logging.getLogger("longreach.data")
 
 
@@ -64,7 +65,7 @@ class Images(Task):
         self.mean = np.array([one.mean() for one in each], np.float32)
         self.deviation = np.array([one.std() or 1 for one in each], np.float32)
         self.pixels = self.standardized(pixels)
-        rest, self.test = _stratified_split(self.labels, TEST_FRACTION)
+        rest, self.test = stratified_split(self.labels, TEST_FRACTION)
         train, valid = holdout_split(len(rest), data.valid_fraction)
         self.numbers = {"train": rest[train], "valid": rest[valid], "test": self.test}
         most_common = np.bincount(self.labels[rest]).argmax()
@@ -113,16 +114,6 @@ class Images(Task):
             f"{self.title}: {len(self.labels):,} pictures of {len(self.classes):,} classes "
             f"({counted_classes(self.classes, self.labels)}); {size} x {size} pixels; {channels}; {'; '.join(notes)}"
         )
-
-
-def _stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the numbers of all images into those kept and those held out, the same fraction of each class."""
-    parts = []
-    for label in range(int(labels.max()) + 1):
-        of_class = np.flatnonzero(labels == label)
-        parts.append([of_class[numbers] for numbers in holdout_split(len(of_class), fraction)])
-    kept, held_out = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return kept, held_out
 
 
 def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:

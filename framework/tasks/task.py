@@ -24,7 +24,11 @@ from .description import TaskDescription
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """Tokens, labels and segments (or None) of one sequence, as in `Batch` without the batch dimension."""
 
-TaskName = Literal["language", "series", "forecast", "images", "retrieval", "listops", "recall", "needle", "adding"]
+TaskName = Literal[
+    "language", "documents", "series", "forecast", "images", "retrieval", "listops", "recall", "needle", "adding"
+]
+TEST_FRACTION = 0.2  # of the examples of each class, where the data bring no test
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}  # folders that are no classes
 
 
 @dataclass
@@ -32,9 +36,10 @@ class TaskConfig:
     """The task and its options.
 
     Args:
-        name: ``language`` (the next token of a corpus), ``series`` (the class of a time series), ``forecast`` (its next
-            values), ``images`` (the class of an image, pixel by pixel), ``retrieval`` (whether two excerpts are from
-            the same document), or generated: ``listops``, ``recall``, ``needle``, ``adding``.
+        name: ``language`` (the next token of a corpus), ``documents`` (the class of a text), ``series`` (the class of a
+            time series), ``forecast`` (its next values), ``images`` (the class of an image, pixel by pixel),
+            ``retrieval`` (whether two excerpts are from the same document), or generated: ``listops``, ``recall``,
+            ``needle``, ``adding``.
         seed: seed of the examples that are generated or sampled.
         examples: number of training examples that are generated or sampled.
         test_examples: number of test examples; validation has as many others.
@@ -42,6 +47,8 @@ class TaskConfig:
         pairs: recall: number of key-value pairs in a sequence.
         size: images: height and width in pixels.
         channels: images: 1 (grey) or 3 (colors); 0 for what the pictures have.
+        label: documents: the field of a JSON line, the column of a table or the ``NAME=`` in a header of FASTA that
+            holds the class; empty for ``label``.
     """
 
     name: TaskName = "language"
@@ -52,6 +59,7 @@ class TaskConfig:
     pairs: int = bounded(32, minimum=1)
     size: int = bounded(28, minimum=1)
     channels: int = bounded(0, minimum=0, maximum=3)
+    label: str = ""
 
 
 @dataclass
@@ -224,6 +232,16 @@ def holdout_split(count: int, fraction: float) -> tuple[NDArray[np.int64], NDArr
     return numbers[~is_held_out], numbers[is_held_out]
 
 
+def stratified_split(labels: NDArray[np.int64], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the numbers of all examples into those kept and those held out, the same fraction of each class."""
+    parts = []
+    for label in range(int(labels.max()) + 1):
+        of_class = np.flatnonzero(labels == label)
+        parts.append([of_class[numbers] for numbers in holdout_split(len(of_class), fraction)])
+    kept, held_out = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return kept, held_out
+
+
 def listed(names: Sequence[str], most: int = 12) -> str:
     """The first ``most`` of some names, and how many there are more."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
@@ -238,7 +256,7 @@ def counted_classes(classes: Sequence[str], labels: NDArray[np.int64]) -> str:
 
 def digest_of(task: TaskConfig, *contents: Any) -> str:
     """SHA-256 of a task's options and of ``contents``: arrays, or values that JSON can represent."""
-    later = {"channels"}  # options that count where they are set, so that older checkpoints fit
+    later = {"channels", "label"}  # options that count where they are set, so that older checkpoints fit
     options = {name: value for name, value in asdict(task).items() if name not in later or value}
     found = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for content in contents:

@@ -23,7 +23,7 @@ from ...framework.data.progress import progress
 from ...framework.inference.carry_file import SavedCarry
 from ...framework.inference.generate import PREFILL_BLOCK_LEN, Decoder
 from ...framework.mixers.softmax import Softmax, rotate
-from ...framework.model import Block, Model, ModelConfig, build_model
+from ...framework.model import Block, Model, ModelConfig
 from ...kernels.scan import Carry
 from ...parallel.span import Span
 from . import Bound, check_out, environment, median, report_bounds, table_header, table_line, write_report
@@ -31,7 +31,7 @@ from . import Bound, check_out, environment, median, report_bounds, table_header
 SHORTEST = 1024  # the first position; each next one is four times as far
 LONGEST = 2**20
 WIDTH, DEPTH = 128, 2  # of the models, as in the quickstart
-STATES = ("elementwise", "chela", "feedforward_kernel")
+STATES = ("elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet")
 OWN, CACHED = "softmax, its carry", "softmax, cache allocated once"
 METHODS = (*STATES, OWN, CACHED)
 TURNS = 20  # in each, every position is measured once
@@ -92,7 +92,7 @@ class CachedSoftmax(nn.Module):
 def model_of(mixer: str) -> Model:
     """A model with the same mixer in all blocks and random weights from a fixed seed."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(vocab=256, width=WIDTH, depth=DEPTH, mixers=[mixer])).eval()
+    return Model(ModelConfig(vocab=256, width=WIDTH, depth=DEPTH, mixers=[mixer])).eval()
 
 
 def decoders_at(way: str, positions: Sequence[int], memory_bytes: float) -> tuple[dict[int, Decoder], dict[int, int]]:
@@ -105,8 +105,8 @@ def decoders_at(way: str, positions: Sequence[int], memory_bytes: float) -> tupl
         return decoders, {position: decoder.carry_bytes for position, decoder in decoders.items()}
     model = model_of("softmax")
     per_token = DEPTH * WIDTH * next(model.parameters()).element_size()
-    # Queries lie beside keys and values in the mixer's carry, and a step holds the carry before and after it.
-    kept, needed = (3 * per_token, 6 * per_token) if way == OWN else (2 * per_token, 2 * per_token)
+    # A step holds the carry before and after it, and once with room for queries.
+    kept, needed = (2 * per_token, 7 * per_token) if way == OWN else (2 * per_token, 2 * per_token)
     some = [position for position in positions if position * needed <= memory_bytes]
     if way == CACHED and some:
         for block in model.blocks:

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...framework.deepspeed.ulysses import init_deepspeed_world
+from ...framework.mixers import Mamba2Config
 from ...framework.mixers.chela import ChelaConfig, ModalKernel, TapKernel
+from ...kernels.delta_rule import DeltaRule
 from ...kernels.elementwise import ElementwiseAttention
 from ...kernels.linear_attention import LinearAttention
 from ...kernels.scan import StatefulOp
@@ -36,7 +38,13 @@ from .kernels import softmax_attention
 from .peers import ring, ulysses
 
 BY_PIPELINE = ", by pipeline"
-STATES = ("elementwise", "linear_attention, chela", "linear_attention, feedforward_kernel")
+STATES = (
+    "elementwise",
+    "linear_attention, chela",
+    "linear_attention, feedforward_kernel",
+    "linear_attention, mamba2",
+    "delta_rule, gated_deltanet",
+)
 PEERS = ("Ulysses", "ring attention")
 
 
@@ -117,11 +125,18 @@ def layers(width: int, heads: int) -> dict[str, Layer]:
     """
     chela, per_head = ChelaConfig(), (heads, width // heads)
     shared, values = (heads, width // 2 // heads), (heads, 2 * width // heads)
+    group, key = (1, Mamba2Config().state_size), 3 * width // (4 * heads)
     torch.manual_seed(1)
     modal, free = ModalKernel(width, chela.modes, True), TapKernel(width, chela.long_len, "free", True)
 
     def normalized(axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _scan(LinearAttention(normalize=True, eps=1e-6), axis, F.softplus(q), F.softplus(k), v)
+
+    def decaying(axis: Axis, q: Tensor, k: Tensor, v: Tensor, raw: Tensor) -> Tensor:
+        return _scan(LinearAttention(), axis, q, k, v, -F.softplus(raw))
+
+    def replacing(axis: Axis, q: Tensor, k: Tensor, v: Tensor, share: Tensor, raw: Tensor) -> Tensor:
+        return _scan(DeltaRule(normalize_qk=True), axis, q, k, v, share.sigmoid(), -F.softplus(raw))
 
     def convolved(module: nn.Module, axis: Axis, x: Tensor) -> Tensor:
         y: Tensor = module(x, _span(axis, x))
@@ -132,6 +147,8 @@ def layers(width: int, heads: int) -> dict[str, Layer]:
         Layer([(width,)] * 3, partial(_scan, ElementwiseAttention())),
         Layer([shared, shared, values], partial(_scan, gated)),
         Layer([per_head] * 3, normalized),
+        Layer([group, group, values, (heads,)], decaying),
+        Layer([(heads, key), (heads, key), (heads, 2 * key), (heads,), (heads,)], replacing),
     ]
     states = dict(zip(STATES, ours, strict=True))
     return {

@@ -49,17 +49,27 @@ def test_17_and_18_a_length_and_heads_that_the_ranks_do_not_divide(job_dir: JobD
         assert row == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("mixer", ["chela", "softmax", "feedforward_kernel"])
-def test_18_heads_that_do_not_divide_the_width(job_dir: JobDirectory, mixer: str) -> None:
-    done = job_dir.train("unmade", f"model.mixers=[{mixer}]", f"model.{mixer}.heads=3", "parallel.ranks=2")
+def test_18_heads_that_do_not_divide_the_width(job_dir: JobDirectory) -> None:
+    done = job_dir.train("unmade", "model.mixers=[chela]", "model.chela.heads=3", "parallel.ranks=2")
     assert done.returncode == MISTAKE
-    error_line(done, f"model.{mixer}.heads = 3")
+    error_line(done, "model.chela.heads = 3")
     assert not (job_dir.directory / "unmade").exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["softmax.heads", "feedforward_kernel.heads", "mamba2.head_width", "gated_deltanet.key_heads"]
+)
+def test_18_sizes_of_the_other_mixers(field: str) -> None:
+    mixer, _, name = field.partition(".")
+    config = ModelConfig(vocab=256, width=16, depth=1, mixers=[mixer])
+    setattr(getattr(config, mixer), name, 3)
+    with pytest.raises(InputError, match=rf"^model\.{mixer}\.{name} = 3: "):
+        build_model(config)
 
 
 def test_19_every_mixer_honours_packed_documents() -> None:
     """None is to be refused: a document's losses are those that it has alone."""
-    for mixer in ("elementwise", "chela", "feedforward_kernel", "softmax"):
+    for mixer in ("elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"):
         torch.manual_seed(0)
         model = build_model(ModelConfig(vocab=256, width=16, depth=2, mixers=[mixer])).eval()
         tokens = torch.randint(0, 256, (1, 40))

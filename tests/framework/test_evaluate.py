@@ -35,7 +35,7 @@ def tokens_of(length: int, rows: int = 1) -> Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_score_block_by_block_equals_the_whole_pass(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     """The mean, the number of tokens, every bin of positions and its standard error; several lengths and documents."""
-    model = small_model(["elementwise", "chela", "feedforward_kernel", "softmax"])
+    model = small_model(["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"])
     texts, rows = [], []
     for length in (200, 90, 30):
         tokens, labels = tokens_of(length, rows=2), tokens_of(length, rows=2)

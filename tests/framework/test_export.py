@@ -28,14 +28,15 @@ from longreach.framework.inference.loading import load_run
 from longreach.framework.model import build_model
 from longreach.framework.runtime.files import digest
 
-MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+MIXERS = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
 
 
 def make_run(place: Path, seed: int = 0, width: int = 16) -> Path:
     """A run as training leaves it, but without training: a config, and a checkpoint of the model in two shards."""
     config = RunConfig()
-    config.model.vocab, config.model.width, config.model.depth, config.model.mixers = 256, width, 4, MIXERS
+    config.model.vocab, config.model.width, config.model.depth, config.model.mixers = 256, width, len(MIXERS), MIXERS
     config.model.chela.heads = config.model.feedforward_kernel.heads = config.model.softmax.heads = 2
+    config.model.mamba2.head_width, config.model.mamba2.state_size = 8, 5
     config.train.steps, config.optim.schedule_steps = 7, 7
     config.data.seq_len, config.data.batch_size = 65, 1
     (place / "checkpoints").mkdir(parents=True)

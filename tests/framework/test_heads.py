@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_close
 from torch import Tensor, nn
 
-from longreach.framework import heads
+from longreach.framework.model import heads
 from longreach.framework.model.heads import IGNORED, TokenHead
 
 VOCAB, WIDTH, LENGTH = 96, 32, 4096

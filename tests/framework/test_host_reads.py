@@ -14,11 +14,12 @@ from longreach.framework.config import load
 CONFIG = """
 model:
   width: 16
-  depth: 4
+  depth: 6
   dropout: 0.1
-  mixers: [elementwise, chela, feedforward_kernel, softmax]
+  mixers: [elementwise, chela, feedforward_kernel, mamba2, gated_deltanet, softmax]
   chela: {heads: 2, modes: 2}
   feedforward_kernel: {heads: 2, dropout: 0.2}
+  mamba2: {head_width: 8, state_size: 5}
   softmax: {heads: 2}
 data: {seq_len: 61, batch_size: 4, packing: documents}
 optim: {lr: 1.0e-2, warmup_steps: 1, clip: 0.5}

@@ -40,7 +40,7 @@ from longreach.framework.tasks import TaskDescription
 from longreach.launch import cli
 from longreach.parallel.span import Span
 
-MIXERS = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+MIXERS = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
 RECOMPUTE = "activation_checkpointing"  # "gradient_checkpointing" before transformers 5.21
 if not hasattr(PreTrainedModel, f"{RECOMPUTE}_enable"):
     RECOMPUTE = "gradient_checkpointing"
@@ -50,6 +50,7 @@ TIGHT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 def small_config(mixers: list[str] = MIXERS, dropout: float = 0.0) -> LongreachConfig:
     shape = ModelConfig(vocab=256, width=16, depth=len(mixers), mixers=mixers)
     shape.chela.heads = shape.feedforward_kernel.heads = shape.softmax.heads = 2
+    shape.mamba2.head_width, shape.mamba2.state_size = 8, 5
     shape.feedforward_kernel.dropout = dropout
     return LongreachConfig(shape)
 

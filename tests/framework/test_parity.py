@@ -79,8 +79,8 @@ def test_a_mixer_is_the_same_over_ranks_blocks_and_tokens(name: str, causal: boo
 
 def test_model_decodes_the_logits_of_the_parallel_pass() -> None:
     torch.manual_seed(1)
-    mixers = ["elementwise", "chela", "feedforward_kernel", "gated_deltanet", "softmax"]
-    model = build_model(ModelConfig(vocab=17, width=24, depth=5, mixers=mixers)).double()
+    mixers = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
+    model = build_model(ModelConfig(vocab=17, width=24, depth=len(mixers), mixers=mixers)).double()
     tokens = torch.randint(0, 17, (2, 9))
     with torch.no_grad():
         whole = model(tokens)

@@ -17,10 +17,11 @@ from longreach.launch.dry_run import Plan, plan
 
 SMALL = [
     "model.width=16",
-    "model.depth=4",
-    "model.mixers=[elementwise, chela, feedforward_kernel, softmax]",
+    "model.depth=6",
+    "model.mixers=[elementwise, chela, feedforward_kernel, mamba2, gated_deltanet, softmax]",
     "model.chela={heads: 2, modes: 2}",
     "model.feedforward_kernel.heads=2",
+    "model.mamba2={head_width: 8, state_size: 5}",
     "model.softmax.heads=2",
     "data.seq_len=60",
     "train.threads=1",

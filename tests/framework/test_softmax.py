@@ -7,8 +7,8 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from longreach.kernels import attention
 from longreach.framework.mixers.softmax import Softmax, SoftmaxConfig
+from longreach.kernels import attention
 from longreach.kernels.state import Carry
 from longreach.parallel.span import Span
 
@@ -42,7 +42,7 @@ def test_masks_of_some_rows(documents: bool, carried: bool, causal: bool, monkey
         return plain(*inputs, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 700)
-    monkeypatch.setattr(softmax.F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
     names = ("y", "dx", *(name for name, _ in mixer.named_parameters()))
     for name, mine, theirs in zip(names, run(mixer, x, documents, carried), expected):
         assert_close(name, mine, theirs, max_abs=1e-12)

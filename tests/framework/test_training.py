@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """What `train_each` gives on each layout: for the four ZeRO stages, for packed documents in one of them, then
     streamed in the four stages.
     """
-    results = {}
-    for name, (ranks, sequence) in LAYOUTS.items():
+    all_runs: dict[int, list[list[str]]] = {}  # by ranks: one world for all layouts of as many
+    for ranks, sequence in LAYOUTS.values():
         directory = tmp_path_factory.mktemp("runs")
         layout = [f"parallel.ranks={ranks}", f"parallel.sequence={sequence}"]
         half = 2 * sequence // ranks  # sequences of a data rank
@@ -96,8 +97,11 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             runs[-1] += ["train.steps=3", "optim.schedule_steps=10", "data.packing=documents"]
             runs[-1] += [f"train.micro_batch_size={half * (1 + stage % 2)}", f"parallel.block_len={40 // sequence}"]
             runs[-1] += [f"parallel.park_carries={stage > 0}", f"train.recompute={stage % 2 == 1}"]
-        results[name] = run_world(train_each, ranks, config, runs, timeout=280)[0]
-    return results
+        all_runs.setdefault(ranks, []).extend(runs)
+    found = {
+        ranks: iter(run_world(train_each, ranks, config, runs, timeout=400)[0]) for ranks, runs in all_runs.items()
+    }
+    return {name: [*islice(found[ranks], 9)] for name, (ranks, _) in LAYOUTS.items()}
 
 
 @pytest.mark.timeout(900)
@@ -155,44 +159,41 @@ def test_a_run_that_is_stopped_and_continued_equals_one_that_is_not(config: str,
         close(rows, whole)
 
 
-def train_briefly(rank: int, config: str, directory: str, steps: int) -> tuple[Rows, str]:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        settings = [f"run.dir={directory}/{steps}", f"train.steps={steps}", "optim.warmup_steps=10", "optim.lr=1e-2"]
-        result = train(load(config, settings))
-    return rows_of(result.run_dir), said.getvalue()
+def train_aloud(rank: int, config: str, runs: list[list[str]]) -> list[tuple[Rows, str]]:
+    """Train once with each list of overrides; returns each run's rows, and what it said."""
+    results = []
+    for overrides in runs:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            result = train(load(config, overrides))
+        results.append((rows_of(result.run_dir), said.getvalue()))
+    return results
 
 
-@pytest.mark.parametrize(
-    ("steps", "rates"), [(1, [1e-2]), (2, [1e-2, 1e-2]), (5, [5e-3, 1e-2, 1e-2, 7.75e-3, 3.25e-3])], ids=str
-)
-def test_a_run_shorter_than_its_warm_up_works(steps: int, rates: list[float], config: str, tmp_path: Path) -> None:
+def test_a_run_shorter_than_its_warm_up_works(config: str, tmp_path: Path) -> None:
     """The warm-up takes half of it, and one line says so."""
-    rows, said = run_world(train_briefly, 1, config, str(tmp_path), steps)[0]
-    assert [row["lr"] for row in rows] == pytest.approx(rates)
-    lines = [line for line in said.splitlines() if "warmup_steps" in line]
-    assert lines == [f"the schedule has {steps} steps: optim.warmup_steps = 10 is shortened to {steps // 2}"]
+    rates = {1: [1e-2], 2: [1e-2, 1e-2], 5: [5e-3, 1e-2, 1e-2, 7.75e-3, 3.25e-3]}
+    warm_up = ["optim.warmup_steps=10", "optim.lr=1e-2"]
+    runs = [[f"run.dir={tmp_path}/{steps}", f"train.steps={steps}", *warm_up] for steps in rates]
+    for steps, (rows, said) in zip(rates, run_world(train_aloud, 1, config, runs)[0], strict=True):
+        assert [row["lr"] for row in rows] == pytest.approx(rates[steps])
+        lines = [line for line in said.splitlines() if "warmup_steps" in line]
+        assert lines == [f"the schedule has {steps} steps: optim.warmup_steps = 10 is shortened to {steps // 2}"]
 
 
-def train_epochs(rank: int, config: str, directory: str, epochs: float) -> tuple[int, str]:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        settings = [f"run.dir={directory}/{epochs}", f"data.epochs={epochs}", "data.seq_len=4096"]
-        result = train(load(config, settings))
-    return result.step, said.getvalue()
-
-
-@pytest.mark.parametrize(("epochs", "often"), [(0.01, False), (2, False), (12.5, True)])
-def test_a_run_says_how_often_it_reads_the_data(epochs: float, often: bool, config: str, tmp_path: Path) -> None:
+def test_a_run_says_how_often_it_reads_the_data(config: str, tmp_path: Path) -> None:
     """Catches a small corpus that is read a hundred times, without a word."""
-    steps, said = run_world(train_epochs, 1, config, str(tmp_path), epochs)[0]
-    found = re.search(r"([\d,]+) training tokens .* ([\d,]+) steps or ([\d.]+) epochs", said)
-    assert found is not None, said
-    sequences = -(-(int(found[1].replace(",", "")) - 1) // 4096)
-    assert sequences < 100, "a small corpus"
-    assert steps == int(found[2]) == max(1, math.ceil(epochs * sequences / 4))
-    assert float(found[3]) == pytest.approx(steps * 4 / sequences, rel=5e-3)
-    assert ("times: give more data, or fewer steps" in said) == often
+    often = {0.01: False, 2: False, 12.5: True}
+    small = ["data.seq_len=4096", "model.depth=1"]
+    runs = [[f"run.dir={tmp_path}/{epochs}", f"data.epochs={epochs}", *small] for epochs in often]
+    for epochs, (rows, said) in zip(often, run_world(train_aloud, 1, config, runs)[0], strict=True):
+        found = re.search(r"([\d,]+) training tokens .* ([\d,]+) steps or ([\d.]+) epochs", said)
+        assert found is not None, said
+        sequences = -(-(int(found[1].replace(",", "")) - 1) // 4096)
+        assert sequences < 100, "a small corpus"
+        assert rows[-1]["step"] == int(found[2]) == max(1, math.ceil(epochs * sequences / 4))
+        assert float(found[3]) == pytest.approx(rows[-1]["step"] * 4 / sequences, rel=5e-3)
+        assert ("times: give more data, or fewer steps" in said) == often[epochs]
 
 
 RESUMED = {  # another setting, and the tokens and sequences after step 4 where steps 1 and 2 read 2 of 24 tokens each
@@ -204,26 +205,27 @@ RESUMED = {  # another setting, and the tokens and sequences after step 4 where 
 }
 
 
-def resume_with(rank: int, config: str, directory: str, change: str) -> tuple[Rows, str, dict[str, Any]]:
-    settings = [f"run.dir={directory}/{change}", "optim.warmup_steps=0", "optim.schedule_steps=4", "data.batch_size=2"]
-    train(load(config, [*settings, "data.seq_len=24", "train.steps=2"]))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        train(load(config, [*settings, "data.seq_len=24", change, "train.steps=4"]))
-    state = json.loads(next(Path(directory, change, "checkpoints").glob("step-*4/state.json")).read_text())["state"]
-    return rows_of(f"{directory}/{change}"), said.getvalue(), state
+def resume_with(rank: int, config: str, directory: str) -> list[tuple[Rows, str]]:
+    """Two steps, then two more with each change."""
+    settings = ["optim.warmup_steps=0", "optim.schedule_steps=4", "data.batch_size=2", "data.seq_len=24"]
+    train(load(config, [*settings, f"run.dir={directory}/first", "train.steps=2"]))
+    for change in RESUMED:
+        shutil.copytree(f"{directory}/first", f"{directory}/{change}")
+    runs = [[*settings, f"run.dir={directory}/{change}", change, "train.steps=4"] for change in RESUMED]
+    return train_aloud(rank, config, runs)
 
 
-@pytest.mark.parametrize("change", RESUMED)
-def test_a_run_resumed_with_other_data_settings_counts_on_and_says_so(change: str, config: str, tmp_path: Path) -> None:
+def test_a_run_resumed_with_other_data_settings_counts_on_and_says_so(config: str, tmp_path: Path) -> None:
     """Catches tokens that are steps times the new size, and a position that silently means another one."""
-    rows, said, state = run_world(resume_with, 1, config, str(tmp_path), change)[0]
-    tokens, consumed = RESUMED[change]
-    assert [row["tokens"] for row in rows][:2] == [48, 96] and rows[-1]["tokens"] == tokens
-    assert state["tokens"] == tokens and state["consumed"] == consumed
-    name = change.split("=")[0]
-    assert (f"not an exact resume: {name} was " in said) == (not name.startswith("train."))
-    assert said.count("not an exact resume") == (not name.startswith("train."))
+    found = run_world(resume_with, 1, config, str(tmp_path))[0]
+    for (change, (tokens, consumed)), (rows, said) in zip(RESUMED.items(), found, strict=True):
+        assert [row["tokens"] for row in rows][:2] == [48, 96] and rows[-1]["tokens"] == tokens
+        (state_file,) = (tmp_path / change / "checkpoints").glob("step-*4/state.json")
+        state = json.loads(state_file.read_text())["state"]
+        assert state["tokens"] == tokens and state["consumed"] == consumed
+        name = change.split("=")[0]
+        assert (f"not an exact resume: {name} was " in said) == (not name.startswith("train."))
+        assert said.count("not an exact resume") == (not name.startswith("train."))
 
 
 def lose_a_checkpoint(rank: int, config: str, run_dir: str) -> tuple[Rows, Rows, Rows, Rows]:

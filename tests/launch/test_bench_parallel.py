@@ -120,6 +120,8 @@ def test_bytes_are_those_of_the_formulas(done: Done) -> None:
     assert (forward["elementwise"], backward["elementwise"]) == (states, states)
     assert backward["linear_attention, chela"] == 4 * 4 * 4 * 16
     assert backward["linear_attention, feedforward_kernel"] == 4 * 4 * 8 * (8 + 1)
+    assert backward["linear_attention, mamba2"] == 4 * 2 * 32 * 128
+    assert backward["delta_rule, gated_deltanet"] == 4 * 4 * 6 * 12
     # q, k, v and the outcome, half of this rank's half; the convolution's input and outcome.
     assert forward["Ulysses"] == backward["Ulysses"] == 4 * half // 2
     assert forward["free convolution"] == 2 * half // 2
@@ -136,7 +138,7 @@ def test_bytes_are_those_of_the_formulas(done: Done) -> None:
 def test_says_what_the_figures_belong_to(done: Done, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert {"device", "threads", "python", "torch", "deepspeed", "commit", "date"} <= done.report["environment"].keys()
     assert done.report["sizes"]["tokens"] == 512
-    assert len(done.report["bounds"]) == 1 + 1 + 3 and all(bound["holds"] for bound in done.report["bounds"])
+    assert len(done.report["bounds"]) == 1 + 1 + 5 and all(bound["holds"] for bound in done.report["bounds"])
     (written,) = [line for line in done.said.splitlines() if line.startswith("written: ")]
     assert Path(written.split(", ")[1]).read_bytes().startswith(b"\x89PNG")
 

@@ -87,7 +87,7 @@ def saved_bytes(config: ModelConfig, length: int, recompute: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
 
 
-@pytest.mark.parametrize("mixer", ["elementwise", "chela", "feedforward_kernel", "softmax"])
+@pytest.mark.parametrize("mixer", ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"])
 def test_activations_are_those_that_autograd_keeps(mixer: str) -> None:
     """At least: the sum must not refuse what fits; and not far below."""
     words = ["model.width=64", "model.depth=3", f"model.mixers=[{mixer}]", "parallel.ranks=1", "model.vocab=256"]

@@ -21,7 +21,7 @@ LENGTH = 32
 def spans_that_remain(axis: Axis, block_len: int, recompute: bool) -> int:
     """Of two training steps, after they are over."""
     torch.manual_seed(0)
-    mixers = ["elementwise", "chela", "feedforward_kernel", "softmax"]
+    mixers = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
     config = ModelConfig(vocab=11, width=16, depth=len(mixers), mixers=mixers)
     model = build_model(config)
     model.recompute = recompute
