@@ -33,6 +33,7 @@ PUBLIC = [  # what other code may call
     "framework.mixers.register",
     "testing.check_mixer",
     "framework.model.build_model",
+    "framework.hf.adapt",
     "framework.inference.export.load_exported",
 ]
 
@@ -43,7 +44,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     text, namespace = PAGE.read_text(encoding="utf-8"), {"__name__": "page"}
     examples = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(examples) == 10
+    assert len(examples) == 11
     for number, example in enumerate(examples, start=1):
         lines_above = text.count("\n", 0, example.start(1))
         exec(compile("\n" * lines_above + example[1], str(PAGE), "exec"), namespace)

@@ -118,7 +118,8 @@ class TrainConfig:
         recompute: activation checkpointing: keep only the input of each layer for the backward pass, and compute the
             layer again there. Less memory for one more forward pass; states and halos are exchanged once.
         time_limit: seconds from the start after which a run saves and ends at its next step; 0 for none.
-        freeze: patterns of names of parameters that are not trained, as in ``[*embed*, model.model.layers.0.*]``.
+        freeze: patterns of names of parameters that are not trained, as in ``[embed_tokens.*, layers.0.*]``; of a name,
+            the parts before a dot may be left out.
         nonfinite: what to do about a loss or a gradient that is not finite, before any weight is changed: ``stop``, or
             ``skip`` the step, up to 10 in a row.
     """

@@ -134,14 +134,17 @@ def _mamba2_scan(
 ) -> Tensor:
     """``hidden_states [B, L, H, P]``, ``dt [B, L, H]``, ``A [H]``, ``B, C [B, L, G, N]`` -> ``[B, L, H, P]`` in fp32 or
     better.
+
+    On GPUs the scan multiplies in the dtype of its inputs and adds in fp32, as Mamba's own kernel; elsewhere it does
+    both in fp32 or better, as transformers.
     """
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
     dt = _wide(dt.clamp(*dt_limit))
-    x, key, query = (_wide(part) for part in (hidden_states, B, C))
-    inputs = query, key, dt.unsqueeze(-1) * x, A.to(dt.dtype) * dt
+    x, key, query = (part if part.is_cuda else _wide(part) for part in (hidden_states, B, C))
+    inputs = query, key, (dt.unsqueeze(-1) * x).to(x.dtype), A.to(dt.dtype) * dt
     y = _local(*inputs) if view.is_local else view.span.scan(LinearAttention(), *inputs, name=view.name("scan"))
     return y if D is None else y + D.unsqueeze(-1) * x
 

@@ -87,14 +87,15 @@ def load_adapters(model: Any, place: Path) -> None:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names match one of ``patterns``, as in ``*embed*``; they get no gradient.
+    """Freeze the parameters whose names, or the rest of a name after a dot, match one of ``patterns``, as in
+    ``layers.0.*``; they get no gradient.
 
     Raises:
         InputError: a pattern matches nothing, or nothing is left to be trained.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        found = fnmatch.filter(named, pattern)
+        found = [*fnmatch.filter(named, pattern), *fnmatch.filter(named, f"*.{pattern}")]
         if not found:
             some = ", ".join(list(named)[:: max(1, len(named) // 3)][:3])
             raise InputError("train.freeze", pattern, "matches no parameter", f"their names are such as {some}")

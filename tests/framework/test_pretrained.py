@@ -37,19 +37,20 @@ train: {steps: 20, threads: 1, validate_batches: 2}
 monitor: {tensorboard: false, plot: false}
 """
 LORA = ["model.lora.rank=4", "model.lora.alpha=8", "model.lora.targets=[q_proj, v_proj, o_proj]"]
-WAYS: dict[str, list[str]] = {  # against one rank in stage 0; `2` ranks of a sequence, or each with its own
+PARTITION_ALL = "{zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"  # also the smallest tensors
+WAYS: dict[str, list[str]] = {  # to train on two ranks
     "zero0": ["deepspeed=zero0"],
     "zero1": ["deepspeed=zero1", "train.recompute=true"],
-    "zero2": ["deepspeed=zero2", "parallel.sequence=1"],
-    "zero3": ["deepspeed=zero3"],
+    "zero2": ["deepspeed=zero2", "parallel.sequence=1", "train.micro_batch_size=2"],
+    "zero3": [f"deepspeed={PARTITION_ALL}"],
     "streamed": ["deepspeed=zero1", "parallel.block_len=11"],
-    "streamed, zero3": ["deepspeed=zero3", "parallel.block_len=11", "train.recompute=true"],
+    "streamed zero3": [f"deepspeed={PARTITION_ALL}", "parallel.block_len=11", "train.recompute=true"],
 }
-KINDS: dict[str, list[str]] = {
-    "all": [],
-    "documents": ["data.packing=documents"],
-    "lora": LORA,
-    "frozen": ["train.freeze=[*embed*, model.model.layers.0.*, model.lm_head.*]"],
+KINDS: dict[str, tuple[list[str], list[str]]] = {  # what is trained, and the ways
+    "all": ([], list(WAYS)),
+    "documents": (["data.packing=documents"], ["zero3", "streamed"]),
+    "lora": (LORA, ["zero1", "zero3", "streamed zero3"]),
+    "frozen": (["train.freeze=[embed_tokens.weight, layers.0.*]"], ["zero1", "zero2", "zero3", "streamed zero3"]),
 }
 Rows = list[dict[str, Any]]
 
@@ -150,3 +151,47 @@ def test_twenty_steps_are_those_of_the_trainer_of_transformers(config: str, tiny
         run = [*constant, f"parallel.ranks={ranks}", f"deepspeed=zero{stage}", f"run.dir={tmp_path}/{ranks}"]
         (rows, _), *_ = run_world(train_each, ranks, config, [run])[0]
         assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.fixture(scope="module")
+def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Rows, Any]]]:
+    """Three steps of every kind of training, on one rank in stage 0 and on two in other ways: where, and the rows."""
+    place, results = tmp_path_factory.mktemp("runs"), {}
+    for ranks in (1, 2):
+        runs = {}
+        for kind, (what, ways) in KINDS.items():
+            for way in ways if ranks == 2 else ["alone"]:
+                how = ["deepspeed=zero0", *WAYS.get(way, []), f"parallel.ranks={ranks}", f"run.dir={place}/{kind}-{way}"]
+                runs[f"{kind}-{way}"] = ["train.steps=3", "optim.warmup_steps=0", *what, *how]
+        results |= zip(runs, run_world(train_each, ranks, config, list(runs.values()), timeout=500)[0], strict=True)
+    return place, results
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_are_the_same_on_two_ranks(everywhere: tuple[Path, dict[str, tuple[Rows, Any]]], kind: str) -> None:
+    """In every stage of ZeRO, streamed, recomputed, packed, with adapters, and with a frozen part."""
+    rows, held_out = everywhere[1][f"{kind}-alone"]
+    assert len(rows) == 3 and rows[2]["loss"] < rows[0]["loss"] and held_out is not None
+    for way in KINDS[kind][1]:
+        found, found_held_out = everywhere[1][f"{kind}-{way}"]
+        close(found, rows)
+        assert found_held_out == pytest.approx(held_out, rel=1e-5), way
+
+
+def test_only_what_is_trained_changes_and_has_a_state(everywhere: tuple[Path, dict[str, tuple[Rows, Any]]]) -> None:
+    """With adapters and with a frozen part, in stages 0 to 3: all other weights are those that the run began with."""
+    place = everywhere[0]
+    before = dict(load_run(json.loads((place / "all-alone/transformers/longreach.json").read_text())["pretrained"])[1].named_parameters())
+    for kind in ("lora", "frozen"):
+        for way in ("alone", *KINDS[kind][1]):
+            _, model, step = load_step(place / f"{kind}-{way}")
+            shapes = read_state(place / f"{kind}-{way}" / "checkpoints" / f"step-{step:08d}")["shapes"]["optimizer"]
+            for name, parameter in model.named_parameters():
+                original = before.get(name.replace(".base_layer", ""))
+                is_trained = "lora_" in name if kind == "lora" else "embed" not in name and ".layers.0." not in name
+                assert is_trained == (f"{name}.exp_avg" in shapes), name
+                if not is_trained:
+                    assert torch.equal(parameter, original), name
+                elif original is not None:
+                    assert not torch.equal(parameter, original), name
