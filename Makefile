@@ -11,13 +11,14 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet install -c co
 VENV_WORKS := $(shell [ "$$(cat .venv/made-in 2>/dev/null)" = "$$(pwd -P)" ] && $(PY) -c "" 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart dev release-check test test-faults test-gpu gpu-once docs check check-format check-lint check-types check-imports clean FORCE
+.PHONY: help quickstart dev release-check test test-faults test-cluster test-gpu gpu-once docs check check-format check-lint check-types check-imports clean FORCE
 
 help:
 	@echo "make quickstart   set up .venv and train the main example"
 	@echo "make dev          set up .venv with an editable install and every development tool"
 	@echo "make test         make dev, then run the tests; choose some with ARGS='tests/parallel -k halo'"
 	@echo "make test-faults  make dev, then kill, freeze, fill and damage real trainings, and look at what is left"
+	@echo "make test-cluster make dev, then train on several hosts, which are network namespaces of this machine (as root)"
 	@echo "make test-gpu     make dev, then test the kernels on this machine's GPU"
 	@echo "make gpu-once     make dev, then all that only a GPU tells, in 8 minutes, into build/gpu-once.json; small where there is none"
 	@echo "make check        make dev, then check format, lint, types and the import contracts"
@@ -36,10 +37,13 @@ dev: .venv/installed-dev
 
 # Two at a time, each file by one worker, as its tests share fixtures; ARGS='-n 0' for one at a time.
 test: .venv/installed-dev
-	@$(PY) -m pytest --ignore=tests/faults -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest --ignore=tests/faults --ignore=tests/cluster -n 2 --dist loadfile $(ARGS)
 
 test-faults: .venv/installed-dev
 	@$(PY) -m pytest tests/faults $(ARGS)
+
+test-cluster: .venv/installed-dev
+	@$(PY) -m pytest tests/cluster -rs $(ARGS)
 
 # The tests that are skipped without a GPU, one process per core: compiling the kernels takes most of the time.
 test-gpu: .venv/installed-dev

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .backends import is_traced
+
 log = logging.getLogger("longreach.kernels")
 
 FLAGS = (
@@ -162,6 +164,27 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
     starts = torch.zeros(segments.shape, dtype=torch.uint8)
     torch.ne(segments[:, 1:], segments[:, :-1], out=starts[:, 1:])
     return starts
+
+
+HUGE_PAGE, ADVISE_HUGE_PAGES = 1 << 21, 14  # Linux: MADV_HUGEPAGE
+
+
+def with_huge_pages(x: Tensor) -> Tensor:
+    """``x``, uninitialized: where it is large, Linux is asked to back it by pages of 2 MiB.
+
+    Large tensors are new memory at every call, and writing to it first takes a page fault for every 4 KiB.
+    """
+    size = x.numel() * x.element_size()
+    if x.is_cpu and size >= 2 * HUGE_PAGE and not is_traced(x):
+        start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        stop = (x.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
+        _process().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ADVISE_HUGE_PAGES)  # may be refused
+    return x
+
+
+@cache
+def _process() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def last_dim_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -66,12 +66,14 @@ class StatefulOp:
     Attributes:
         causal: whether states flow from left to right only.
         transition: the class of transitions of which `local_transition` returns the tensor.
+        isolates: whether what is not finite in a document stays out of the results of others; else `isolation` helps.
         plain_sum: of a non-causal operator whose A is 1, which has the same B in both directions where there are no
             documents, and uses the sum of both initial states: one state is exchanged for both directions.
     """
 
     causal: bool = True
     transition: type[Transition] = Diagonal
+    isolates: bool = True
     plain_sum: bool = False
     __match_args__: tuple[str, ...] = ()  # settings that rebuild it under torch.compile; dataclasses define them
 

@@ -69,10 +69,10 @@ class Diagonal(Transition):
     commutes: ClassVar[bool] = True
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.tensor * state
+        return self.tensor * _passing(self.tensor == 0, state)
 
     def then(self, later: Transition) -> Diagonal:
-        return Diagonal(self.tensor * later.tensor)
+        return Diagonal(later.tensor * _passing(later.tensor == 0, self.tensor))
 
     def adjoint(self) -> Diagonal:
         return Diagonal(self.tensor.conj())
@@ -87,7 +87,7 @@ class Diagonal(Transition):
             start += len(part)
 
     def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
-        torch.addcmul(bias, self.tensor, state, out=out)
+        torch.addcmul(bias, self.tensor, _passing(self.tensor == 0, state), out=out)
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,11 @@ class Matrix(Transition):
     """
 
     def apply(self, state: Tensor) -> Tensor:
-        return (widened(self.tensor) @ widened(state)).to(state.dtype)
+        return (widened(self.tensor) @ widened(_passing(_is_zero(self.tensor), state))).to(state.dtype)
 
     def then(self, later: Transition) -> Matrix:
-        return Matrix((widened(later.tensor) @ widened(self.tensor)).to(self.tensor.dtype))
+        own = widened(_passing(_is_zero(later.tensor), self.tensor))
+        return Matrix((widened(later.tensor) @ own).to(self.tensor.dtype))
 
     def adjoint(self) -> Matrix:
         return Matrix(self.tensor.mH)
@@ -119,7 +120,7 @@ class Matrix(Transition):
     def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
         number, width, _ = self.tensor.shape
         shape = number, width, len(state) // max(1, number * width)
-        state, bias = (widened(x.view(shape)) for x in (state, bias))
+        state, bias = widened(_passing(_is_zero(self.tensor), state.view(shape))), widened(bias.view(shape))
         out.view(shape).copy_(torch.baddbmm(bias, widened(self.tensor), state))
 
 
@@ -141,6 +142,19 @@ class AffineMap(NamedTuple):
     def then(self, later: AffineMap) -> AffineMap:
         """This map followed by ``later``."""
         return AffineMap(self.transition.then(later.transition), later.apply(self.state))
+
+
+def _passing(forgotten: Tensor, state: Tensor) -> Tensor:
+    """``state`` before a product with A, with 0 in the place of what is not finite where A is 0 (``forgotten``).
+
+    Where a document begins, nothing passes of those before. Finite states stay, for the gradient of A.
+    """
+    return torch.where(forgotten & ~state.isfinite(), torch.zeros((), dtype=state.dtype, device=state.device), state)
+
+
+def _is_zero(matrices: Tensor) -> Tensor:
+    """``[..., 1, 1]`` bool, of ``[..., K, K]``."""
+    return (matrices == 0).flatten(-2).all(-1)[..., None, None]
 
 
 def widened(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .commands import (
     verify,
 )
 from .exit_codes import BROKEN_PIPE, INTERRUPTED, report_error, report_errors
-from .process import exit_process, prepare_libraries
+from .process import exit_process, prepare_libraries, unblock_signals
 
 
 class Command(Protocol):
@@ -108,4 +108,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """The program `longreach`."""
+    unblock_signals()
     exit_process(main())

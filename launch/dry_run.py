@@ -4,6 +4,7 @@ memory and computing time of a rank and predict its communication.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from ..framework.config import RunConfig, validate
 from ..framework.data import Batch, Batches, ByteVocabulary, SubwordVocabulary
 from ..framework.deepspeed.engine import Engine
 from ..framework.deepspeed.workarounds import disable_stage3_order_check
+from ..framework.model import ModelConfig
+from ..framework.model.directory import directory_of, read_config
 from ..framework.runtime.memory import GIB, Memory, compare, free_memory, needed_memory
 from ..framework.runtime.process import peak_memory
 from ..framework.tasks import open_task
@@ -97,7 +100,8 @@ def plan(
     Args:
         config: of the run.
         node_size: ranks per node: what is exchanged within one takes the faster link.
-        rank: which one to be; by default one in the middle of a sequence, which has neighbours on both sides.
+        rank: which one to be; by default one in the middle of a sequence, which has neighbours on both sides, and of
+            softmax attention a head to compute.
         say: called with a line that says what is being computed.
 
     Raises:
@@ -105,7 +109,7 @@ def plan(
     """
     validate(config)
     world, sequence = config.parallel.ranks, config.parallel.num_sequence_ranks
-    rank = sequence // 2 if rank is None else rank
+    rank = min(sequence // 2, max(0, _num_heads(config.model) - 1)) if rank is None else rank
     if node_size < 1:
         raise InputError("--per-node", node_size, "at least 1")
     if not 0 <= rank < world:
@@ -150,12 +154,17 @@ def plan(
     except RuntimeError as error:
         if "inputBuffer is empty" not in str(error):
             raise
-        allowed = (
-            "at most as many ranks per sequence as a softmax mixer has heads: torch's fake world cannot send nothing"
-        )
-        raise InputError("--world", world, allowed, "set parallel.sequence, or more heads") from None
+        allowed = "a rank that has a head of softmax attention: torch's fake world cannot send nothing"
+        raise InputError("rank", rank, allowed, "leave it out") from None
     finally:
         leave_world()
+
+
+def _num_heads(model: ModelConfig) -> int:
+    """The ranks of a sequence that softmax attention keeps busy: as many as it has heads."""
+    if directory_of(model) is not None:
+        return int(getattr(read_config(model).get_text_config(), "num_attention_heads", 0) or sys.maxsize)
+    return model.softmax.heads if "softmax" in model.mixers else sys.maxsize
 
 
 def sample_batch(config: RunConfig) -> Batch:

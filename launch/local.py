@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..framework.monitoring.terminal import line_start
 from ..framework.runtime.machine import Machine
 from .exit_codes import FAILED, INTERRUPTED, Outcome, report_error
-from .process import forward_signal
+from .process import forward_signals, forwarded
 
 if TYPE_CHECKING:
     from ..framework.config import RunConfig
@@ -29,10 +29,9 @@ OUT_OF_MEMORY = (
 
 def train_on_local_ranks(num_ranks: int, arguments: Sequence[str], module: str = "longreach.launch.train") -> int:
     """Run ``longreach train``, or another ``module``, with these arguments as ``num_ranks`` ranks; the exit code."""
-    signal.signal(signal.SIGINT, forward_signal)  # the ranks save a checkpoint
+    forward_signals()
     with report_rank_errors() as outcome:
-        signals = "SIGTERM,SIGHUP,SIGQUIT"
-        start_ranks(num_ranks, sys.executable, "-m", module, *arguments, signals=signals)
+        start_ranks(num_ranks, sys.executable, "-m", module, *arguments, signals="SIGHUP,SIGQUIT")
     return outcome.exit_code
 
 
@@ -131,6 +130,9 @@ def report_rank_errors() -> Iterator[Outcome]:
             outcome.exit_code = report_error("interrupted", INTERRUPTED)
         elif failure.exitcode == -signal.SIGKILL and Machine().oom_kills() > oom_kills:
             outcome.exit_code = report_error(f"rank {rank} was ended by the kernel {OUT_OF_MEMORY}", FAILED)
+        elif -failure.exitcode in forwarded:
+            name = signal.Signals(-failure.exitcode).name
+            outcome.exit_code = report_error(f"ended by {name}", 128 - failure.exitcode)
         elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             outcome.exit_code = report_error(f"rank {rank} was ended by {name}", FAILED)

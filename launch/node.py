@@ -11,20 +11,20 @@ run that stopped early and saved a checkpoint for one that failed; from these ex
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 
 from ..errors import InputError
-from .exit_codes import FAILED, report_error, report_errors
+from .endpoint import NotReached, is_local, route_to, set_interface
+from .exit_codes import FAILED, STOPPED, report_error, report_errors
 from .local import report_rank_errors
-from .process import forward_signal, prepare_libraries
+from .process import exit_process, forward_signals, forwarded, prepare_libraries
+
+DEFAULT_PORT, JOIN_SECONDS = 29400, 600.0  # of torchrun's c10d rendezvous
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run this node's ranks to their end; returns the exit code of the first that ended early, else 0."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, forward_signal)
+    forward_signals()
     prepare_libraries()  # in the ranks, which inherit the environment
     with report_errors() as outcome:
         outcome.exit_code = _run(words)
@@ -43,15 +43,36 @@ def _run(words: Sequence[str] | None) -> int:
         raise InputError("--max-restarts", arguments.max_restarts, allowed, "start this again where it exits with 1")
     arguments.training_script_args.insert(0, arguments.training_script)
     arguments.training_script, arguments.module = "longreach.launch.train", True
-    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # after others, `forward_signal` leaves the ranks time to save
+    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # after others, `forward_signals` leaves the ranks time to save
     try:
+        _set_route(arguments)
         with report_rank_errors() as outcome:
             run.run(arguments)
-    except (RendezvousError, DistError) as error:
+    except (RendezvousError, DistError, NotReached) as error:
+        if forwarded:  # the leading host, which holds the store, ended a moment before this one
+            return STOPPED
         endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
-        reason = str(error) or type(error).__name__
-        return report_error(f"the nodes did not meet at {endpoint}: {reason}", FAILED)
+        reason = str(error.__cause__ or error) or type(error).__name__  # the store's own words, where it failed
+        return report_error(f"the nodes did not meet at {endpoint}: {reason.splitlines()[0]}", FAILED)
     return outcome.exit_code
+
+
+def _set_route(arguments: argparse.Namespace) -> None:
+    """Set what torchrun and the ranks' libraries otherwise take from this host's name; what is given is kept."""
+    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
+
+    if arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint or arguments.nnodes in ("1", "1:1"):
+        return
+    host, port = parse_rendezvous_endpoint(arguments.rdzv_endpoint, DEFAULT_PORT)
+    if is_local(host):
+        return
+    matches = _matches_machine_hostname(host)
+    conf = dict(pair.split("=", 1) for pair in arguments.rdzv_conf.split(",") if "=" in pair)
+    route = route_to(host, port, float(conf.get("join_timeout", JOIN_SECONDS)))
+    if "is_host" not in conf and route.leads != matches:  # where it may lead, torchrun tries, and else joins
+        arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, f"is_host={int(route.leads)}"]))
+    arguments.local_addr = arguments.local_addr or route.address
+    set_interface(route.interface)
 
 
 _USAGE = "python -m longreach.launch.node [option of torchrun ...] CONFIG [key=value ...]"
@@ -83,4 +104,4 @@ def _describe(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())  # without the moments in which Python has given up its handlers of signals

@@ -6,15 +6,20 @@ import atexit
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 import psutil
 
-from .exit_codes import BROKEN_PIPE, FAILED, INTERRUPTED, report_error
+from .exit_codes import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, report_error
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for work
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to save and end
+
+forwarded: set[int] = set()  # the signals that `forward_signals` passed on
 
 
 def prepare_libraries() -> None:
@@ -28,13 +33,72 @@ def prepare_libraries() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def forward_signal(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to the ranks, which save a checkpoint and end; before there are ranks, end this process."""
+def forward_signals() -> None:
+    """From here on, pass `SIGNALS` on to the ranks, which save a checkpoint and end, also while this thread waits in C.
+
+    Before there are ranks, they end this process. Called in the main thread, which then blocks them: ranks begin with
+    them blocked, so that none is lost before `stop_while_starting` or `unblock_signals`.
+    """
+    _watch(SIGNALS, _forward)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _forward(number: int) -> None:
     ranks = psutil.Process().children()
     for rank in ranks:
-        rank.send_signal(number)
-    if not ranks:
-        os._exit(report_error("interrupted", INTERRUPTED) if number == signal.SIGINT else 128 + number)
+        forwarded.add(number)
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks and not forwarded:  # else they have ended, and this process is about to
+        _stop(number)
+
+
+def stop_while_starting() -> None:
+    """From here on, SIGTERM and SIGUSR1 end this process with `STOPPED`, also while the main thread waits in C.
+
+    A process that has not begun to train has nothing to save. While it trains, `Preemption` takes them.
+    """
+    _watch((signal.SIGTERM, signal.SIGUSR1), _stop)
+    unblock_signals()
+
+
+def unblock_signals() -> None:
+    """Let in what `forward_signals` of the process that started this one kept out."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _stop(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        os._exit(report_error("interrupted", INTERRUPTED))
+    if os.environ.get("RANK", "0") == "0":  # which the launcher ends the same way, where another rank is the first
+        name = signal.Signals(number).name
+        report_error(f"stopped on {name}, with no step under way: run the same command again to go on", STOPPED)
+    os._exit(STOPPED)
+
+
+def _watch(numbers: Sequence[signal.Signals], act: Callable[[int], None]) -> None:
+    """Call ``act`` with the number of each of these signals that comes, in a thread of its own.
+
+    Python's own handlers run in the main thread, and not before it comes back from C: a rendezvous can take minutes.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, _let_pass)
+
+    def watch() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        while True:
+            for number in os.read(reading, 64):
+                if number in numbers:
+                    act(number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _let_pass(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def interrupt_once(number: int, frame: object) -> NoReturn:

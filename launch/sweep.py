@@ -16,7 +16,7 @@ from typing import Any, Literal, get_origin
 from ..errors import InputError
 from ..framework.config import RunConfig, load, typed_yaml
 from .exit_codes import FAILED, INTERRUPTED, STOPPED
-from .process import forward_signal
+from .process import forward_signals
 
 STOPS = (STOPPED, INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)  # exit codes that end a sweep, not only the run
 NOT_SWEPT = ("run.dir",)  # each run has its own, named by what varies
@@ -95,8 +95,7 @@ def sweep(config: str, single: Sequence[str], varied: dict[str, list[str]]) -> i
         words[name].append(f"run.dir={directory / name}")
     say = partial(print, file=sys.stderr, flush=True)
     say(f"sweep of {len(runs)} runs in {directory}: {', '.join(varied)}")
-    signal.signal(signal.SIGINT, forward_signal)  # the run saves a checkpoint and ends
-    signal.signal(signal.SIGTERM, forward_signal)
+    forward_signals()  # the run saves a checkpoint and ends
     exit_codes: dict[str, int] = {}
     for number, name in enumerate(runs, 1):
         is_finished = _outcome(config, words[name])[1]

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from .arguments import Parser, parse
 from .commands.train import add_arguments, run
 from .exit_codes import INTERRUPTED, report_errors
-from .process import exit_process, interrupt_once, prepare_libraries
+from .process import exit_process, interrupt_once, prepare_libraries, stop_while_starting
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run ``longreach train`` as one rank, then end the process."""
+    stop_while_starting()
     prepare_libraries()
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..framework.config import RunConfig
 from ..framework.data import Batch
@@ -264,6 +266,23 @@ class _Engine:
         (loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.scale).backward()
 
 
+class _Wide(TorchFunctionMode):
+    """Reads float32 as float64 wherever a dtype is named: norms, decays and softmax of transformers convert to fp32
+    whatever comes in, which would leave nothing to compare beyond that.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        named = {name: _no_fp32(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_no_fp32, args), **named)
+
+
+def _no_fp32(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
 def _wide(x: Tensor) -> Tensor:
     """In fp64 or complex128."""
     return x.to(torch.promote_types(x.dtype, torch.float64))
@@ -278,6 +297,7 @@ def _steps(axis: Axis, config: RunConfig, batch: list[Batch], dtype: torch.dtype
     weights = {name: _wide(parameter.detach()).clone() for name, parameter in model.named_parameters()}
     to_dtype(model, dtype)
     model.recompute = config.train.recompute
+    is_wide = dtype == torch.float64 and directory_of(config.model) is not None
     scale = LOSS_SCALE if dtype == torch.float16 else 1.0
     engine, mesh = _Engine(model, scale), Mesh(sequence=axis, world=axis)
     num_labels = float(sum(int(labelled(micro.labels).sum()) for micro in batch))
@@ -286,7 +306,8 @@ def _steps(axis: Axis, config: RunConfig, batch: list[Batch], dtype: torch.dtype
             parameter.data.copy_(weights[name])
             parameter.grad = None
         arguments = mesh, batch, step * BATCH_SIZE, num_labels, Traffic()
-        sums = sum_over_ranks(accumulate_gradients(config, cast(Engine, engine), *arguments), axis)
+        with _Wide() if is_wide else nullcontext():
+            sums = sum_over_ranks(accumulate_gradients(config, cast(Engine, engine), *arguments), axis)
         grads = {}
         for name, parameter in model.named_parameters():
             grad = torch.zeros_like(weights[name]) if parameter.grad is None else _wide(parameter.grad) / scale

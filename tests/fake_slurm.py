@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 
 def scontrol(words: list[str]) -> int:
@@ -20,8 +20,18 @@ def scontrol(words: list[str]) -> int:
     return 0
 
 
+def scancel(words: list[str]) -> int:
+    """``--signal=USR1 JOB`` sends it to the tasks of the job."""
+    assert words == ["--signal=USR1", os.environ["SLURM_JOB_ID"]], words
+    tasks = Path("tasks")
+    for task in tasks.read_text().split() if tasks.exists() else []:
+        with suppress(ProcessLookupError):
+            os.kill(int(task), signal.SIGUSR1)
+    return 0
+
+
 def srun(words: list[str]) -> int:
-    """One task for each node; hands signals on to the tasks alone, and ends with the highest code of them, as srun.
+    """One task for each node; ends with the highest code of them, as srun.
 
     Where there is a file ``no-step``, it is removed and no task started, as where SLURM cannot start a step.
     """
@@ -36,23 +46,22 @@ def srun(words: list[str]) -> int:
         for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
     ]
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        for task in tasks:
-            task.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hand_on)
+    Path("tasks").write_text(" ".join(str(task.pid) for task in tasks))
     codes = [task.wait() for task in tasks]
+    Path("tasks").unlink()
     return max(code if code >= 0 else 128 - code for code in codes)
+
+
+COMMANDS = {"scancel": scancel, "scontrol": scontrol, "srun": srun}
 
 
 def install(directory: Path) -> None:
     """Make commands of these functions."""
     directory.mkdir()
-    for name in ("scontrol", "srun"):
+    for name in COMMANDS:
         (directory / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" {name} "$@"\n')
         (directory / name).chmod(0o755)
 
 
 if __name__ == "__main__":
-    sys.exit({"scontrol": scontrol, "srun": srun}[sys.argv[1]](sys.argv[2:]))
+    sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,7 +38,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "eos_token_id": None,
     },
-    "bamba": {**_ATTENTION, **_MLP, **_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "bamba": {
+        **_ATTENTION,
+        **_MLP,
+        **_MAMBA,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+    },
     "falcon_h1": {
         **_ATTENTION,
         **_MLP,
@@ -143,6 +148,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "query_pre_attn_scalar": 8,
     },
+    "hrm_text": {  # runs the same layers several times
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        **_MLP,
+        "num_hidden_layers": 1,
+        "H_cycles": 1,
+        "L_cycles": 2,
+        "L_bp_cycles": [2],
+        "prefix_lm": False,
+    },
     "qwen3_moe": {**_ATTENTION, **_MLP, **_EXPERTS, "num_hidden_layers": 2, "norm_topk_prob": True},
 }
 
@@ -229,13 +244,3 @@ def plain(model: nn.Module, tokens: Tensor, labels: Tensor, bounds: list[list[in
             logits[place] = out.detach()
             total = total + loss.detach()
     return {"logits": logits, "loss": total, **gradients(model)}
-
-
-def named(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the last part of ``path``, and that part."""
-    parent, _, last = path.rpartition(".")
-    return model.get_submodule(parent), last
-
-
-def library_version() -> str:
-    return transformers.__version__

@@ -75,6 +75,9 @@ ELSEWHERE = {
     r"export NCCL_SOCKET_IFNAME=.*": "tests/launch/test_doctor.py::test_interfaces_that_the_environment_names",
     r"sbatch .*launch/slurm\.sbatch .*": "tests/launch/test_cluster.py::test_slurm_starts_again_requeues_and_ends",
     r"launch/torchrun\.sh .*|wait": "tests/launch/test_cluster.py::test_torchrun_restarts_over_two_nodes",
+    r"python -m longreach\.launch\.node --nnodes 2 .*": (
+        "tests/cluster/test_hosts.py::test_67_two_hosts_train_as_one_does"
+    ),
     r"cp launch/hosts\.example hosts": "tests/launch/test_cluster.py::test_deepspeed_reads_the_host_file",
     r"deepspeed --hostfile hosts --module .* run\.dir=.*": (
         "tests/launch/test_cluster.py::test_deepspeed_and_train_understand_the_line_of_the_page"
@@ -84,6 +87,7 @@ ELSEWHERE = {
     # No test runs these two: the files that they take are looked at.
     r"docker .*": "tests/launch/test_cluster.py::test_the_image_holds_what_its_file_copies",
     r"kubectl .*": "tests/launch/test_cluster.py::test_the_job_set_has_the_fields_of_its_interface",
+    r"longreach verify extend .*": "tests/framework/test_pretrained.py::test_verify_compares_the_parts_of_its_layers",
     r"longreach verify .*": "tests/launch/test_verify.py::test_a_broken_mixer_is_found",
     r"longreach lr .*": "tests/launch/test_lr.py::test_the_command_writes_a_run_of_its_own_with_the_losses_of_one_rank",
     r"longreach train .*optim\.lr=1e-3,4e-3.*": (
@@ -117,6 +121,9 @@ def run(command: str, place: Path) -> tuple[int, str]:
             text=True,
         )
         return done.returncode, done.stdout + done.stderr
+    if program == "python" and words[0].startswith("docs/examples/"):
+        done = python(*words, cwd=place, timeout=300)
+        return done.returncode, done.stdout + done.stderr
     if program not in MODULES:
         raise LookupError(f"no test runs this command: {command}")
     words = [*one_node(words, place), *APPENDED.get(program, [])]
@@ -148,9 +155,13 @@ def small(words: Iterable[str], place: Path) -> list[str]:
     metrics = place / (directories or [f"runs/{Path(config).stem}"])[-1] / "metrics.jsonl"
     steps = 2 + (len(metrics.read_text().splitlines()) if metrics.exists() else 0)
     if any(word in TASKS for word in words[:2]):
-        return [*words, f"train.steps={steps}", "optim.warmup_steps=1"]
+        shape = [f"{key}={value}" for key, value in SMALL.items() if key.startswith("model.")]
+        from_run = any(word.startswith("model.init_from=") for word in words)  # its model is as small
+        return [*words, *(shape if from_run else []), f"train.steps={steps}", "optim.warmup_steps=1"]
     given = {word.partition("=")[0] for word in words if "=" in word}
     fixed = PLANNED if "--dry-run" in words else SMALL | {"train.steps": str(steps)}
+    if given & {"model.pretrained", "model.architecture"}:  # which have a shape of their own
+        fixed = {key: value for key, value in fixed.items() if not key.startswith("model.")}
     always = fixed | {key: value for key, value in SMALLER.items() if key in given}
     more = {} if "--dry-run" in words else {key: value for key, value in DEFAULT.items() if key not in given}
     kept = [word for word in words if word.partition("=")[0] not in always]
@@ -214,8 +225,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.effect_noise((20, 20), 40).point(lambda x, level=level: x - 128 + level).save(
                 place / folder / f"{number:02}.png"
             )
+    for name, liked in (("good", "span carry"), ("bad", "halo relay")):
+        (place / "reviews" / name).mkdir(parents=True)
+        for number in range(10):
+            (place / "reviews" / name / f"{number}.txt").write_text(" ".join(draw.choices(liked.split(), k=50)))
     (place / "README.md").write_text(" ".join(draw.choice(words) for _ in range(100)))
     shutil.copytree(ROOT / "docs" / "examples", place / "docs" / "examples")
+    code, said = run("python docs/examples/tiny_model.py my-model", place)
+    assert code == 0, said
     code, said = run("longreach train quickstart parallel.ranks=2", place)
     assert code == 0, said
     return place

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -386,6 +387,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_identity,
             generator=torch.Generator(),
+            worker_init_fn=_outlive_signals,
         )
         items = iter(loader)
         while True:
@@ -398,6 +400,12 @@ class Batches:
             if not isinstance(item, Batch):
                 raise InputError(*item)
             yield item
+
+
+def _outlive_signals(worker: int) -> None:
+    """A worker ends by its queue: a scheduler asks every process to end, and the rank still has steps to do."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _BatchDataset(Dataset[Batch | tuple[Any, ...]]):

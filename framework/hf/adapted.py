@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...kernels.linear_attention import LinearAttention
 from ...parallel.span import Span
 from .current import View, current_view, use
+from .empty import WithoutTokens, without_tokens
 from .functions import replacement
-from .probe import check_mixing, check_positions
+from .probe import check_mixing, check_positions, check_results
 from .rebind import methods, rebound
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ def adapt(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         InputError: a layer mixes tokens in a way that is not known, by name; or a function that mixes tokens has
-            parameters that are not known; or positions do not come from ``position_ids``.
+            parameters that are not known; or positions do not come from ``position_ids``; or the model gives other
+            numbers with a span than without it.
     """
     if hasattr(model, _RECOMPUTE):
         return model
@@ -64,8 +68,12 @@ def adapt(model: PreTrainedModel) -> PreTrainedModel:
         def run(tokens: Tensor, span: Span) -> Tensor:
             return _call(model, View(span, is_local=True), tokens)
 
+        def run_whole(tokens: Tensor, span: Span | None) -> Tensor:
+            return model(tokens, use_cache=False).logits if span is None else _call(model, View(span), tokens)
+
         check_mixing(model, run)
         check_positions(model, run)
+        check_results(model, run_whole)
     return model
 
 
@@ -77,8 +85,10 @@ def set_recompute(model: PreTrainedModel, recompute: bool) -> None:
 def hidden_states(model: PreTrainedModel, tokens: Tensor, span: Span) -> Tensor:
     """``[B, n]`` ids of this shard -> ``[B, n, D]``, what an adapted model's head reads."""
     _check_call(model)
-    view = View(span, getattr(model, _RECOMPUTE))
-    with use(view):
+    if tokens.shape[1] == 0:
+        one: Tensor = hidden_states(model, tokens.new_zeros(len(tokens), 1), WithoutTokens.from_span(span))
+        return one[:, :0]
+    with use(View(span, getattr(model, _RECOMPUTE))):
         found: Tensor = model.base_model(tokens, **_arguments(model.base_model, tokens, span))[0]
     return found
 
@@ -119,7 +129,19 @@ def random_settings(config: Any) -> dict[str, float]:
 
 
 def _check_call(model: PreTrainedModel) -> None:
-    drawn = random_settings(model.config) if model.training else {}
+    """Refuse what in training gives a token another value on another rank, in another block or when computed again."""
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            fix = "switch it off, and longreach.framework.hf.set_recompute(model, True) on"
+            raise InputError(
+                f"{name}.gradient_checkpointing", True, "off: it computes layers again without the span", fix
+            )
+        if isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p):
+            allowed = "none in training with a span: its values depend on the other tokens, or on chance"
+            raise InputError(name, type(module).__name__, allowed, "model.eval(), or another layer")
+    drawn = random_settings(model.config)
     if drawn:
         allowed = "0 in training with a span: every rank and every recomputation would draw its own"
         raise InputError(
@@ -165,12 +187,13 @@ def _under_view(module: nn.Module, name: str, is_layer: bool) -> None:
         view = current_view()
         if view is None:
             return original(self, *args, **kwargs)
+        own = view.layer_name(name)
         if not (is_layer and view.recompute and torch.is_grad_enabled()):
-            with use(view.of_layer(name)):
+            with use(view.of_layer(name, own)):
                 return original(self, *args, **kwargs)
 
         def run(*args: Any) -> Any:
-            with use(view.of_layer(name, cache_collectives=True)):
+            with use(view.of_layer(name, own, cache_collectives=True)):
                 return original(self, *args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
@@ -212,6 +235,10 @@ def _with_span(model: PreTrainedModel) -> None:
             raise InputError("model(...)", wrong or "positional arguments", allowed, fix)
         _check_call(self)
         tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        if tokens.shape[1] == 0:
+            kwargs.pop("inputs_embeds", None)
+            one = tokens.new_zeros(len(tokens), 1, dtype=torch.int64)
+            return without_tokens(self(one, span=WithoutTokens.from_span(span), **kwargs))
         with use(View(span, getattr(self, _RECOMPUTE))):
             return original(self, input_ids, **_arguments(self, tokens, span), **kwargs)
 
@@ -239,7 +266,8 @@ def positions(tokens: Tensor, span: Span) -> Tensor:
     """``[1, n]``, or ``[B, n]`` with documents: each token's number in its document, over all ranks and blocks."""
     batch, length = tokens.shape[:2]
     if span.segments is None:
-        return torch.arange(span.position, span.position + length, device=tokens.device).unsqueeze(0)
+        first = span.position - isinstance(span, WithoutTokens)  # of the one that nothing reads: in the table's range
+        return torch.arange(first, first + length, device=tokens.device).unsqueeze(0)
     one = torch.ones(batch, length, 1, 1, dtype=torch.float64, device=tokens.device)  # exact below 2^53
     counted = span.for_layer("positions").scan(LinearAttention(), one, one, one)
-    return counted[..., 0, 0].round().long() - 1
+    return (counted[..., 0, 0].round().long() - 1).clamp(min=0)

@@ -16,6 +16,7 @@ class View:
 
     Attributes:
         span: its view of the sequence, with the layer's name in its keys.
+        path: the layer's, from the model's root.
         recompute: whether layers keep only their inputs for backward, and are computed again then.
         is_local: whether the functions that mix tokens are replaced by functions of each token alone (`probe`).
     """
@@ -23,6 +24,7 @@ class View:
     span: Span
     recompute: bool = False
     is_local: bool = False
+    path: str = ""
     _named: dict[str, int] = field(default_factory=dict)
 
     def name(self, kind: str) -> str:
@@ -30,16 +32,18 @@ class View:
         number = self._named[kind] = self._named.get(kind, 0) + 1
         return kind if number == 1 else f"{kind}_{number}"
 
-    def of_layer(self, name: str, *, cache_collectives: bool = False) -> View:
-        """The view of the layer ``name``, a path from the model's root.
+    def layer_name(self, path: str) -> str:
+        """A name for the next call of the layer at ``path``: one that runs twice has two carries."""
+        return self.name(path.removeprefix(f"{self.path}.") if self.path else path)
+
+    def of_layer(self, path: str, name: str, *, cache_collectives: bool = False) -> View:
+        """The view of the layer at ``path``, under the ``name`` of this call of it.
 
         Args:
             cache_collectives: the layer will be computed again, and its exchanges not.
         """
-        span = self.span
-        own = name.removeprefix(f"{span.layer}.") if span.layer else name
         fields = {"cache_collectives": True} if cache_collectives else {}
-        return replace(self, span=span.for_layer(own, **fields), _named={})
+        return replace(self, span=self.span.for_layer(name, **fields), path=path, _named={})
 
 
 _view: ContextVar[View | None] = ContextVar("view", default=None)

@@ -192,6 +192,9 @@ def _attention(
     if not isinstance(attention_mask, Mask):
         given = "a tensor" if isinstance(attention_mask, Tensor) else repr(attention_mask)
         raise InputError(f"{where}: attention_mask", given, "made by the functions of transformers.masking_utils")
+    if not (attention_mask.causal or view.is_local) and (view.span.keep_carry or view.span.start):
+        fix = "the whole sequence in one block (parallel.block_len=0)"
+        raise InputError(f"{where}: attention in both directions", "in blocks", "whole sequences", fix)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups, heads, width = key.shape[1], query.shape[1] // key.shape[1], query.shape[-1]
     # [B, L, G, heads, K] and so on: heads that share keys stay together.
@@ -203,7 +206,7 @@ def _attention(
         y = _sliding(view, q, k, v, attention_mask.window, scale)
     else:
         y = _full(view, q, k, v, attention_mask.causal, scale)
-    return y.reshape(*y.shape[:2], groups * heads, value.shape[-1]), None
+    return y.reshape(*y.shape[:2], groups * heads, value.shape[-1]).contiguous(), None
 
 
 def _full(view: View, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""Runs an adapted model once to find what mixes tokens, or numbers them, without the span.
+"""Runs an adapted model on a few tokens to find what mixes tokens, or numbers them, without the span.
 
-In these runs the known functions are replaced by functions of each token alone (`View.is_local`). Then one token's
-value must reach no other token, and a token's value must not depend on those before it.
+In the first runs the known functions are replaced by functions of each token alone (`View.is_local`). Then one token's
+value must reach no other token, and a token's value must not depend on those before it. At last the sequence in two
+blocks must give what the model gives without a span.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def check_mixing(model: nn.Module, run: Run) -> None:
         return output
 
     def reached(value: Any) -> bool:
-        return any(_by_token(x)[others].isnan().any() for x in _tensors(value) if _is_by_token(x))
+        # Not [n, D]: those of one expert may be as many.
+        return any(x[0, others].isnan().any() for x in _tensors(value) if x.dim() == 3 and x.shape[:2] == (1, LENGTH))
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not found and reached((args, kwargs)):
@@ -86,6 +88,56 @@ def check_positions(model: nn.Module, run: Run) -> None:
             raise _refused(names, module, "numbers tokens by itself, not by position_ids")
 
 
+def check_results(model: nn.Module, run: Callable[[Tensor, Span | None], Tensor]) -> None:
+    """Raise `InputError` unless a sequence in two blocks gives what it gives without a span.
+
+    This finds what the checks above cannot: arguments that are ignored, positions that begin elsewhere than at 0. Of a
+    model that sees both directions, which has no blocks, the sequence is one.
+
+    Args:
+        run: tokens ``[1, n]``, and a span or None -> logits ``[1, n, vocab]``.
+    """
+    outputs: list[dict[tuple[int, int], tuple[nn.Module, Tensor]]] = []
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        for x in _tensors(output):
+            if x.dim() == 3:
+                found = outputs[-1]
+                found[id(module), sum(key[0] == id(module) for key in found)] = module, x
+
+    def in_blocks(*lengths: int) -> Tensor:
+        span, parts = Span(keep_carry=len(lengths) > 1), []
+        del outputs[1:]
+        for part in tokens.split(lengths, dim=1):
+            outputs.append({})
+            parts.append(run(part, span))
+            span = span.next_block(part.shape[1])
+        return torch.cat(parts, dim=1)
+
+    tokens = _tokens(model, LENGTH)
+    with _evaluating(model), _hooks(model, None, leave):
+        outputs.append({})
+        expected = run(tokens, None)
+        try:
+            logits = in_blocks(START, LENGTH - START)
+        except InputError:
+            logits = in_blocks(LENGTH)
+    if _same(expected, logits):
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    for key, (module, x) in outputs[0].items():
+        blocks = [block[key][1] for block in outputs[1:] if key in block]
+        if sum(block.shape[1] for block in blocks) == x.shape[1] == LENGTH and not _same(x, torch.cat(blocks, dim=1)):
+            raise _refused(names, module, "gives other numbers with a span than without")
+    raise _refused(names, model, "gives other numbers with a span than without")
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether most tokens have the same values, to rounding; some may have gone to other experts by rounding."""
+    error = (x - y).float().norm(dim=-1) / x.float().norm(dim=-1).clamp(min=1e-30)
+    return not error.median() > (0.3 if torch.finfo(x.dtype).bits < 32 else 1e-2)
+
+
 def _close(x: Tensor, y: Tensor) -> bool:
     # Norms and decays of a model in fp64 are computed in fp32.
     rounding = max(torch.finfo(dtype).eps for dtype in (x.dtype, torch.float32)) ** 0.5
@@ -107,14 +159,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
-
-
-def _is_by_token(x: Tensor) -> bool:
-    return (x.dim() == 3 and x.shape[:2] == (1, LENGTH)) or (x.dim() == 2 and len(x) == LENGTH)
-
-
-def _by_token(x: Tensor) -> Tensor:
-    return x[0] if x.dim() == 3 else x
 
 
 @contextmanager

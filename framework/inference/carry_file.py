@@ -31,9 +31,11 @@ from ...kernels.scan import Carry
 from ...parallel.span import Span
 from ..checkpoint import differences, tensors_of
 from ..model import SequenceModel
+from ..model.directory import ORIGIN
 from ..runtime.files import remove, write_tensors
 
 FORMAT = 2
+GROWING = (".by_channel", ".attention")  # in the names of states that may hold a row for each token
 STATE, SEGMENT, LOGITS, RANDOM = ".state", ".segment", "logits", "random"
 RNG_BYTES = {5056: "cpu", 16: "cuda"}  # of the state of torch's random generator
 
@@ -54,8 +56,8 @@ class SavedCarry(NamedTuple):
 
 def fingerprint(model: SequenceModel) -> str:
     """The SHA-256 of a model's configuration and tensors; equal for a run's model and its export."""
-    config = json.dumps(dataclasses.asdict(model.config), sort_keys=True)
-    return _digest(tensors_of(model), hashlib.sha256(config.encode()))
+    shape = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in ORIGIN}
+    return _digest(tensors_of(model), hashlib.sha256(json.dumps(shape, sort_keys=True).encode()))
 
 
 def pack(carries: Mapping[str, Carry]) -> dict[str, Tensor]:
@@ -169,8 +171,8 @@ def _header(path: str | Path, text: str) -> dict[str, Any]:
 def _mismatch(model: SequenceModel, tensors: Mapping[str, Tensor], position: int) -> str:
     """How the names, shapes or types of tensors differ from the model's carry after ``position`` tokens; empty if not.
 
-    The expected ones are taken from a forward pass over one token. The states of ``by_channel`` may hold one row for
-    each token read.
+    The expected ones are taken from a forward pass over one token. `GROWING` states may hold one row for each token
+    read.
     """
     parameter = next(model.parameters())
     rows = tensors[LOGITS].shape[0] if LOGITS in tensors and tensors[LOGITS].dim() else 0
@@ -181,7 +183,7 @@ def _mismatch(model: SequenceModel, tensors: Mapping[str, Tensor], position: int
     expected = pack(span.carry_out) | {LOGITS: model.head(features[:, -1])}
     shapes = {name: [rows, *tensor.shape[1:]] for name, tensor in expected.items()}
     for name, shape in shapes.items():
-        grows = ".by_channel" in name and name in tensors and shape[1] == 1
+        grows = any(verb in name for verb in GROWING) and name in tensors and shape[1] == 1
         shape[1] = position if grows and tensors[name].shape[1:2] == (position,) else shape[1]
     found = {name: [*tensor.shape] for name, tensor in tensors.items() if name != RANDOM}
     wrong = [name for name in expected if name in tensors and not _is_of(tensors[name].dtype, expected[name].dtype)]

@@ -98,7 +98,7 @@ class Embedder:
         block_len = PREFILL_BLOCK_LEN if model.config.causal else 0
         for x in streaming.read(streaming.blocks(Mesh(device=device), len(tokens), block_len), states):
             yield (x if pool is None else pool.add(x)).float().cpu()
-        if pool is not None:
+        if pool is not None and pool.count:
             yield pool.finish().float().cpu()
 
     def _states(self, tokens: Tensor, span: Span) -> Tensor:
@@ -152,11 +152,10 @@ class _Pool:
         return torch.cat(rows)
 
     def finish(self) -> Tensor:
-        """The row under way, ``[1, D]``; ``[0, D]`` if it has no token."""
-        row = self.kept / (1 if self.is_last else max(1, self.count))
-        found = row.expand(min(1, self.count), *row.shape)
+        """The row under way, ``[1, D]``; it has a token."""
+        row = self.kept if self.is_last else self.kept / self.count
         self.count = 0
-        return found
+        return row.unsqueeze(0)
 
 
 class Summary(NamedTuple):
@@ -224,7 +223,7 @@ def embed(
                 first = table.num_rows
                 for rows in embedder.rows(document.tokens):
                     table.add(rows)
-                entry = {"source": document.source, "document": document.name}
+                entry: dict[str, Any] = {"source": document.source, "document": document.name}
                 entry |= {"first_row": first, "rows": table.num_rows - first, "tokens": len(document.tokens)}
                 entry |= {} if document.num_bytes is None else {"bytes": document.num_bytes}
                 index.write("," * (num_documents > 0) + "\n" + json.dumps(entry))

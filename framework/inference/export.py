@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -22,8 +23,8 @@ from ..data import ByteVocabulary, load_vocabulary, save_vocabulary
 from ..data.chat import TOKENIZER_CONFIG
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
-from ..model import SequenceModel
-from ..model.directory import ADAPTER, ADAPTER_CONFIG, FOREIGN, MARK, TOKENIZER_FILES, copy_files, directory_of
+from ..model import Pretrained, SequenceModel
+from ..model.directory import ADAPTER, ADAPTER_CONFIG, FOREIGN, MARK, ORIGIN, TOKENIZER_FILES, copy_files, quietly
 from ..runtime.files import digest, remove, sync, write_tensors, write_text
 from ..tasks import TaskDescription
 from .loading import (
@@ -44,7 +45,6 @@ FOREIGN_FILES = {
     "README.md",
 }  # fmt: skip
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-LATER = ("init_from", "pretrained", "architecture", "lora")  # keys of a model's configuration of later versions
 
 __all__ = ["CONFIG", "TENSORS", "export", "load_exported"]
 
@@ -68,17 +68,19 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[SequenceModel, int
     place = Path(os.path.realpath(out_dir))
     _check_replaceable(place, out_dir)
     config, model, step = load_step(run_dir)
+    if isinstance(model, Pretrained) and config.model.head != "token":
+        allowed = f"has a head of our own ({config.model.head}), for which transformers has no place"
+        raise InputError("RUN_DIR", str(run_dir), allowed, "longreach predict takes the run")
     vocabulary, task = load_vocabulary(run_dir), _description(Path(run_dir), config)
     partial, replaced = (place.parent / f".{place.name}.{end}" for end in ("partial", "replaced"))
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        is_foreign = directory_of(config.model) is not None
-        if is_foreign:
+        if isinstance(model, Pretrained):
             _write_foreign(partial, model, Path(run_dir), step)
         else:
             _write_own(partial, config, model, step, task)
-        if vocabulary.kind != ByteVocabulary.kind or is_foreign:
+        if vocabulary.kind != ByteVocabulary.kind or isinstance(model, Pretrained):
             save_vocabulary(vocabulary, partial)
         sync(partial)
         if place.exists():
@@ -99,7 +101,7 @@ def _write_own(place: Path, config: RunConfig, model: SequenceModel, step: int, 
     write_tensors(place / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
     sha256, classes = digest(place / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
     document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
-    for key in ("task", *LATER):  # without these, earlier versions read the export
+    for key in ("task", *ORIGIN):  # without these, earlier versions read the export
         document.pop(key, None)
         document["model"].pop(key, None)
     if task is not None:
@@ -107,18 +109,22 @@ def _write_own(place: Path, config: RunConfig, model: SequenceModel, step: int, 
     write_text(place / CONFIG, json.dumps(document, indent=2) + "\n")
 
 
-def _write_foreign(place: Path, model: SequenceModel, run_dir: Path, step: int) -> None:
+def _write_foreign(place: Path, model: Pretrained, run_dir: Path, step: int) -> None:
     """What transformers loads, or peft where the model has adapters; the tokenizer; and a file that tells an export."""
-    kept = run_dir / FOREIGN
+    kept, found = run_dir / FOREIGN, cast(Any, model.model)
     if model.config.lora.rank:
         base = json.loads((kept / MARK).read_bytes())["pretrained"]
         if not base:
             allowed = "is of adapters of random weights (model.architecture), which nothing can be added to later"
             raise InputError("RUN_DIR", str(run_dir), allowed, "train with model.pretrained")
-        model.model.peft_config["default"].base_model_name_or_path = base
-    model.model.save_pretrained(place)
+        found.peft_config["default"].base_model_name_or_path = base
+    with quietly():
+        found.save_pretrained(place)
     copy_files(kept, place, TOKENIZER_FILES)
     write_text(place / MARK, json.dumps({"step": step}) + "\n")
+    for file in place.iterdir():
+        file.chmod((place / MARK).stat().st_mode)  # that of safetensors is for the user alone
+        sync(file)
 
 
 def _description(run_dir: Path, config: RunConfig) -> TaskDescription | None:

@@ -24,6 +24,7 @@ from ...parallel.span import Span
 from ..data import ByteVocabulary, Vocabulary
 from ..data.vocabulary import MAX_PENDING
 from ..model import SequenceModel
+from ..model.directory import directory_of
 from . import carry_file
 from .carry_file import SavedCarry
 
@@ -115,7 +116,8 @@ class Decoder:
         ends = [(decoder._next_logits(), decoder.span) for decoder in decoders]
         spans = [span for _, span in ends if span is not None]
         first = spans[0]
-        has_positions = decoders[0].model.config.positions != "none"
+        config = decoders[0].model.config
+        has_positions = config.positions != "none" or directory_of(config) is not None
         for span in spans[1:]:
             grows = any(span.carry[key].state.shape[1:] != other.state.shape[1:] for key, other in first.carry.items())
             if grows or (has_positions and span.position != first.position):

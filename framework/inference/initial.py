@@ -20,7 +20,7 @@ from .. import checkpoint
 from ..checkpoint.directory import candidates, check_files, files_of, read_state
 from ..checkpoint.shards import MODEL, Shards
 from ..config import RunConfig
-from .loading import CONFIG, open_tensors
+from .loading import CONFIG, is_foreign, open_tensors
 
 KEY = "model.init_from"
 MOST_NAMES = 6  # that a line names
@@ -68,7 +68,8 @@ def initialize(model: nn.Module, place: str) -> None:
             taken = [name for name, one in targets.items() if name in found and found[name].shape == tuple(one.shape)]
             shapes = {name: tuple(one.shape) for name, one in targets.items()}
             if not taken:
-                raise InputError(KEY, place, f"has no tensor that fits this model: {_left(found, shapes)}")
+                fix = "set model.width, model.depth and model.mixers as they are there"
+                raise InputError(KEY, place, f"has no tensor that fits this model: {_left(found, shapes)}", fix)
             for name in taken:
                 targets[name].copy_(found[name].read())
     except (OSError, SafetensorError) as error:
@@ -85,6 +86,8 @@ def initialize(model: nn.Module, place: str) -> None:
 
 def _stored(place: Path, stack: ExitStack) -> dict[str, Stored]:
     """The tensors of an export or of a run's newest checkpoint, by name; files stay open as long as ``stack``."""
+    if is_foreign(place):
+        raise InputError(KEY, str(place), "is a model of transformers", f"set model.pretrained={place} instead")
     if (place / CONFIG).is_file():
         return {
             name: Stored(tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key))

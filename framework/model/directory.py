@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ KEPT_FILES = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
 FOREIGN = "transformers"  # folder of a run with the `KEPT_FILES` of its model
 MARK = "longreach.json"  # what we note beside them
 FROM_TASK = {"channels", "head", "outputs", "documents"}  # fields of `ModelConfig` that a task sets
+ORIGIN = ("init_from", "pretrained", "architecture", "lora")  # fields that say where weights come from; not in exports
 OURS = "longreach"  # the model type of our own models
 
 
@@ -119,6 +121,22 @@ def read_config(config: ModelConfig) -> Any:
     return found
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bars of transformers, one a rank, and its warnings of slow functions that ours replace."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
 def model_type(place: Path) -> str:
     """The type of model that a ``config.json`` names; empty where it names none."""
     try:
@@ -144,6 +162,12 @@ def tokenizer_of(config: ModelConfig) -> str:
         fix = f"AutoTokenizer.from_pretrained({str(place)!r}).save_pretrained({str(place)!r}) writes one"
         raise InputError("data.tokenizer", str(place), allowed, fix)
     return ""
+
+
+def files_of(config: ModelConfig) -> list[Path]:
+    """The configuration and weights of a model of transformers; none for one of our own."""
+    place = directory_of(config)
+    return [] if place is None else [place / CONFIG, *sorted(place.glob("*.safetensors")), *sorted(place.glob("*.bin"))]
 
 
 def keep_files(config: ModelConfig, folder: Path) -> None:

@@ -6,17 +6,18 @@ import logging
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import InputError
 from ...parallel.span import Span
 from ..hf import adapt, hidden_states, logits, random_settings, set_recompute
 from .config import ModelConfig
-from .directory import directory_of, read_config
+from .directory import directory_of, quietly, read_config
 from .heads import IGNORED, Head, labelled, make_head, slabs, token_losses
 from .sequence import SequenceModel
 from .trained import add_adapters
@@ -131,7 +132,8 @@ class Pretrained(SequenceModel):
 
 
 def load(config: ModelConfig) -> Pretrained:
-    """The model in ``config.pretrained``, or one with new weights as ``config.architecture`` describes it, in fp32.
+    """The model in ``config.pretrained``, or one with new weights as ``config.architecture`` describes it, in fp32; on
+    the meta device, no weights are read.
 
     Raises:
         InputError: the directory holds no model of transformers, or one that cannot be adapted.
@@ -142,12 +144,33 @@ def load(config: ModelConfig) -> Pretrained:
     for name in random_settings(shape.get_text_config()):
         log.info("%s of the model's configuration is set to 0: every rank would draw its own", name)
         setattr(shape.get_text_config(), name, 0.0)
-    if config.pretrained:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory_of(config), config=shape, dtype=torch.float32, local_files_only=True
-        )
+    if config.pretrained and torch.get_default_device().type != "meta":
+        model = _read(config, shape)
     else:
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     if config.lora.rank:
         add_adapters(model, config.lora)
-    return Pretrained(config, model)
+    with quietly():
+        return Pretrained(config, model)
+
+
+def _read(config: ModelConfig, shape: Any) -> PreTrainedModel:
+    """The model in ``config.pretrained`` with its weights; InputError if some are missing or cannot be read."""
+    from transformers import AutoModelForCausalLM
+
+    place = directory_of(config)
+    try:
+        with quietly():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                place, config=shape, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # whatever the files' readers stumble over
+        why = (str(error).splitlines() or [""])[0]
+        raise InputError("model.pretrained", str(place), f"its weights cannot be read: {why}") from None
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        allowed = (
+            f"has not all weights of its {type(model).__name__}: {len(found['missing_keys'])} are missing, {names}"
+        )
+        raise InputError("model.pretrained", str(place), allowed)
+    return model

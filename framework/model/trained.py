@@ -27,7 +27,7 @@ class LoraConfig:
     """
 
     rank: int = bounded(0, minimum=0)
-    alpha: float = bounded(16.0, above=0)
+    alpha: int = bounded(16, minimum=1)
     targets: list[str] = field(default_factory=list)
 
 
@@ -80,7 +80,7 @@ def load_adapters(model: Any, place: Path) -> None:
     except ImportError:
         raise InputError("model", str(place), "needs peft", "pip install 'longreach[peft]'") from None
     try:
-        model.load_adapter(str(place), local_files_only=True)
+        model.load_adapter(str(place))
     except Exception as error:  # whatever peft and transformers stumble over
         why = (str(error).splitlines() or [""])[0]
         raise InputError("model", str(place), f"holds no adapters of this model: {why}") from None

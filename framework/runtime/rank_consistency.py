@@ -12,6 +12,7 @@ import torch
 from ...errors import InputError
 from ...parallel.mesh import Axis, gather_values
 from ..config import RunConfig, to_yaml
+from ..model.directory import files_of
 from .files import digest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,6 +29,7 @@ def check_rank_consistency(config: RunConfig, world: Axis) -> None:
         "configuration": to_yaml(config),
         "code": source_digest(),
         "file of model.code": " ".join(digest(Path(file)).hex() for file in config.model.code),
+        "model in model.pretrained": " ".join(f"{file.name} {file.stat().st_size}" for file in files_of(config.model)),
         "version of torch": torch.__version__,
         "version of Python": platform.python_version(),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
+from ..isolation import Isolated
 from ..scan import StateExchange, scan
 from ..state import Carry, StatefulOp
 from ..transition import Matrix
@@ -61,7 +62,8 @@ class DeltaRule(Settings, StatefulOp):
         _check_inputs(inputs)
         q, _, v, *gates = inputs
         case = q.shape[-1], v.shape[-1], gates[-1].dim() == 4, *(x.dtype for x in inputs[:3])
-        return BACKENDS.choose(self.backend, q.device, *case)(self.scale, self.normalize_qk)
+        op = BACKENDS.choose(self.backend, q.device, *case)(self.scale, self.normalize_qk)
+        return op if op.isolates else Isolated(op, 4)
 
 
 def delta_rule(

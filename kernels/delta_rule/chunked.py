@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -104,9 +105,11 @@ class Chunks:
 
     def outputs(self, states: Tensor, values: Tensor) -> Tensor:
         """``[B, tokens, H, V]``, of what `pass_state` returned."""
-        return self.store(self.query_from_start @ states + self._query_pairs() @ values)
+        return self.store(self.query_from_start @ states + self.query_pairs @ values)
 
-    def _query_pairs(self) -> Tensor:
+    @cached_property
+    def query_pairs(self) -> Tensor:
+        """P, ``[N, B * H, C, C]``."""
         return self.pairs.products(self.q, self.k)
 
     def pass_grad(self, state_grad: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,7 @@ class Chunks:
         Returns:
             The gradients of the states behind all chunks ``[N, B * H, K, V]``, and of R.
         """
-        value_grads = self._query_pairs().mT @ grad
+        value_grads = self.query_pairs.mT @ grad
         own = self.query_from_start.mT @ grad
         state_grads = torch.empty_like(own)
         for n in reversed(range(len(grad))):
@@ -143,29 +146,37 @@ class Chunks:
         beta_grad = (written * self.v).sum(-1, keepdim=True)
         beta_grad -= (read * self.key_from_start).sum(-1, keepdim=True)
         beta_grad -= (pair_grad * self.key_pairs).sum(-1, keepdim=True)
-        minus_beta = -self.beta
         # Of keys, as rows of products, which see the decays since a token, and as columns, which see those until it.
-        key_rows, key_columns = self.pairs.adjoint(pair_grad.mul_(minus_beta), self.k, self.k)
-        key_rows.addcmul_(read.mul_(minus_beta), self.from_start)
-        queries, columns = self.pairs.adjoint(grad @ values.mT, self.q, self.k)
-        queries.addcmul_(grad @ states.mT, self.from_start)
-        key_columns += columns
-        to_end_grad = (values @ state_grads.mT).mul_(self.to_end)
-        key_columns += to_end_grad
+        pair_grad.mul_(-self.beta)
+        rows_from_state = read.mul_(-self.beta).mul_(self.from_start)
+        columns_to_state = (values @ state_grads.mT).mul_(self.to_end)
+        query_pair_grad = grad @ values.mT
+        queries_from_state = (grad @ states.mT).mul_(self.from_start)
+        key_rows, key_columns = self.pairs.adjoint(pair_grad, self.k, self.k)
+        queries, columns = self.pairs.adjoint(query_pair_grad, self.q, self.k)
+        key_rows += rows_from_state
+        key_columns += columns.add_(columns_to_state)
+        queries += queries_from_state
         found = [
             self._feature_grad(queries.mul(self.op.query_scale(self.q)), self.inputs[0]),
             self._feature_grad(key_rows + key_columns, self.inputs[1]),
             self.store(written.mul_(self.beta)),
             self.store(beta_grad).squeeze(-1),
         ]
-        if len(self.inputs) == 5:
+        if len(self.inputs) == 5 and self.inputs[4].dim() == 3:
+            # A token's decay weighs all that passes it; no large sums are subtracted.
+            between = query_pair_grad.mul_(self.query_pairs).addcmul_(pair_grad, self.key_pairs)
+            passing = F.pad(between[..., :-1].cumsum(-1), (1, 0)).tril_().sum(-2)
+            from_state = (queries_from_state * self.q).add_(rows_from_state * self.k).sum(-1)
+            passing += from_state.flip(-1).cumsum(-1).flip(-1)
+            passing += F.pad((columns_to_state * self.k).sum(-1)[..., :-1].cumsum(-1), (1, 0))
+            passing += self._decay_grad(states, state_grads).sum(-1)
+            found.append(self.store(passing.unsqueeze(-1)).squeeze(-1))
+        elif len(self.inputs) == 5:
             sums_grad = queries.mul_(self.q).addcmul_(key_rows.sub_(key_columns), self.k)
-            at_end = (to_end_grad.mul_(self.k).sum(-2, keepdim=True)) + self._decay_grad(states, state_grads)
+            at_end = columns_to_state.mul_(self.k).sum(-2, keepdim=True) + self._decay_grad(states, state_grads)
             sums_grad[..., -1:, :] += at_end
-            if self.inputs[4].dim() == 3:
-                sums_grad = sums_grad.sum(-1, keepdim=True)
-            decay_grad = self.store(sums_grad.flip(-2).cumsum(-2).flip(-2))
-            found.append(decay_grad if self.inputs[4].dim() == 4 else decay_grad.squeeze(-1))
+            found.append(self.store(sums_grad.flip(-2).cumsum(-2).flip(-2)))
         return found
 
     def _decay_grad(self, states: Tensor, state_grads: Tensor) -> Tensor:
@@ -285,6 +296,7 @@ class Chunked(Settings, StatefulOp):
     """The delta rule by chunks: fp32 inside a chunk (fp64 for fp64 inputs), sums over chunks in fp64."""
 
     transition = Matrix
+    isolates = False  # documents of a chunk share products with masks
     chunks: ClassVar[type[Chunks]] = Chunks  # the passes over a slab
 
     def local_transition(self, inputs: Inputs, segments: Tensor | None) -> tuple[Tensor, Tensor]:

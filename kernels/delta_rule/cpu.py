@@ -30,6 +30,8 @@ def unsupported_reason(device: str, width: int, values: int, per_channel: bool, 
 class Native(Chunked):
     """`Chunked` in C++, for fp32 and bf16; a step of decoding, which is in fp64, is `Chunked`'s."""
 
+    isolates = True
+
     def local_transition(self, inputs: Inputs, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         final, transition = self._state(inputs), self._state(inputs, inputs[0].shape[-1])
         self._call(inputs, segments, final=final, transition=transition)

@@ -14,6 +14,7 @@ class Reference(Settings, StatefulOp):
     """The delta rule by its recurrence; the adjoints are those of automatic differentiation."""
 
     transition = Matrix
+    isolates = False
 
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v, *gates = inputs

@@ -209,7 +209,7 @@ class GpuChunks(Chunks):
     def pass_grad(self, state_grad: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if not self._fits():
             return super().pass_grad(state_grad, grad)
-        value_grads = self._query_pairs().mT @ grad
+        value_grads = self.query_pairs.mT @ grad
         own = self.query_from_start.mT @ grad
         return self._launch(state_grad, self.key_to_end, self.w, own, value_grads), value_grads
 

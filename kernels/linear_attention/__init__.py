@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import InputError
 from .. import gpu
 from ..backends import Backends, Option
+from ..isolation import Isolated
 from ..scan import StateExchange, scan
 from ..state import Carry, StatefulOp
 from . import cpu
@@ -76,7 +77,9 @@ class LinearAttention(Settings, StatefulOp):
         case = q.dtype, v.dtype, q.shape[-1], v.shape[-1], is_gated(inputs)
         implementation = BACKENDS.choose(self.backend, q.device, *case)
         op = implementation(self.causal, self.decay, self.normalize, self.eps, self.scale)
-        return op if heads == groups or (isinstance(op, Settings) and op.takes_groups(inputs)) else Grouped(op)
+        grouped = heads == groups or (isinstance(op, Settings) and op.takes_groups(inputs))
+        whole = op if grouped else Grouped(op)
+        return whole if op.isolates else Isolated(whole, 3)
 
 
 def linear_attention(

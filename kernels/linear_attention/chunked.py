@@ -32,6 +32,8 @@ CPU_WORKSPACE, GPU_WORKSPACE = 1 << 20, 1 << 26
 class Chunked(Settings, StatefulOp):
     """Linear attention by chunks; sums are fp32 inside a chunk (fp64 for fp64 inputs) and fp64 between chunks."""
 
+    isolates = False  # documents of a chunk share products with masks
+
     def local_transition(self, inputs: tuple[Tensor, ...], segments: Tensor | None) -> tuple[Tensor, Tensor]:
         _, k, v = inputs
         state = self._final_states(k, self.values(v), segments, state_dtype(*inputs), adjoint=False)

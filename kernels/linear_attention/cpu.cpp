@@ -8,8 +8,13 @@
 //   y: q of (k, v)     dq: g of (v, k)     and from right to left     dv: k of (q, g)     dk: v of (g, q)
 //
 // With a decay of each token, exp(log_decay), a chunk's weights are made of the sums of its logarithms. The gradient of
-// log_decay is a running sum from right to left, of q.dq - k.dk, where k.dk = v.dv; every SPAN tokens it starts anew from
-// <S, R>, the states that meet there, so that its error does not grow with the length.
+// log_decay is the sum of all that passes a token: between tokens of its chunk, from the state before the chunk to later
+// tokens, from earlier tokens to the state after it, and from one state to the other. The last is <S, R> after the chunk
+// less what the chunk's tokens contribute to it; every SPAN tokens <S, R> is computed anew, so that its error does not
+// grow with the length.
+//
+// A document sees nothing of another one, NaN and infinities included: where one begins in a chunk, sums of decays start
+// anew, and what is not finite does not take part in products with weights of 0.
 //
 // A chunk's rows are packed once as fp32, padded with zeros to whole vectors. Products are sums of R x N vectors in
 // registers. A chunk's sum starts from zero; sums over chunks are fp64.
@@ -24,7 +29,7 @@ namespace {
 constexpr int C = 32;               // tokens of a chunk, a multiple of W: what it packs nearly fits a first-level cache
 constexpr int R = TILE;
 constexpr float LEAST_LOG_DECAY = -1000;  // whose exponential is 0 in fp64, too
-constexpr int64_t SPAN = 16 * C;    // tokens after which the gradient of log_decay starts anew
+constexpr int64_t SPAN = 16 * C;    // tokens after which <S, R> is computed anew
 constexpr int64_t CACHE = 1 << 19;  // bytes of a second-level cache for states
 
 // What fills a register as doubles.
@@ -127,6 +132,7 @@ struct Call {
 struct Chunk {
   int64_t first, count;
   int64_t tail_first, tail_stop;  // tokens of the last document (the first one from right to left)
+  int64_t sees_first, sees_stop;  // tokens that see the state before the chunk
   double decay_over_chunk;
   bool weighted, cut;  // whether a state_to_token is not 1; whether a document starts in the chunk
   const float* pair_decay;     // of key j and query i at j pair_step + i; 0 where the query does not see the key
@@ -141,16 +147,19 @@ class Heads {
   explicit Heads(const Call& x)
       : x(x), ones(x.normalize), Vs(x.V + ones), Kw(up(x.K, W)), Vw(up(Vs, W)), heads(x.heads) {
     const int64_t wide = std::max(Kw, Vw), size = Kw * Vw, spans = x.dlog_decay ? up(x.L, SPAN) / SPAN : 0;
-    const int64_t sums = x.dq.sharing > 1 ? 2 * Kw : 0, pairs = x.log_decay ? C : 0;
+    const int64_t sums = x.dq.sharing > 1 ? 2 * Kw : 0, pairs = x.log_decay ? 2 * C + W : 0;
     const int64_t chunk = C * (2 * Kw + 2 * Vw + 2 * wide + C + sums + pairs);
-    memory.reset(new Line[(chunk + (1 + (3 + spans) * x.heads) * size) / 16]);
+    const int64_t norms = x.dlog_decay ? up(up(x.L, C) / C, 16) : 0;
+    memory.reset(new Line[(chunk + (1 + (3 + spans) * x.heads) * size + norms * x.heads) / 16]);
     float* next = memory[0].x;
     auto take = [&](int64_t n) { return std::exchange(next, next + n); };
     keys_k = take(C * Kw), keys_v = take(C * Vw), transposed_k = take(C * Kw), transposed_v = take(C * Vw);
     spare = take(C * wide), out = take(C * wide), scores = take(C * C), transposed_state = take(size);
-    group_dq = take(C * sums / 2), group_dk = take(C * sums / 2), pair_decays = take(C * pairs);
+    group_dq = take(C * sums / 2), group_dk = take(C * sums / 2), pair_decays = take(C * std::min<int64_t>(pairs, C));
+    pair_products = take(C * std::min<int64_t>(pairs, C)), state_products = take(C * std::min<int64_t>(pairs, W));
     for (Head& head : heads) {
       head.state = take(size), head.total = (double*)take(2 * size), head.at_spans = take(spans * size);
+      head.norms = take(norms);
     }
   }
 
@@ -180,11 +189,11 @@ class Heads {
       pack(x.k, at, keys_k, Kw), pack_v(at, keys_v), pack_g(at, spare);
       transpose_chunk(spare, Vw, at, transposed_v);
       score(at, keys_v, Vw, transposed_v, Vs, false);
-      read(at, transposed_v, Vs, head->state, keys_k, Kw, false);
-      if (x.dlog_decay) {
-        pack(x.q, at, spare, Kw);
-        for (int64_t i = 0; i < at.count; ++i) *dlog_decay(at, i) = dot(out + i * Kw, spare + i * Kw, Kw);
-      }
+      if (x.dlog_decay) pack(x.q, at, spare, Kw);
+      read(at, transposed_v, Vs, head->state, keys_k, Kw, false, x.dlog_decay ? spare : nullptr);
+      if (x.dlog_decay)
+        for (int64_t i = 0; i < at.count; ++i) *dlog_decay(at, i) = state_product(at, i);
+      if (x.dlog_decay) head->norms[at.first / C] = norm(head->state);
       unpack_shared(x.dq, at, group_dq);
       update(at, keys_v, Vw, keys_k, Kw);
       if (x.dlog_decay && ends_span(at)) std::memcpy(at_span(at), head->state, sizeof(float) * Kw * Vw);
@@ -206,9 +215,10 @@ class Heads {
         pack_v(at, spare);
         transpose_chunk(spare, Vw, at, transposed_v);
         transpose(head->state, Vw, Kw, Vw, transposed_state, Kw);
+        score(at, keys_v, Vw, transposed_v, Vs, true, x.dlog_decay ? pair_products : nullptr);
+        if (x.dlog_decay) pack(x.k, at, spare, Kw);
+        read(at, transposed_v, Vs, transposed_state, keys_k, Kw, true, x.dlog_decay ? spare : nullptr);
         if (x.dlog_decay) sum_log_decay_grads(at);
-        score(at, keys_v, Vw, transposed_v, Vs, true);
-        read(at, transposed_v, Vs, transposed_state, keys_k, Kw, true);
         unpack_shared(x.dk, at, group_dk);
       }
       update(at, keys_k, Kw, keys_v, Vw);
@@ -224,7 +234,8 @@ class Heads {
     float* state;         // before the chunk, [K, V]
     double* total;        // likewise
     float* at_spans;      // the states after each SPAN tokens, [V, K]
-    double passing;       // the gradient of the log of the decay that all before the current token passes
+    float* norms;         // of the states before the chunks
+    double passing;       // <S, R> after the chunk
     bool decays;          // whether the decay is not 1
     double powers[C + 1];
     float pair_decay[2 * C];  // decay between key j and query i, at C + i - j
@@ -277,10 +288,11 @@ class Heads {
   Chunk chunk(int64_t first, bool to_left) {
     Chunk at;
     const int64_t count = at.count = std::min<int64_t>(C, x.L - first);
+    const uint8_t* document_starts = x.document_starts ? x.document_starts + b * x.L + first : nullptr;
     // The decay from before the chunk to each token, and from it to the chunk's end.
     alignas(64) float since[C], until[C];
     if (x.log_decay) {
-      at.decay_over_chunk = weigh(first, count, to_left, since, until);
+      at.decay_over_chunk = weigh(first, count, document_starts, to_left, since, until);
       at.pair_decay = pair_decays, at.pair_step = C;
     } else {
       const double* powers = head->powers;
@@ -288,16 +300,22 @@ class Heads {
       at.decay_over_chunk = powers[count];
       at.pair_decay = head->pair_decay + C, at.pair_step = -1;
     }
-    const uint8_t* document_starts = x.document_starts ? x.document_starts + b * x.L + first : nullptr;
-    at.first = first, at.tail_first = 0, at.tail_stop = count;
+    at.first = first, at.tail_first = 0, at.tail_stop = count, at.sees_first = 0, at.sees_stop = count;
     bool& cut = at.cut = to_left && document_starts && first + count < x.L && document_starts[count];
+    if (cut) at.sees_first = count;
     for (int64_t n = 0; n < count; ++n) {
       const int64_t i = to_left ? count - 1 - n : n;
-      if (!to_left && document_starts && document_starts[i]) cut = true, at.tail_first = i;
+      if (!to_left && document_starts && document_starts[i]) {
+        if (!cut) at.sees_stop = i;
+        cut = true, at.tail_first = i;
+      }
       at.seen_first[i] = int32_t(at.tail_first), at.seen_stop[i] = int32_t(at.tail_stop);
       at.state_to_token[i] = cut ? 0 : to_left ? until[i] : since[i];
       at.token_to_state[i] = to_left ? since[i] : until[i];
-      if (to_left && document_starts && document_starts[i]) cut = true, at.tail_stop = i;
+      if (to_left && document_starts && document_starts[i]) {
+        if (!cut) at.sees_first = i;
+        cut = true, at.tail_stop = i;
+      }
     }
     for (int64_t i = count; i < C; ++i) at.seen_first[i] = at.seen_stop[i] = 0, at.state_to_token[i] = 0;
     at.weighted = cut || head->decays;
@@ -305,19 +323,19 @@ class Heads {
     return at;
   }
 
-  // Decays of a chunk from the logarithms of its tokens' own, whose sums are fp64: in fp32 their high and low parts.
-  // Returns the decay over the chunk.
-  double weigh(int64_t first, int64_t count, bool to_left, float* since, float* until) {
+  // Decays of a chunk from the logarithms of its tokens' own, whose sums are fp64: in fp32 their high and low parts. They
+  // are right inside a document, `since` in the first and `until` in the last one. Returns the decay over the chunk.
+  double weigh(int64_t first, int64_t count, const uint8_t* starts, bool to_left, float* since, float* until) {
     alignas(64) float high[C], low[C], after[C];
     const float* logs = x.log_decay + (b * x.L + first) * x.H + h;
     double sums[C], sum = 0;
     for (int64_t i = 0; i < C; ++i) {
+      if (starts && i < count && starts[i]) sum = 0;
       if (i < count) sum += std::max(logs[i * x.H], LEAST_LOG_DECAY);
       sums[i] = sum, high[i] = float(sum), low[i] = float(sum - high[i]);
     }
     for (int64_t i = 0; i < C; ++i) after[i] = float(sum - sums[i]);
-    ivec lanes;
-    for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
+    const ivec lanes = numbers();
     for (int64_t i = 0; i < C; i += W) store(since + i, vexp(load(high + i))), store(until + i, vexp(load(after + i)));
     for (int64_t j = 0; j < up(count, R); ++j) {
       const int64_t from = to_left ? 0 : j / R * R / W * W, stop = to_left ? up(j / R * R + R, W) : C;
@@ -345,31 +363,58 @@ class Heads {
     }
     to.of(b, h).unpack(at.first, at.count, from, Kw);
   }
+  static ivec numbers() {
+    ivec lanes{};
+    for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
+    return lanes;
+  }
+  static float total(vec x) {
+    float sum = 0;
+    for (int lane = 0; lane < W; ++lane) sum += x[lane];
+    return sum;
+  }
   static float dot(const float* a, const float* b, int64_t n) {
     vec products{};
     for (int64_t c = 0; c < n; c += W) products += load(a + c) * load(b + c);
-    float sum = 0;
-    for (int lane = 0; lane < W; ++lane) sum += products[lane];
-    return sum;
+    return total(products);
   }
   float* dlog_decay(const Chunk& at, int64_t i) const { return x.dlog_decay + (b * x.L + at.first + i) * x.H + h; }
   bool ends_span(const Chunk& at) const { return at.first + at.count == x.L || (at.first + at.count) % SPAN == 0; }
   float* at_span(const Chunk& at) const { return head->at_spans + at.first / SPAN * Kw * Vw; }
-  // The gradients of log_decay, which hold q.dq; dv is in `out`, v in `spare`, the gradient of the state transposed.
+  float norm(const float* state) const { return std::sqrt(dot(state, state, Kw * Vw)); }
+  // Of a token: what `read` gave it of the state, times its own row.
+  float state_product(const Chunk& at, int64_t i) const {
+    return at.sees_first <= i && i < at.sees_stop ? total(load(state_products + i * W)) : 0;
+  }
+  // The gradients of log_decay, which hold what passes from the state before the chunk to each token.
   void sum_log_decay_grads(const Chunk& at) {
     const uint8_t* starts = x.document_starts ? x.document_starts + b * x.L + at.first : nullptr;
-    const bool starts_next = starts && at.first + at.count < x.L && starts[at.count];
     if (ends_span(at)) {
       head->passing = 0;
-      if (!starts_next)
+      if (at.sees_stop > at.sees_first)  // else a document begins behind the chunk
         for (int64_t v = 0; v < Vw; ++v) head->passing += dot(at_span(at) + v * Kw, transposed_state + v * Kw, Kw);
     }
+    double from_earlier[C], to_later = 0, sum = 0;  // what passes a token to the state after the chunk, from that before
+    for (int64_t i = 0; i < at.count; ++i) from_earlier[i] = sum, sum += state_product(at, i);
+    // A difference, whose rounding is kept from strong decays by the bound of a scalar product.
+    const double bound = 1.001 * at.decay_over_chunk * head->norms[at.first / C] * norm(head->state);
+    double between_states = at.cut ? 0 : head->passing - sum;
+    if (between_states > bound) between_states = bound;
+    if (between_states < -bound) between_states = -bound;
+    alignas(64) float to_queries[C] = {};  // of each key, to the token and later ones
+    const ivec lanes = numbers();
     for (int64_t i = at.count - 1; i >= 0; --i) {
+      vec between_tokens{};
+      for (int64_t c = 0; c < i; c += W) {
+        const vec sums = load(to_queries + c) + load(pair_products + i * C + c);
+        store(to_queries + c, sums);
+        between_tokens += lanes + int32_t(c) < int32_t(i) ? sums : vec{};
+      }
       float* grad = dlog_decay(at, i);
-      head->passing += double(*grad) - dot(out + i * Vw, spare + i * Vw, Vw);
-      if (starts && starts[i]) head->passing = 0;
-      *grad = float(head->passing);
+      to_later += *grad;
+      *grad = starts && starts[i] ? 0 : float(total(between_tokens) + to_later + from_earlier[i] + between_states);
     }
+    head->passing = starts && starts[0] ? 0 : to_later + between_states;
   }
   void transpose_chunk(const float* from, int64_t ld, const Chunk& at, float* to) const {
     transpose(from, ld, up(at.count, W), ld, to, C);
@@ -392,9 +437,7 @@ class Heads {
         products += scaled * load(out + i * Vw + c);
         store(to + i * Vw + c, scaled);
       }
-      float sum = 0;
-      for (int lane = 0; lane < W; ++lane) sum += products[lane];
-      to[i * Vw + x.V] = divisor < x.eps ? 0 : -sum;
+      to[i * Vw + x.V] = divisor < x.eps ? 0 : -total(products);
     }
   }
   void divide(const Chunk& at) {
@@ -405,9 +448,12 @@ class Heads {
     }
   }
 
-  // scores[j, i] = pair_decay_ij (k_j . r_i), with transposed queries.
-  void score(const Chunk& at, const float* keys, int64_t ld, const float* queries, int64_t width, bool to_left) {
+  // scores[j, i] = pair_decay_ij (k_j . r_i), with transposed queries. `products` receives the scores before, times
+  // k_j . r_i.
+  void score(const Chunk& at, const float* keys, int64_t ld, const float* queries, int64_t width, bool to_left,
+             float* products = nullptr) {
     const int64_t vectors = up(at.count, W) / W;
+    const ivec lanes = numbers();
     for (int64_t j = 0; j < at.count; j += R) {
       const int64_t first = to_left ? 0 : j / W, stop = to_left ? std::min(vectors, up(j + R, W) / W) : vectors;
       tiles(stop - first, [&](int64_t tile, auto n) {
@@ -415,22 +461,33 @@ class Heads {
         const int64_t i = (first + tile) * W;
         ahead.prefetch_some();
         product.add(keys + j * ld, ld, 1, queries + i, C, width);
+        auto seen = [&](int64_t key, int64_t query) {
+          ivec from, to;
+          std::memcpy(&from, at.seen_first + query, sizeof from);
+          std::memcpy(&to, at.seen_stop + query, sizeof to);
+          const ivec position = lanes + int32_t(query), causal = to_left ? position <= int32_t(key) : position >= int32_t(key);
+          return (from <= int32_t(key)) & (int32_t(key) < to) & causal;
+        };
+        if (products)
+          product.each([&](vec& sum, int r, int m) {
+            const int64_t place = (j + r) * C + i + m * W;
+            const vec pair = sum * load(scores + place);
+            store(products + place, !at.cut ? pair : seen(j + r, i + m * W) ? pair : vec{});
+          });
         product.each([&](vec& sum, int r, int m) { sum *= load(at.pair_decay + (j + r) * at.pair_step + i + m * W); });
         if (at.cut)
-          product.each([&](vec& sum, int r, int m) {
-            ivec from, to;
-            std::memcpy(&from, at.seen_first + i + m * W, sizeof from);
-            std::memcpy(&to, at.seen_stop + i + m * W, sizeof to);
-            sum = (from <= int32_t(j + r)) & (int32_t(j + r) < to) ? sum : vec{};
-          });
+          product.each([&](vec& sum, int r, int m) { sum = seen(j + r, i + m * W) ? sum : vec{}; });
         product.each([&](vec& sum, int r, int m) { store(scores + (j + r) * C + i + m * W, sum); });
       });
     }
   }
 
-  // out_i = state_to_token_i r_i S + sum_j scores_ji v_j.
-  void read(const Chunk& at, const float* queries, int64_t width, const float* seen, const float* values, int64_t ld,
-            bool to_left) {
+  // out_i = state_to_token_i r_i S + sum_j scores_ji v_j. With `owners`, also the products of their rows with those of
+  // the first term.
+  void read(const Chunk& at, const float* queries, int64_t width, const float* seen, float* values, int64_t ld,
+            bool to_left, const float* owners = nullptr) {
+    if (at.cut) hide(at, values, ld);
+    if (owners) std::memset(state_products, 0, sizeof(float) * C * W);
     tiles(ld / W, [&](int64_t tile, auto n) {
       const int64_t c = tile * W;
       for (int64_t i = 0; i < at.count; i += R) {
@@ -439,10 +496,44 @@ class Heads {
         ahead.prefetch_some();
         product.add(queries + i, 1, C, seen + c, ld, width);
         if (at.weighted) product.each([&](vec& sum, int r, int) { sum *= at.state_to_token[i + r]; });
+        if (at.cut)
+          product.each([&](vec& sum, int r, int) {
+            if (i + r < at.sees_first || i + r >= at.sees_stop) sum = vec{};
+          });
+        if (owners)
+          product.each([&](vec& sum, int r, int m) {
+            float* p = state_products + (i + r) * W;
+            store(p, load(p) + sum * load(owners + (i + r) * ld + c + m * W));
+          });
         product.add(scores + first * C + i, 1, C, values + first * ld + c, ld, stop - first);
         product.each([&](vec& sum, int r, int m) { store(out + (i + r) * ld + c + m * W, sum); });
       }
     });
+    if (at.cut) reveal(at, values, ld, to_left);
+  }
+  // Sets what is not finite in the rows of values to 0, and keeps these rows.
+  void hide(const Chunk& at, float* values, int64_t ld) {
+    hidden.clear(), hidden_rows.clear();
+    for (int64_t j = 0; j < at.count; ++j) {
+      float* row = values + j * ld;
+      vec zeros{};
+      for (int64_t c = 0; c < ld; c += W) zeros += load(row + c) * 0.0f;
+      if (total(zeros) == 0) continue;
+      hidden.push_back(j), hidden_rows.insert(hidden_rows.end(), row, row + ld);
+      for (int64_t c = 0; c < ld; ++c)
+        if (row[c] * 0 != 0) row[c] = 0;
+    }
+  }
+  // Puts the rows back, and NaN in the place of what is not finite in the outputs that see them.
+  void reveal(const Chunk& at, float* values, int64_t ld, bool to_left) {
+    const float* row = hidden_rows.data();
+    for (int64_t j : hidden) {
+      for (int64_t i = to_left ? 0 : j; i < (to_left ? j + 1 : at.count); ++i)
+        if (at.seen_first[i] <= j && j < at.seen_stop[i])
+          for (int64_t c = 0; c < ld; ++c) out[i * ld + c] += row[c] * 0;
+      std::copy_n(row, ld, values + j * ld);
+      row += ld;
+    }
   }
 
   // S <- decay_over_chunk S + sum_j token_to_state_j k_j^T v_j.
@@ -490,6 +581,10 @@ class Heads {
   float* transposed_state;             // [V, K]
   float *group_dq, *group_dk;          // [C, K]
   float* pair_decays;                  // [C, C], keys by queries, of tokens that have decays of their own
+  float* pair_products;                // [C, C], likewise: what passes from a key to a query, times the gradient there
+  float* state_products;               // [C, W]
+  std::vector<int64_t> hidden;         // tokens whose values are not finite
+  std::vector<float> hidden_rows;
   std::vector<Head> heads;
   Head* head;  // the current one
   int64_t b, h, first_head, stop_head;

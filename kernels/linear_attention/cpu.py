@@ -40,6 +40,10 @@ class Native(GatedChunked):
     Non-causal passes are those of `Chunked`: a document is one matrix product ``K^T V``.
     """
 
+    @property
+    def isolates(self) -> bool:  # type: ignore[override]
+        return self.causal
+
     def takes_groups(self, inputs: tuple[Tensor, ...]) -> bool:
         return self._is_supported(inputs) or super().takes_groups(inputs)
 

@@ -12,6 +12,8 @@ from .settings import LEAST_LOG_DECAY, Settings, is_gated, per_head, state_dtype
 class Reference(Settings, StatefulOp):
     """Linear attention by its definition; the adjoints are those of automatic differentiation."""
 
+    isolates = False
+
     def takes_groups(self, inputs: tuple[Tensor, ...]) -> bool:
         return True
 

@@ -24,7 +24,7 @@ from typing import Any
 from ...errors import InputError
 
 SIGNS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
-PACKAGES = ("torch", "triton", "deepspeed", "flash-linear-attention")
+PACKAGES = ("torch", "triton", "deepspeed", "flash-linear-attention", "transformers")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def trial(way: str, tokens: int, packed: Path, threads: int, limits: Limits) -> 
         with open(log, "wb") as file:
             command = [sys.executable, "-m", "longreach", *words]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=cpu_only())
-        exceeded = _watch(process, limits)
+        exceeded = watch(process, limits)
         if exceeded:
             return exceeded
         if process.returncode == -signal.SIGKILL:
@@ -182,7 +182,7 @@ def _peak(process: subprocess.Popen[bytes]) -> float:
     return peak
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
+def watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
     """Wait until a process ends, or end it at a limit; returns what it ran out of, or an empty string."""
     deadline = time.monotonic() + limits.seconds + START_SECONDS
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import InputError
 
-SUMMARY = "check and measure on this machine: kernels, memory, parallel, decode or static"
+SUMMARY = "check and measure on this machine: kernels, memory, parallel, decode, models or static"
 DESCRIPTION = """Measure on this machine: a table, JSON and a plot, with machine, commit and date. NAME is one of
 
   kernels   (the default) checks the operators, then times them beside copies, matrix products and softmax attention
@@ -17,6 +17,7 @@ DESCRIPTION = """Measure on this machine: a table, JSON and a plot, with machine
   parallel  ranks on gloo: training speed of two against one, and the bytes and time that a layer exchanges, beside
             DeepSpeed's Ulysses and ring attention
   decode    tokens per second and bytes of state against the position, beside softmax attention with its cache
+  models    models of transformers, alone and adapted: speed of their layers, and memory of a step over a long sequence
   static    what can be known of the GPU kernels without a GPU: launches, bytes, registers, occupancy, instructions"""
 EXAMPLES = """
   longreach bench kernels --longest 65536
@@ -28,6 +29,7 @@ BENCHES: dict[str, dict[str, Any]] = {  # modules of `launch.bench`: the options
     "memory": {"threads": 0, "longest": 1, "seconds": 1, "memory_gib": 0},
     "parallel": {},
     "decode": {"threads": 0, "longest": 4096, "memory_gib": 0},
+    "models": {"threads": 0, "longest": 1, "memory_gib": 0},
     "static": {"target": ""},
 }
 
@@ -40,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help=out_help)
     threads_help = "number of CPU threads; 0: all (default: all; decode: 1; not for parallel and static)"
     parser.add_argument("--threads", type=int, help=threads_help)
-    longest_help = "longest sequence to measure, in tokens (default 2^20; not for parallel and static)"
+    longest_help = "longest sequence to measure, in tokens (default 2^20; models: 2^18; not for parallel and static)"
     parser.add_argument("--longest", type=int, help=longest_help)
     seconds_help = "memory: the most seconds that a step may take, unless it is streamed (default 300)"
     parser.add_argument("--seconds", type=float, help=seconds_help)
     memory_help = (
         "memory: the most resident memory of such a step (default 12); decode: the most memory of the keys and "
     )
-    memory_help += "values of softmax attention (default 4)"
+    memory_help += "values of softmax attention (default 4); models: the most of transformers alone (default 12)"
     parser.add_argument("--memory-gib", type=float, help=memory_help)
     target_help = "static: what to compile for (default sm_90)"
     parser.add_argument("--target", choices=["sm_80", "sm_90"], help=target_help)

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         layer=layer,
         per=arguments.per,
-        pooling=arguments.pool or POOLS[0],
+        pooling="last" if arguments.pool == "last" else "mean",
         window=arguments.window,
         device=device_of(arguments),
     )

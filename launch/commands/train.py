@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ...errors import InputError
 from ..arguments import add_threads, threads_of
 from ..exit_codes import GRACE_SECONDS, STOPPED, CommandFailed, report_error
+from ..process import stop_while_starting
 
 if TYPE_CHECKING:
     from ...framework.config import RunConfig
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             overrides = fewer_ranks(config, overrides)
             if config.parallel.ranks > 1:
                 return train_on_local_ranks(config.parallel.ranks, [arguments.config, *overrides])
+        if not launched:
+            stop_while_starting()
         # Imported here, so that a mistake in the config is reported before the seconds that this takes.
         from ...framework.trainer import train
 

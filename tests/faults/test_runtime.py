@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import select
 import signal
+import socket
+import subprocess
 import time
 from subprocess import CompletedProcess
 from unittest import mock
 
+import psutil
 import pytest
-from fault_helpers import FAILED, MISTAKE, JobDirectory, error_line, free_port, ranks_of
-from programs import finish, longreach, start
+from fault_helpers import FAILED, MISTAKE, JobDirectory, error_line, free_port, ranks_of, world
+from programs import finish, longreach, python, start
 from safetensors.numpy import load_file
 
 from longreach.framework.config import TrainConfig
@@ -187,25 +191,90 @@ def test_48_the_launcher_hands_a_signal_on(job_dir: JobDirectory) -> None:
     with job_dir.training("handed", "parallel.ranks=2") as process:
         process.send_signal(signal.SIGTERM)
         done = finish(process, 60)
-    assert done.returncode == 128 + signal.SIGTERM
+    assert done.returncode == STOPPED
     last = steps(job_dir, "handed")[-1]
     error_line(done, f"stopped after step {last}, on SIGTERM")
     assert job_dir.checkpoints("handed") == [f"step-{last:08d}"]
 
 
-def test_49_a_second_signal_ends_at_once_and_loses_nothing(job_dir: JobDirectory) -> None:
-    with job_dir.training("twice", "checkpoint.every=1") as process:
-        job_dir.wait(process, lambda: bool(job_dir.checkpoints("twice")))
-        for _ in range(200):  # some of them during a save
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.001)
-            if process.poll() is not None:
-                break
-        done = finish(process, 30)
-    assert done.returncode in (-signal.SIGTERM, STOPPED)
-    saved = int(job_dir.checkpoints("twice")[-1].removeprefix("step-"))
-    assert job_dir.train("twice", f"train.steps={saved + 2}").returncode == 0
-    assert steps(job_dir, "twice") == list(range(1, saved + 3))
+def everyone(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """A process, and all that it and its children started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+    return []
+
+
+def ask(process: subprocess.Popen[str], *numbers: signal.Signals) -> None:
+    """Send signals to every process of a job, as a scheduler does."""
+    for one in everyone(process):
+        for number in numbers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+
+
+def test_49_repeated_signals_are_one_request(job_dir: JobDirectory) -> None:
+    """To the launcher, the ranks and their data workers, for seconds, saves among them; the launcher adds its own."""
+    words = ("parallel.ranks=2", "checkpoint.every=1", "data.workers=1")
+    with job_dir.training("repeated", *words) as process:
+        for _ in range(40):
+            ask(process, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)
+            time.sleep(0.05)
+        done = finish(process, 60)
+    assert done.returncode == STOPPED, done.stderr
+    last = steps(job_dir, "repeated")[-1]
+    error_line(done, f"stopped after step {last}, on SIG", "run the same command again to resume")
+    assert job_dir.checkpoints("repeated")[-1] == f"step-{last:08d}"
+    assert job_dir.train("repeated", *words, f"train.steps={last + 2}").returncode == 0
+    assert steps(job_dir, "repeated") == list(range(1, last + 3))
+
+
+ENDS = """
+import os, signal, sys, time
+from longreach.framework.runtime import preemption
+from longreach.parallel.mesh import Axis
+
+preemption.SAME_SECONDS, preemption.REPEAT_SECONDS = 0.2, 0.6
+for numbers in (n.split() for n in sys.argv[1:]):  # of signals; or a pause, or `step` for the end of one
+    child = os.fork()
+    if not child:
+        with preemption.Preemption() as stop:
+            stop.reason(Axis())  # the first step is over
+            for number in numbers:
+                if number == "pause":
+                    time.sleep(0.3)
+                elif number == "step":
+                    stop.reason(Axis())
+                else:
+                    os.kill(os.getpid(), int(getattr(signal, number)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status))
+"""
+TERM, INT, USR1, AGREED = "SIGTERM", "SIGINT", "SIGUSR1", "step"
+CASES = {  # what comes, and what ends the process, if anything; afterwards comes SIGTERM
+    f"{TERM} {TERM} {TERM} {AGREED}": 0,
+    f"{TERM} pause {TERM} {AGREED}": 0,
+    f"{INT} {INT} {AGREED}": 0,
+    f"{USR1} pause pause pause {TERM} {AGREED}": 0,  # the warning, minutes before the end
+    f"{USR1} {TERM} pause pause pause {USR1} {AGREED}": 0,
+    f"{TERM} {AGREED} pause pause pause {TERM}": 0,  # it saves
+    f"{TERM} {INT} {AGREED}": 0,
+    f"{INT} pause {INT} {AGREED}": -signal.SIGINT,
+    f"{INT} {AGREED} pause {INT}": -signal.SIGINT,
+    f"{TERM} pause pause pause {INT}": -signal.SIGINT,
+    f"{TERM} pause pause pause {TERM}": -signal.SIGTERM,
+    f"{INT} pause pause pause {TERM}": -signal.SIGTERM,
+    "pause": -signal.SIGTERM,  # without a request, the context leaves all as it was
+}
+
+
+def test_49_what_still_ends_at_once(job_dir: JobDirectory) -> None:
+    """A person's second Ctrl-C, and what comes long after the first, unless the ranks have agreed to end."""
+    done = python("-c", ENDS, *CASES, cwd=job_dir.directory)
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(CASES, map(int, done.stdout.split()), strict=True)) == {k: int(v) for k, v in CASES.items()}
 
 
 def test_50_a_limit_of_time(job_dir: JobDirectory) -> None:
@@ -236,3 +305,32 @@ def test_62_two_runs_in_one_directory(job_dir: JobDirectory) -> None:
         process.kill()  # which lets the directory go, too
     assert job_dir.train("shared", "train.steps=2", "checkpoint.resume=false").returncode == 0
     assert steps(job_dir, "shared") == [1, 2]
+
+
+def test_76_a_signal_before_the_ranks_train(job_dir: JobDirectory) -> None:
+    """To all processes, twice, while Python starts in the ranks: no fault, and nothing is begun."""
+    words = ("train", "endless.yaml", "run.dir=early", "parallel.ranks=2")
+    process = start("-m", "longreach", *words, cwd=job_dir.directory)
+    job_dir.wait(process, lambda: len(ranks_of(process)) == 2)
+    ask(process, signal.SIGTERM, signal.SIGTERM)
+    done = finish(process, 60)
+    assert done.returncode == STOPPED, done.stderr
+    error_line(done, "stopped on SIGTERM, with no step under way: run the same command again to go on")
+    assert not (job_dir.directory / "early").exists()
+
+
+def test_76_a_signal_in_the_rendezvous(job_dir: JobDirectory) -> None:
+    """A rank waits for another one, that does not come."""
+    port = free_port()
+    (rank,) = world(job_dir, ["endless.yaml", "run.dir=alone"], port=port, RANK="0")
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", int(port))) == 0
+
+    job_dir.wait(rank, listens)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        rank.send_signal(number)
+    done = finish(rank, 30)
+    assert done.returncode == STOPPED, done.stderr
+    error_line(done, "stopped on SIG", "with no step under way")

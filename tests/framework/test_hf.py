@@ -26,7 +26,7 @@ from longreach.parallel.span import Span
 transformers = pytest.importorskip("transformers")
 hf_models = pytest.importorskip("hf_models")
 
-from longreach.framework.hf import adapt  # noqa: E402
+from longreach.framework.hf import adapt, hidden_states, logits, set_recompute  # noqa: E402
 
 LENGTH = 23
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -50,6 +50,7 @@ class Case:
         packed: whether the rows hold documents, `STARTS`.
         block_len: tokens of a streamed block on each rank; 0 for the whole sequence.
         lengths: tokens of each rank; empty for the usual shares.
+        recompute: compute layers again in backward; in fp32, as `hf_models.Wide` is off there.
         dtype: of weights and activations.
         changes: further settings of the model's configuration.
     """
@@ -58,6 +59,7 @@ class Case:
     packed: bool = False
     block_len: int = 0
     lengths: tuple[int, ...] = ()
+    recompute: bool = False
     dtype: torch.dtype = torch.float64
     changes: tuple[tuple[str, Any], ...] = ()
 
@@ -88,6 +90,7 @@ def run(axis: Axis, case: Case) -> dict[str, Tensor]:
         spans[0].segments = None if case.segments is None else spans[0].shard(case.segments)
     logits, total = torch.zeros(*tokens.shape, hf_models.VOCAB, dtype=case.dtype), torch.zeros((), dtype=case.dtype)
     model = adapt(case.model())
+    set_recompute(model, case.recompute)
     with precision(case.dtype):
 
         def loss(span: Span) -> Tensor:
@@ -122,7 +125,7 @@ def check(cases: list[Case], ranks: int) -> None:
     """Compare with transformers in fp64; where its own rounding in fp32 is above the tolerance, it is the measure."""
     parts = run_distributed(run_all, ranks, cases) if ranks > 1 else [run_all(Axis(), cases)]
     for number, case in enumerate(cases):
-        plain = replace(case, block_len=0, lengths=())
+        plain = replace(case, block_len=0, lengths=(), recompute=False)
         theirs, exact = alone(plain), alone(replace(plain, dtype=torch.float64))
         own = {name: error(theirs[name], wanted) for name, wanted in exact.items()}
         for name, wanted in exact.items():
@@ -135,25 +138,30 @@ def check(cases: list[Case], ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_equals_transformers_alone(family: str, ranks: int) -> None:
-    """Logits, loss and all gradients: whole and streamed, uneven shards shorter than a convolution, documents."""
+    """Logits, loss and all gradients: whole and streamed, shards of few tokens or none, documents, recomputed."""
     case = Case(family)
     narrow = replace(case, dtype=torch.float32)
     cases = {
-        1: [narrow, replace(case, packed=True), replace(case, block_len=5), replace(case, packed=True, block_len=4)],
-        2: [narrow, replace(case, lengths=(3, 20), packed=True), replace(case, packed=True, block_len=3)],
-        3: [replace(case, lengths=(20, 1, 2)), replace(case, block_len=2), replace(narrow, packed=True, block_len=4)],
+        1: [narrow, replace(case, packed=True, block_len=4)],
+        2: [replace(narrow, block_len=3, recompute=True), replace(case, lengths=(3, 20), packed=True)],
+        3: [replace(case, lengths=(21, 0, 2)), replace(case, packed=True, block_len=4)],
     }
     check(cases[ranks], ranks)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_more_ranks_than_heads_of_keys_and_values(heads: int) -> None:
-    """Four ranks for 1 or 2 heads of keys and values: some ranks hold no head of their own."""
+    """Four ranks for 1 or 2 heads of keys and values: some ranks hold no head of their own, and one no last token."""
     cases = []
     for family in ("llama", "mistral", "qwen3"):
         case = Case(family, changes=(("num_key_value_heads", heads),))
-        cases += [replace(case, lengths=(6, 9, 1, 7)), replace(case, packed=True, block_len=2)]
+        cases += [replace(case, lengths=(6, 9, 1, 7)), replace(case, packed=True, block_len=5)]
     check(cases, 4)
+
+
+def test_limits_of_step_sizes() -> None:
+    """Which transformers has in its parallel form alone."""
+    check([Case("bamba", packed=True, block_len=6, changes=(("time_step_limit", (0.1, 0.7)),))], 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +227,7 @@ def test_families_with_another_recurrence_are_refused() -> None:
     attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "num_experts": 2}
     jamba = {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 4, "num_hidden_layers": 3, **attention}
     refused(unknown("jamba", **jamba, use_mamba_kernels=False), "model.layers.1.mamba", "JambaMambaMixer")
-    refused(unknown("rwkv", num_hidden_layers=2, attention_hidden_size=32), "rwkv.blocks.0.attention", "Rwkv")
+    refused(unknown("rwkv", num_hidden_layers=2, attention_hidden_size=32), "rwkv.blocks.0.attention")
 
 
 class Roll(nn.Module):
@@ -268,13 +276,48 @@ class Convolution(nn.Module):
         return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
 
 
-class Recurrent(nn.Module):
+class Recurrent(nn.GRU):
+    def __init__(self) -> None:
+        super().__init__(32, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class Attention(nn.MultiheadAttention):
+    """Attention that does not come by transformers' interface."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Chosen(nn.Module):
+    """An expert that takes the half of the tokens that it likes best."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.gru = nn.GRU(32, 32, batch_first=True)
+        self.score = nn.Linear(32, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gru(x)[0]
+        score = self.score(x)
+        best = score.topk(max(1, x.shape[1] // 2), dim=1).indices
+        return x * torch.zeros_like(score).scatter(1, best, 1.0)
+
+
+class Capacity(nn.Module):
+    """Experts that take two tokens each, those that come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = nn.functional.one_hot(self.score(x).argmax(-1), 2)
+        place = (expert.cumsum(1) * expert).sum(-1, keepdim=True)
+        return x * (place <= 2)
 
 
 class Positions(nn.Module):
@@ -288,17 +331,16 @@ class Positions(nn.Module):
         return x + self.table(torch.arange(x.shape[1]))
 
 
-MIXERS = (Roll, Sum, Slice, Pool, Mix, Flat, Convolution, Recurrent, Positions)
+MIXERS = (Roll, Sum, Slice, Pool, Mix, Flat, Convolution, Recurrent, Attention, Chosen, Capacity, Positions)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_an_unknown_mixer_in_a_known_model_is_refused(mixer: type[nn.Module]) -> None:
-    """In the place of an MLP, and within it; in a model of attention and in one with linear layers."""
-    for family in ("llama", "olmo_hybrid"):
-        model = unknown(family)
-        layer = model.get_submodule("model.layers.1")
-        layer.mlp = nn.Sequential(layer.mlp, mixer())
-        refused(model, "model.layers.1.mlp", mixer.__name__)
+    torch.manual_seed(0)
+    model = unknown("llama")
+    layer = model.get_submodule("model.layers.1")
+    layer.mlp = nn.Sequential(layer.mlp, mixer())
+    refused(model, "model.layers.1.mlp.1", mixer.__name__)
 
 
 def test_a_pointwise_module_of_ones_own_is_not_refused() -> None:
@@ -367,11 +409,46 @@ def test_attention_with_arguments_that_we_do_not_have_is_refused(family: str, ch
 
 def test_attention_with_dropout_is_refused_in_training() -> None:
     model = hf_models.build("llama", attention_dropout=0.1)
-    refused(model, "model.layers.0.self_attn", "dropout")
+    refused(model, "config.attention_dropout", "0.1")
     tokens, _ = hf_models.data(LENGTH)
     model.eval()
     expected = model(tokens).logits
     assert_close("logits", adapt(model)(tokens, span=Span()).logits, expected, rel_rms=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(LENGTH)])
+def test_layers_that_mix_or_draw_in_training_alone_are_refused_then(layer: nn.Module) -> None:
+    model = hf_models.build("llama")
+    parent = model.get_submodule("model.layers.1")
+    parent.mlp = nn.Sequential(parent.mlp, nn.Identity())
+    adapt(model)
+    parent.mlp[1] = layer
+    refused(model, "model.layers.1.mlp.1", type(layer).__name__)
+
+
+def test_recomputation_of_transformers_is_refused() -> None:
+    """It would compute layers again when the span is gone."""
+    model = hf_models.build("llama")
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    refused(model, "gradient_checkpointing", "set_recompute")
+
+
+def test_positions_that_begin_elsewhere_are_refused() -> None:
+    """RoBERTa's first token has the position ``pad_token_id + 1``."""
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24, "pad_token_id": 1}
+    model = unknown("roberta", **sizes, is_decoder=True, max_position_embeddings=64)
+    refused(model, "roberta.embeddings", "other numbers")
+
+
+def test_attention_in_both_directions_has_no_blocks() -> None:
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24, "pad_token_id": 0}
+    settings = transformers.BertConfig(vocab_size=hf_models.VOCAB, hidden_size=32, **sizes)
+    model = transformers.BertForMaskedLM(settings).eval()
+    hf_models.randomize(model)
+    tokens, _ = hf_models.data(LENGTH)
+    expected = model(tokens).logits
+    assert_close("logits", adapt(model)(tokens, span=Span()).logits, expected, rel_rms=1e-5)
+    refused(model, "bert.encoder.layer.0.attention.self", "both directions", span=Span(keep_carry=True))
 
 
 def test_arguments_that_contradict_a_span_are_refused() -> None:
@@ -446,6 +523,19 @@ def test_a_copy_of_an_adapted_model_is_adapted(family: str) -> None:
         assert torch.equal(model(tokens, span=Span()).logits, before)
         assert_close("copy", twin(tokens, span=Span()).logits, expected, rel_rms=1e-5)
     assert (expected - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["zamba2", "gemma3_text"])
+def test_hidden_states_and_the_head_apart(family: str) -> None:
+    """What trains without logits of the whole sequence; and embeddings in the place of tokens."""
+    tokens, _ = hf_models.data(LENGTH)
+    model = adapt(unknown(family).eval())
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = logits(model, hidden_states(model, tokens, Span()))
+        assert_close("by hidden states", found, expected, rel_rms=1e-4)
+        embedded = model.get_input_embeddings()(tokens)  # type: ignore[operator]
+        assert_close("embedded", model(inputs_embeds=embedded, span=Span()).logits, expected, rel_rms=1e-4)
 
 
 def test_adapting_twice_changes_nothing() -> None:

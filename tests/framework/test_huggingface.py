@@ -285,7 +285,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.model.head.weight is loaded.model.embedding.weight
     assert loaded.config.shape() == model.config.shape() and loaded.config.vocab_size == 256
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+    model = small_model(["elementwise", "chela", "feedforward_kernel", "softmax"])
+    model.save_pretrained(tmp_path / "half")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     dtypes = {name.rsplit(".", 1)[-1]: parameter.dtype for name, parameter in half.named_parameters()}
     assert dtypes["log_decay"] == dtypes["angle"] == torch.float32 and dtypes["weight"] == torch.bfloat16
     expected = model(tokens).logits
@@ -337,7 +340,7 @@ def test_hidden_states_are_what_the_blocks_compute(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, output.logits)
     assert model(tokens).hidden_states is None and not any(block._forward_hooks for block in model.model.blocks)
     model.config.output_hidden_states = True
-    assert len(model(tokens).hidden_states) == 5
+    assert len(model(tokens).hidden_states) == len(MIXERS) + 1
     model.config.output_hidden_states = False
 
     model.save_pretrained(tmp_path)
@@ -357,7 +360,7 @@ def test_hidden_states_are_what_the_blocks_compute(tmp_path: Path) -> None:
     written = model.generate(
         tokens, max_new_tokens=3, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
     )
-    assert [len(step) for step in written.hidden_states] == [5, 5, 5]
+    assert [len(step) for step in written.hidden_states] == [len(MIXERS) + 1] * 3
     assert [step[-1].shape[1] for step in written.hidden_states] == [20, 1, 1]
 
 

@@ -77,10 +77,6 @@ def test_more_ranks_take_less_each() -> None:
         (["--world", "3"], "only with --dry-run"),
         (["--dry-run", "--world", "3", "parallel.sequence=2"], "parallel.sequence = 2: must divide parallel.ranks = 3"),
         (["--dry-run", "--per-node", "0"], "--per-node = 0: at least 1"),
-        (
-            ["--dry-run", "--world", "8", "parallel.sequence=8", "model.mixers=[softmax]"],
-            "as a softmax mixer has heads",
-        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
@@ -103,6 +99,16 @@ def test_a_plan_has_the_runs_vocabulary(words: list[str], vocab: int) -> None:
     with_bytes, found = (run_world(plan_each, 1, [1], words)[0][0].num_parameters for words in ([], words))
     width = load("quickstart", SMALL).model.width
     assert found - with_bytes == (vocab - 256) * width
+
+
+def test_more_ranks_than_heads_of_attention() -> None:
+    """A plan is of a rank that has a head, by default the last one of these."""
+    words = ["parallel.ranks=8", "parallel.sequence=8", "model.mixers=[softmax]", "model.softmax.heads=3"]
+    words.append("data.seq_len=80")
+    found = run_world(plan_each, 1, [1], ["model.width=24", *words])[0][0]
+    assert (found.rank, found.sequence) == (2, 8) and found.flops > 0
+    with pytest.raises(InputError, match="rank = 5: a rank that has a head of softmax attention"):
+        plan(load("quickstart", [*SMALL, "model.width=24", *words]), rank=5)
 
 
 def test_a_rank_that_is_none_of_the_world() -> None:

@@ -57,10 +57,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty documents of each of two classes, longer and shorter than a sequence."""
+    folder = tmp_path_factory.mktemp("classes")
+    for name, letters in (("even", "02468"), ("odd", "13579")):
+        (folder / name).mkdir()
+        for number in range(20):
+            text = "".join(letters[(number + place * place) % 5] for place in range(20 + 3 * number))
+            (folder / name / f"{number:02}").write_text(f"{number} {text}")
+    return folder
+
+
 @pytest.fixture
-def words(csv: Path, texts: Path, tmp_path: Path) -> dict[str, list[str]]:
+def words(csv: Path, texts: Path, classes: Path, tmp_path: Path) -> dict[str, list[str]]:
     """The overrides that make each task of `CONFIG`."""
     return {
+        "documents": [f"data.source={classes}", f"data.cache={tmp_path}/classes", "data.valid_fraction=0.3"],
         "series": ["data.source=aeon", "data.name=JapaneseVowels", "model.causal=false", "model.positions=sinusoidal"],
         "forecast": [f"data.source={csv}", "task.horizon=4"],
         "images": ["data.source=digits", "data.seq_len=64"],

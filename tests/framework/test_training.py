@@ -89,9 +89,9 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         runs = []
         for stage in range(4):
             runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/{stage}"])
-            runs[-1].append(f"train.micro_batch_size={half * (1 + stage % 2)}")
+            runs[-1] += [f"train.micro_batch_size={half * (1 + stage % 2)}", "train.steps=7", "optim.schedule_steps=10"]
         runs.append([*layout, "deepspeed=zero2", f"run.dir={directory}/documents", "data.packing=documents"])
-        runs[-1] += ["train.steps=5", "optim.schedule_steps=10"]
+        runs[-1] += ["train.steps=3", "optim.schedule_steps=10"]
         for stage in range(4):
             runs.append([*layout, f"deepspeed=zero{stage}", f"run.dir={directory}/streamed-{stage}"])
             runs[-1] += ["train.steps=3", "optim.schedule_steps=10", "data.packing=documents"]
@@ -99,21 +99,21 @@ def everywhere(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             runs[-1] += [f"parallel.park_carries={stage > 0}", f"train.recompute={stage % 2 == 1}"]
         all_runs.setdefault(ranks, []).extend(runs)
     found = {
-        ranks: iter(run_world(train_each, ranks, config, runs, timeout=400)[0]) for ranks, runs in all_runs.items()
+        ranks: iter(run_world(train_each, ranks, config, runs, timeout=560)[0]) for ranks, runs in all_runs.items()
     }
     return {name: [*islice(found[ranks], 9)] for name, (ranks, _) in LAYOUTS.items()}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ten_steps_are_the_same_on_every_layout_and_stage(
+def test_seven_steps_are_the_same_on_every_layout_and_stage(
     everywhere: dict[str, list[tuple[Rows, float | None]]], layout: str
 ) -> None:
     """With dropout, clipping, warm-up, accumulation of two sizes of micro-batches, and 61 tokens: no number of ranks
     divides them.
     """
     (rows, held_out), (document_rows, held_out_documents) = everywhere["1"][0], everywhere["1"][4]
-    assert len(rows) == 10 and len(document_rows) == 5 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert len(rows) == 7 and len(document_rows) == 3 and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert min(row["grad_norm"] for row in rows) > 0.5, "clipping must have something to do"
     apart = [abs(row["loss"] / other["loss"] - 1) for row, other in zip(document_rows, rows)]
     assert max(apart) > 1e-3, "documents must make a difference"
@@ -124,7 +124,7 @@ def test_ten_steps_are_the_same_on_every_layout_and_stage(
     close(everywhere[layout][4][0], document_rows)
     assert everywhere[layout][4][1] == pytest.approx(held_out_documents, rel=1e-5)
     for streamed, _ in everywhere[layout][5:]:
-        close(streamed, document_rows[:3], ("loss", "grad_norm", "penalty"))
+        close(streamed, document_rows, ("loss", "grad_norm", "penalty"))
 
 
 def train_in_two_halves(rank: int, config: str, directory: str) -> None:

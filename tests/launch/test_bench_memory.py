@@ -231,7 +231,7 @@ def test_a_process_is_ended_at_its_limits(
 ) -> None:
     monkeypatch.setattr(bench, "START_SECONDS", 1.0)
     with subprocess.Popen([sys.executable, "-c", code]) as process:
-        assert bench._watch(process, limits) == lacks
+        assert bench.watch(process, limits) == lacks
         assert (process.returncode == 0) == (lacks == "")
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def slurm(job_dir: JobDirectory) -> Iterator[Any]:
         return begun[-1]
 
     yield sbatch
-    all_ended(*begun)
+    for process in begun:  # and its srun, which is none of its children
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def log_of(job_dir: JobDirectory, name: str) -> list[str]:

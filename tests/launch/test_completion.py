@@ -42,7 +42,7 @@ def completed(scripts: Path, *words: str) -> set[str]:
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["e"], {"evaluate", "export"}),
+        (["e"], {"embed", "evaluate", "export"}),
         (["generate", "--te"], {"--temperature"}),
         (["train", "quick"], {"quickstart"}),
         (["train", "my"], {"my.yaml"}),

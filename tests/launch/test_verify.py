@@ -12,7 +12,12 @@ from longreach.launch import cli
 from longreach.launch.verify import Row, as_line, groups, limit_lines, verify
 
 CONFIG = """
-model: {width: 16, depth: 4, mixers: [elementwise, chela, feedforward_kernel, softmax], dropout: 0.1}
+model:
+  width: 16
+  depth: 6
+  mixers: [elementwise, chela, feedforward_kernel, mamba2, gated_deltanet, softmax]
+  dropout: 0.1
+  mamba2: {head_width: 4, state_size: 5}
 data: {source: nothing, seq_len: 61, batch_size: 8}
 train: {steps: 3, recompute: true}
 """
@@ -65,7 +70,8 @@ def test_the_mixers_train_the_same_on_two_ranks_and_streamed(config: str) -> Non
         for way in ranks
     ]
     assert [str(row) for row in rows] == expected
-    names = ["loss", "embedding", "elementwise", "chela", "feedforward_kernel", "softmax", "norms", "feed-forward"]
+    mixers = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
+    names = ["loss", "embedding", *mixers, "norms", "feed-forward"]
     for row in rows:
         assert list(row.errors) == names and row.good, row
         assert all(limit == 1e-10 for limit in row.limits.values()) == (row.precision == "fp64")
