@@ -69,10 +69,10 @@ class Diagonal(Transition):
     commutes: ClassVar[bool] = True
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.tensor * _passing(self.tensor == 0, state)
+        return self.tensor * _passing(self.tensor, state)
 
     def then(self, later: Transition) -> Diagonal:
-        return Diagonal(later.tensor * _passing(later.tensor == 0, self.tensor))
+        return Diagonal(later.tensor * _passing(later.tensor, self.tensor))
 
     def adjoint(self) -> Diagonal:
         return Diagonal(self.tensor.conj())
@@ -87,7 +87,7 @@ class Diagonal(Transition):
             start += len(part)
 
     def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
-        torch.addcmul(bias, self.tensor, _passing(self.tensor == 0, state), out=out)
+        torch.addcmul(bias, self.tensor, _passing(self.tensor, state), out=out)
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Matrix(Transition):
     """
 
     def apply(self, state: Tensor) -> Tensor:
-        return (widened(self.tensor) @ widened(_passing(_is_zero(self.tensor), state))).to(state.dtype)
+        return (widened(self.tensor) @ widened(_passing(self.tensor, state, matrices=True))).to(state.dtype)
 
     def then(self, later: Transition) -> Matrix:
-        own = widened(_passing(_is_zero(later.tensor), self.tensor))
+        own = widened(_passing(later.tensor, self.tensor, matrices=True))
         return Matrix((widened(later.tensor) @ own).to(self.tensor.dtype))
 
     def adjoint(self) -> Matrix:
@@ -120,7 +120,8 @@ class Matrix(Transition):
     def affine(self, state: Tensor, bias: Tensor, out: Tensor) -> None:
         number, width, _ = self.tensor.shape
         shape = number, width, len(state) // max(1, number * width)
-        state, bias = widened(_passing(_is_zero(self.tensor), state.view(shape))), widened(bias.view(shape))
+        state = widened(_passing(self.tensor, state.view(shape), matrices=True))
+        bias = widened(bias.view(shape))
         out.view(shape).copy_(torch.baddbmm(bias, widened(self.tensor), state))
 
 
@@ -144,17 +145,16 @@ class AffineMap(NamedTuple):
         return AffineMap(self.transition.then(later.transition), later.apply(self.state))
 
 
-def _passing(forgotten: Tensor, state: Tensor) -> Tensor:
-    """``state`` before a product with A, with 0 in the place of what is not finite where A is 0 (``forgotten``).
+def _passing(a: Tensor, state: Tensor, *, matrices: bool = False) -> Tensor:
+    """``state`` before a product with A, with 0 in the place of what is not finite where A (all of a matrix) is 0.
 
-    Where a document begins, nothing passes of those before. Finite states stay, for the gradient of A.
+    Where a document begins, nothing passes of those before. Finite states stay, for the gradient of A. On GPUs, whose
+    kernels do not part documents so and where each operation is a launch, the state is returned as it is.
     """
-    return torch.where(forgotten & ~state.isfinite(), torch.zeros((), dtype=state.dtype, device=state.device), state)
-
-
-def _is_zero(matrices: Tensor) -> Tensor:
-    """``[..., 1, 1]`` bool, of ``[..., K, K]``."""
-    return (matrices == 0).flatten(-2).all(-1)[..., None, None]
+    if state.device.type != "cpu":
+        return state
+    forgotten = (a == 0).flatten(-2).all(-1)[..., None, None] if matrices else a == 0
+    return torch.where(forgotten & ~state.isfinite(), torch.zeros((), dtype=state.dtype), state)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ class Chunks:
         tokens: the slice of the shard.
         u, w: ``U = T (beta * V)`` and ``W = T (beta * (E * K))``: the tokens add ``R = U - W S`` to the state S before
             the chunk.
+        exact_gates: sum what passes a token for the gradient of its decay, rather than subtract large sums.
     """
+
+    exact_gates: ClassVar[bool] = True
 
     def __init__(self, op: Settings, inputs: Inputs, segments: Tensor | None, tokens: slice, chunk_len: int) -> None:
         self.op, self.tokens, self.chunk_len, self.inputs = op, tokens, chunk_len, inputs
@@ -146,28 +149,29 @@ class Chunks:
         beta_grad = (written * self.v).sum(-1, keepdim=True)
         beta_grad -= (read * self.key_from_start).sum(-1, keepdim=True)
         beta_grad -= (pair_grad * self.key_pairs).sum(-1, keepdim=True)
+        minus_beta = -self.beta
+        pair_grad.mul_(minus_beta)
+        read.mul_(minus_beta)
         # Of keys, as rows of products, which see the decays since a token, and as columns, which see those until it.
-        pair_grad.mul_(-self.beta)
-        rows_from_state = read.mul_(-self.beta).mul_(self.from_start)
-        columns_to_state = (values @ state_grads.mT).mul_(self.to_end)
-        query_pair_grad = grad @ values.mT
-        queries_from_state = (grad @ states.mT).mul_(self.from_start)
         key_rows, key_columns = self.pairs.adjoint(pair_grad, self.k, self.k)
+        key_rows.addcmul_(read, self.from_start)
+        query_pair_grad, query_read = grad @ values.mT, grad @ states.mT
         queries, columns = self.pairs.adjoint(query_pair_grad, self.q, self.k)
-        key_rows += rows_from_state
-        key_columns += columns.add_(columns_to_state)
-        queries += queries_from_state
+        queries.addcmul_(query_read, self.from_start)
+        key_columns += columns
+        columns_to_state = (values @ state_grads.mT).mul_(self.to_end)
+        key_columns += columns_to_state
         found = [
             self._feature_grad(queries.mul(self.op.query_scale(self.q)), self.inputs[0]),
             self._feature_grad(key_rows + key_columns, self.inputs[1]),
             self.store(written.mul_(self.beta)),
             self.store(beta_grad).squeeze(-1),
         ]
-        if len(self.inputs) == 5 and self.inputs[4].dim() == 3:
+        if len(self.inputs) == 5 and self.inputs[4].dim() == 3 and self.exact_gates:
             # A token's decay weighs all that passes it; no large sums are subtracted.
             between = query_pair_grad.mul_(self.query_pairs).addcmul_(pair_grad, self.key_pairs)
             passing = F.pad(between[..., :-1].cumsum(-1), (1, 0)).tril_().sum(-2)
-            from_state = (queries_from_state * self.q).add_(rows_from_state * self.k).sum(-1)
+            from_state = query_read.mul_(self.q).addcmul_(read, self.k).mul_(self.from_start).sum(-1)
             passing += from_state.flip(-1).cumsum(-1).flip(-1)
             passing += F.pad((columns_to_state * self.k).sum(-1)[..., :-1].cumsum(-1), (1, 0))
             passing += self._decay_grad(states, state_grads).sum(-1)
@@ -176,7 +180,10 @@ class Chunks:
             sums_grad = queries.mul_(self.q).addcmul_(key_rows.sub_(key_columns), self.k)
             at_end = columns_to_state.mul_(self.k).sum(-2, keepdim=True) + self._decay_grad(states, state_grads)
             sums_grad[..., -1:, :] += at_end
-            found.append(self.store(sums_grad.flip(-2).cumsum(-2).flip(-2)))
+            if self.inputs[4].dim() == 3:
+                sums_grad = sums_grad.sum(-1, keepdim=True)
+            decay_grad = self.store(sums_grad.flip(-2).cumsum(-2).flip(-2))
+            found.append(decay_grad if self.inputs[4].dim() == 4 else decay_grad.squeeze(-1))
         return found
 
     def _decay_grad(self, states: Tensor, state_grads: Tensor) -> Tensor:
