@@ -154,7 +154,12 @@ def _passing(a: Tensor, state: Tensor, *, matrices: bool = False) -> Tensor:
     if state.device.type != "cpu":
         return state
     forgotten = (a == 0).flatten(-2).all(-1)[..., None, None] if matrices else a == 0
-    return torch.where(forgotten & ~state.isfinite(), torch.zeros((), dtype=state.dtype), state)
+    lost = forgotten & ~state.isfinite()
+    if not state.is_complex():
+        return torch.where(lost, torch.zeros((), dtype=state.dtype), state)
+    # torch's `where` reads complex numbers at multiples of 16 bytes alone, and a loaded state may lie between.
+    parts = torch.view_as_real(state.resolve_conj())
+    return torch.view_as_complex(torch.where(lost.unsqueeze(-1), torch.zeros((), dtype=parts.dtype), parts))
 
 
 def widened(x: Tensor) -> Tensor:

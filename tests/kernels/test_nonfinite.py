@@ -400,6 +400,15 @@ def test_a_transition_of_zero_stops_it() -> None:
         assert not AffineMap(passing, bias).apply(spoilt).isfinite().any()
 
 
+def test_complex_states_may_lie_anywhere_in_memory() -> None:
+    """Catches torch's `where`, which ends the process where a complex number begins between multiples of 16 bytes."""
+    numbers = torch.arange(1, 2 * 64 + 2, dtype=torch.float64)
+    for offset in (0, 1):
+        state = torch.view_as_complex(numbers[offset : offset + 128].view(1, 64, 2))
+        for a in (torch.zeros(1, 64, dtype=torch.complex128), torch.ones(1, 64, dtype=torch.complex128)):
+            assert torch.equal(Diagonal(a).apply(state), a * state)
+
+
 def test_compiled_clamps_keep_nan() -> None:
     """Catches ``max.f32``, which returns the number beside NaN; the interpreter has no instructions."""
     pytest.importorskip("triton")
