@@ -402,9 +402,10 @@ def test_a_transition_of_zero_stops_it() -> None:
 
 def test_complex_states_may_lie_anywhere_in_memory() -> None:
     """Catches torch's `where`, which ends the process where a complex number begins between multiples of 16 bytes."""
-    numbers = torch.arange(1, 2 * 64 + 2, dtype=torch.float64)
-    for offset in (0, 1):
-        state = torch.view_as_complex(numbers[offset : offset + 128].view(1, 64, 2))
+    memory = bytearray(8 * 129)
+    for offset in (0, 8):  # a storage of its own begins there, as that of a tensor in a file
+        numbers = torch.frombuffer(memory, dtype=torch.float64, offset=offset, count=128)
+        state = torch.view_as_complex(numbers.copy_(torch.arange(128)).view(1, 64, 2))
         for a in (torch.zeros(1, 64, dtype=torch.complex128), torch.ones(1, 64, dtype=torch.complex128)):
             assert torch.equal(Diagonal(a).apply(state), a * state)
 
