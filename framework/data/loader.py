@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -403,9 +404,19 @@ class Batches:
 
 
 def _outlive_signals(worker: int) -> None:
-    """A worker ends by its queue: a scheduler asks every process to end, and the rank still has steps to do."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker ends by its queue, or when its rank ends it. A scheduler asks every process to end, while the rank still
+    has steps to do.
+    """
+    numbers, rank = (signal.SIGTERM, signal.SIGUSR1), os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def watch() -> None:
+        while True:
+            found = signal.sigwaitinfo(numbers)
+            if found.si_signo == signal.SIGTERM and found.si_pid == rank:  # as multiprocessing does at the rank's exit
+                os._exit(0)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 class _BatchDataset(Dataset[Batch | tuple[Any, ...]]):

@@ -241,18 +241,42 @@ class Bench:
 
     def long_sequence(self, longest: int) -> None:
         """Compare the time per token of a long sequence with that of a short one; both are timed in turns."""
-        lengths = self.sizes.length, longest
-        runs = [
-            partial(elementwise_attention, *(self.random(1, n, self.sizes.width) for _ in range(3))) for n in lengths
-        ]
+        for operator, what, inputs, run in self._linear_operators():
+            self._long_sequence(operator, what, inputs, run, longest)
+
+    def _linear_operators(self) -> Iterator[tuple[str, str, Callable[[int], list[Tensor]], Callable[..., object]]]:
+        """Name, pass, inputs of so many tokens, and the function of them."""
+        s = self.sizes
+
+        def rows(length: int) -> list[Tensor]:
+            return [self.random(1, length, s.width) for _ in range(3)]
+
+        def gated(length: int) -> list[Tensor]:
+            heads = [self.random(1, length, s.heads, s.head) for _ in range(3)]
+            return [*heads, -self.random(1, length, s.heads).abs()]
+
+        def delta(*x: Tensor) -> object:
+            q, k, v, gate = x
+            return delta_rule(q, k, v, gate.exp(), log_decay=gate, normalize_qk=True)
+
+        yield "elementwise", "forward", rows, elementwise_attention
+        yield "linear_attention", "forward, log_decay", gated, lambda q, k, v, g: linear_attention(q, k, v, log_decay=g)
+        yield "delta_rule", "forward", gated, delta
+
+    def _long_sequence(
+        self, operator: str, what: str, inputs: Callable[[int], list[Tensor]], run: Callable[..., object], longest: int
+    ) -> None:
+        short = self.sizes.length
+        runs = [partial(run, *inputs(length)) for length in (short, longest)]
         times: tuple[list[float], ...] = [], []
-        self._once(runs[1])
-        for _ in range(3):
-            times[0].append(self.seconds(runs[0]) * longest / lengths[0])
-            times[1].append(self._once(runs[1]))
-        short, long = (median(some) for some in times)
-        against = f"{longest / lengths[0]:g} times {lengths[0]:,} tokens"
-        self.add("elementwise", f"forward, {longest:,} tokens", long, against, short, "<= 1.15")
+        with torch.no_grad():
+            self._once(runs[1])
+            for _ in range(3):
+                times[0].append(self.seconds(runs[0]) * longest / short)
+                times[1].append(self._once(runs[1]))
+        of_short, of_long = (median(some) for some in times)
+        against = f"{longest / short:g} times {short:,} tokens"
+        self.add(operator, f"{what}, {longest:,} tokens", of_long, against, of_short, "<= 1.15")
 
     def by_length(self, longest: int) -> dict[str, list[tuple[int, float]]]:
         """Seconds of a forward pass at each length; softmax attention only up to the first that exceeds `BUDGET`."""
