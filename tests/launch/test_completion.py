@@ -48,7 +48,7 @@ def completed(scripts: Path, *words: str) -> set[str]:
         (["train", "my"], {"my.yaml"}),
         (["evaluate", ""], {"runs/quick", "runs/quiet"}),
         (["export", "runs/quic"], {"runs/quick"}),
-        (["bench", "m"], {"memory"}),
+        (["bench", "m"], {"memory", "models"}),
     ],
     ids=lambda item: " ".join(sorted(item)) if isinstance(item, set) else " ".join(item),
 )
