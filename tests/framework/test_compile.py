@@ -91,8 +91,9 @@ def test_one_graph_gives_what_eager_code_gives(name: str) -> None:
     assert not counters["graph_break"]
     assert {"longreach.scan", "longreach.short_conv"} <= called
     assert ("longreach.long_conv" in called) == (name == "taps")
+    limit = 2e-6 if name == "decays by the token" else 1e-6  # sums over all tokens, in fp32
     for mine, theirs in zip(got, expected, strict=True):
-        assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())
+        assert float((mine - theirs).norm()) <= limit * float(theirs.norm())
 
 
 def counted_model() -> tuple[Any, list[int]]:
