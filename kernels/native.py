@@ -169,22 +169,27 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
 HUGE_PAGE, ADVISE_HUGE_PAGES = 1 << 21, 14  # Linux: MADV_HUGEPAGE
 
 
-def with_huge_pages(x: Tensor) -> Tensor:
-    """``x``, uninitialized: where it is large, Linux is asked to back it by pages of 2 MiB.
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized tensor ``shape`` with the device and, unless given, the dtype of ``like``.
 
-    Large tensors are new memory at every call, and writing to it first takes a page fault for every 4 KiB.
+    A large one begins at a page of 2 MiB, which Linux is asked to use: it is new memory at every call, and writing to
+    it first takes a page fault for each of its pages of 4 KiB.
     """
-    size = x.numel() * x.element_size()
-    if x.is_cpu and size >= 2 * HUGE_PAGE and not is_traced(x):
-        start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        stop = (x.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
-        _process().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ADVISE_HUGE_PAGES)  # may be refused
-    return x
+    made = like.new_empty(shape, dtype=dtype)
+    size = made.numel() * made.element_size()
+    if not made.is_cpu or size < 2 * HUGE_PAGE or is_traced(like):
+        return made
+    storage = like.new_empty(size + HUGE_PAGE, dtype=torch.uint8).untyped_storage()
+    start = -storage.data_ptr() % HUGE_PAGE
+    _process().madvise(storage.data_ptr() + start, size // HUGE_PAGE * HUGE_PAGE, ADVISE_HUGE_PAGES)  # may be refused
+    return made.set_(storage, start // made.element_size(), made.shape, made.stride())
 
 
 @cache
 def _process() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return library
 
 
 def last_dim_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -16,6 +17,14 @@ import psutil
 
 from .exit_codes import BROKEN_PIPE, FAILED, INTERRUPTED, STOPPED, report_error
 
+MALLOC = (
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)  # what else decides on memory
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+KEPT = 32 << 20  # bytes: the most that mallopt takes; smaller blocks are kept, larger ones would leave holes
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP's threads wait for work
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to save and end
 
@@ -23,12 +32,18 @@ forwarded: set[int] = set()  # the signals that `forward_signals` passed on
 
 
 def prepare_libraries() -> None:
-    """Set what torch and OpenMP read from the environment when they are loaded; what is set there already is kept.
+    """Set what torch, OpenMP and malloc do on a CPU; what the environment says about it already is kept.
 
-    torch asks for huge pages: on a CPU, the page faults of a large new tensor cost more than filling it. OpenMP's
-    threads sleep while they wait: one that spins on a busy machine takes the core from the thread that it waits for.
+    The page faults of a large new tensor cost more than filling it. So torch asks for huge pages, and malloc keeps what
+    is freed for the next tensor instead of giving it back to the system, if it is not too large. OpenMP's threads sleep
+    while they wait: one that spins on a busy machine takes the core from the thread that it waits for.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux" and not any(name in os.environ for name in MALLOC):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(MMAP_THRESHOLD, KEPT)
+            libc.mallopt(TRIM_THRESHOLD, -1)  # never
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
 

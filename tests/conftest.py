@@ -2,6 +2,8 @@
 
 import os
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: the same number of threads everywhere, so that sums are rounded alike.
@@ -13,11 +15,43 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+REGISTRY = "longreach.framework.mixers.registry"
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test, or a library that it calls, sets in the environment is gone after it.
+
+    DeepSpeed and accelerate write the variables of a launcher there, which others then take for theirs.
+    """
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def registered_mixers() -> Iterator[None]:
+    """What a test registers as a mixer is gone after it, with the files that were run for it."""
+    before, loaded = set(_registered()), set(sys.modules)
+    yield
+    for name in set(_registered()) - before:
+        registry = sys.modules[REGISTRY]
+        del registry.MIXERS[name], registry.CONFIGS[name]
+    for name in set(sys.modules) - loaded:
+        if name.startswith("longreach_code_"):
+            del sys.modules[name]
+
+
+def _registered() -> dict[str, type]:
+    return sys.modules[REGISTRY].CONFIGS if REGISTRY in sys.modules else {}
 
 
 @pytest.fixture(scope="session")

@@ -142,8 +142,7 @@ class Native(Chunked):
     def _chunk_states(self, x: Tensor) -> Tensor:
         """The states before the chunks, uninitialized: ``[B, N, 2, t+1, D]`` padded, N = 0 if not causal."""
         num_chunks = -(-x.shape[1] // CHUNK) if self.causal else 0
-        states = x.new_empty(x.shape[0], num_chunks, 2, self.order + 1, _padded_width(x), dtype=torch.float32)
-        return native.with_huge_pages(states)
+        return native.empty(x, x.shape[0], num_chunks, 2, self.order + 1, _padded_width(x), dtype=torch.float32)
 
 
 def _padded_width(x: Tensor) -> int:
@@ -157,7 +156,7 @@ def _padded(x: Tensor) -> Tensor:
 
 def _output(x: Tensor) -> Tensor:
     """An output like ``x [B, L, D]``, uninitialized, with padded channels."""
-    return native.with_huge_pages(x.new_empty(*x.shape[:2], _padded_width(x)))
+    return native.empty(x, *x.shape[:2], _padded_width(x))
 
 
 def _unpadded(x: Tensor, like: Tensor) -> Tensor:

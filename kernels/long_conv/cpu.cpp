@@ -7,7 +7,6 @@
 // the last level the residues are numbers, in a scrambled order that a product does not mind; the way back undoes the
 // levels. A level is one pass, and its parts are finished one by one, with the kernel's, so that all but the first
 // passes stay in the second-level cache. The first pass reads the tokens, its inverse writes them.
-#include <sys/mman.h>
 
 #include <cmath>
 #include <map>
@@ -589,10 +588,3 @@ extern "C" void long_conv_fft(int x_is_bf16, int kernel_is_bf16, const int64_t* 
 
 // Channels in a stripe.
 extern "C" int64_t lanes() { return W; }
-
-// For memory not yet accessed: thousands of page faults take as long as a transform.
-extern "C" void use_huge_pages(void* data, int64_t bytes) {
-  constexpr uintptr_t huge = uintptr_t(1) << 21;
-  const uintptr_t first = ((uintptr_t)data + huge - 1) / huge * huge, last = ((uintptr_t)data + bytes) / huge * huge;
-  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-}

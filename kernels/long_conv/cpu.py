@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def backward(
     """As `chunked.backward`: the gradients of x, kernel, skip and past."""
     num_past = past.shape[1]
     dtokens = _output(x, num_past + x.shape[1], ids)
-    dtaps = _empty(kernel, kernel.shape, torch.float32)
+    dtaps = native.empty(kernel, *kernel.shape, dtype=torch.float32)
     if not is_traced(x):
         library = native.load(SOURCE)
         for arguments in _arguments(library.lanes(), grad, x, kernel, skip, past, ids, centre, dtokens, dtaps):
@@ -50,17 +49,8 @@ def backward(
 
 def _output(x: Tensor, length: int, ids: Tensor | None) -> Tensor:
     """``[B, length, D]`` in the dtype of x; with ids zeroed, as nothing is written at positions without a token."""
-    made = _empty(x, (x.shape[0], length, x.shape[2]), x.dtype)
+    made = native.empty(x, x.shape[0], length, x.shape[2], dtype=x.dtype)
     return made if ids is None else made.zero_()
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor in huge pages, on the device of ``like``."""
-    made = like.new_empty(shape, dtype=dtype)
-    if not is_traced(like):
-        pointer, size = ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.numel() * made.element_size())
-        native.load(SOURCE).use_huge_pages(pointer, size)
-    return made
 
 
 def points(least: int) -> int:
@@ -101,7 +91,7 @@ def _arguments(
         threads = min(torch.get_num_threads(), stripes * (len(rows) if dtaps is None else 1))
         buffers = 2 if dtaps is None else 3 if len(rows) == 1 else 4
         room = buffers * size * lanes + (length + before) * lanes * (width % lanes > 0)
-        workspace = _empty(x, (threads * room + 16,), torch.float32)
+        workspace = native.empty(x, threads * room + 16, dtype=torch.float32)
         workspace = workspace[-workspace.data_ptr() % 64 // 4 :]  # aligned to cache lines
         parts = [taps[:, used], None if dtaps is None else dtaps[:, used]]
         yield (

@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -47,20 +46,6 @@ print(list(load_exported("exported")(torch.zeros(1, 5, dtype=torch.int64)).shape
 """
 
 
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    before = [dict(table) for table in (MIXERS, CONFIGS)]
-    loaded = set(sys.modules)
-    yield
-    for table, was in zip((MIXERS, CONFIGS), before):
-        table.clear()
-        table.update(was)
-    for name in set(sys.modules) - loaded:
-        if name.startswith("longreach_code_"):
-            del sys.modules[name]
-
-
 def test_the_page_shows_the_example_which_is_short() -> None:
     code = EXAMPLE.read_text(encoding="utf-8")
     page = (DOCS / "write-a-mixer.md").read_text(encoding="utf-8")
@@ -77,7 +62,8 @@ def test_the_mixer_of_reused_parts_and_the_test_of_the_page(tmp_path: Path, monk
     for name, code in {"ema": EXAMPLE.read_text(encoding="utf-8"), "parts_reused": parts, "test_of_ema": test}.items():
         write(tmp_path, code, f"{name}.py")
     for name in ("ema", "parts_reused", "test_of_ema"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, sys)  # so that what is imported here is forgotten after the test
+        del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("test_of_ema").test_ema()
     importlib.import_module("parts_reused")

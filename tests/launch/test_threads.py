@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from longreach.framework.config import load
 from longreach.framework.runtime.memory import tokens_at_a_time
 from longreach.framework.runtime.process import ELEMENTS_PER_THREAD, LOCAL_RUN_ID, set_num_threads
 from longreach.launch.cli import main
-from longreach.launch.process import prepare_libraries
+from longreach.launch.process import MALLOC, prepare_libraries
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,35 @@ def test_other_words_on_waiting_are_the_users_too(name: str, monkeypatch: pytest
     monkeypatch.delenv(name)
     prepare_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+FAULTS = """
+import resource
+from longreach.launch.process import MALLOC, prepare_libraries
+prepare_libraries()
+import torch
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(7 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_the_next_tensor(
+    environment: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """28 MiB, whose pages of 4 KiB are 7,168; unless the environment decides."""
+    for name in MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "THP_MEM_ALLOC_ENABLE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = python("-c", FAULTS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) < 1000) == kept
 
 
 def test_a_prompt_may_begin_with_an_at_sign(
