@@ -20,7 +20,6 @@ from longreach.framework.mixers import CONFIGS, MIXERS
 from longreach.framework.mixers.registry import run_files
 from longreach.framework.model import Model, ModelConfig, build_model
 from longreach.kernels.scan import scan
-from longreach.testing import check_mixer
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 EXAMPLE = DOCS / "examples" / "ema.py"
@@ -44,6 +43,15 @@ import ema
 import torch
 print(list(load_exported("exported")(torch.zeros(1, 5, dtype=torch.int64)).shape))
 """
+CHECKS = """
+if __name__ == "__main__":
+    import test_of_ema
+    import parts_reused
+    from longreach.testing import check_mixer
+    test_of_ema.test_ema()
+    for causal in (True, False):
+        check_mixer("convolved", 16, causal=causal)
+"""
 
 
 def test_the_page_shows_the_example_which_is_short() -> None:
@@ -53,7 +61,7 @@ def test_the_page_shows_the_example_which_is_short() -> None:
     assert len(code.splitlines()) < 70
 
 
-def test_the_mixer_of_reused_parts_and_the_test_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mixer_of_reused_parts_and_the_test_of_the_page(tmp_path: Path) -> None:
     """As a user would do it: files beside one another, imported by name; the test by a function that pytest calls."""
     page = (DOCS / "write-a-mixer.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -61,14 +69,7 @@ def test_the_mixer_of_reused_parts_and_the_test_of_the_page(tmp_path: Path, monk
     (test,) = (block for block in blocks if "check_mixer" in block)
     for name, code in {"ema": EXAMPLE.read_text(encoding="utf-8"), "parts_reused": parts, "test_of_ema": test}.items():
         write(tmp_path, code, f"{name}.py")
-    for name in ("ema", "parts_reused", "test_of_ema"):
-        monkeypatch.setitem(sys.modules, name, sys)  # so that what is imported here is forgotten after the test
-        del sys.modules[name]
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("test_of_ema").test_ema()
-    importlib.import_module("parts_reused")
-    for causal in (True, False):
-        check_mixer("convolved", 16, causal=causal)
+    said(python(write(tmp_path, CHECKS, "checks.py"), cwd=tmp_path))
 
 
 def test_a_long_piece_is_as_exact_as_a_short_one() -> None:
