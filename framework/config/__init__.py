@@ -223,7 +223,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             merged.data.name = ""
         if any("source" in _of_section(tree, "data") for tree in trees[1:]):
             merged.data.sources = {}  # the command line's source replaces those of the file
-        if missing := OmegaConf.missing_keys(merged):
+        # What a file wants from the command line is missing there as well, where the schema has a default for it.
+        if missing := OmegaConf.missing_keys(merged) | OmegaConf.missing_keys(OmegaConf.merge(*trees)):
             allowed = f"mandatory, and given neither in {file} nor on the command line"
             raise InputError(", ".join(sorted(missing)), MISSING, allowed, "add each as key=value")
         config = typing.cast(RunConfig, OmegaConf.to_object(merged))
@@ -290,14 +291,20 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 def without_secrets(error: InputError, config: RunConfig) -> InputError:
     """The same mistake, told with ``${oc.env:NAME}`` in place of what the environment gave the configuration."""
+    parts = [error.value if isinstance(error.value, str) else repr(error.value), error.allowed, error.fix]
+    parts = [hide_secrets(part, config) for part in parts]
+    unchanged = parts[0] in (error.value, repr(error.value))
+    return type(error)(error.field, error.value if unchanged else parts[0], parts[1], parts[2])
+
+
+def hide_secrets(text: str, config: RunConfig) -> str:
+    """A text with ``${oc.env:NAME}`` in place of what the environment gave the configuration."""
     texts = " ".join(text for text, _ in config.interpolations.values())
     secrets = {os.environ.get(name, ""): name for name in re.findall(r"oc\.env:\s*(\w+)", texts)}
-    parts = [error.value if isinstance(error.value, str) else repr(error.value), error.allowed, error.fix]
     for value, name in secrets.items():
         if len(value) > 3 and not value.isdecimal():  # numbers and words like "off" stand in any message
-            parts = [part.replace(value, f"${{oc.env:{name}}}") for part in parts]
-    unchanged = parts[0] in (error.value, repr(error.value))
-    return InputError(error.field, error.value if unchanged else parts[0], parts[1], parts[2])
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return text
 
 
 def validate(config: RunConfig, given: Collection[str] | None = None) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from longreach.errors import InputError
 from longreach.framework.config import CONFIGS, RunConfig, load, to_yaml
 from longreach.framework.deepspeed.settings import SETTINGS, deepspeed_settings
 from longreach.framework.model import Model, build_model
 
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+EXTEND = "extend"  # which wants the directory of a model
+NAMES = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {EXTEND})
 DEEPSPEED = sorted(path.stem for path in SETTINGS.glob("*.json"))
 BYTES = 256  # what `model.vocab: 0` becomes for a corpus of bytes
 
@@ -55,6 +57,15 @@ def test_a_config_loads_builds_and_can_be_written(name: str, tmp_path: Path) -> 
     assert config.data.seq_len % config.parallel.num_sequence_ranks == 0, "or a rank holds fewer tokens than the others"
 
 
+def test_a_model_to_extend_must_be_named(tmp_path: Path) -> None:
+    """Or its architecture; else a default one would be trained without a word."""
+    with pytest.raises(InputError, match=r"model\.pretrained = '\?\?\?': mandatory.*; add each as key=value"):
+        load(EXTEND)
+    for name in ("pretrained", "architecture"):
+        with pytest.raises(InputError, match=f"model.{name} = '{tmp_path}': must be a local directory with the config"):
+            load(EXTEND, [f"model.{name}={tmp_path}"])
+
+
 def test_the_large_configs_are_as_large_as_their_names_say() -> None:
     billion, small = load("lm-1b-1m"), load("lm-125m")
     assert billion.data.seq_len == 1_048_576 and billion.parallel.num_sequence_ranks == 8
@@ -72,7 +83,7 @@ def test_a_deepspeed_file_is_accepted(name: str, precision: str) -> None:
     assert found["train_batch_size"] == 4 * 8, "DeepSpeed counts every rank's part of a sequence as one"
     assert found["gradient_clipping"] == 1.0
     zero = found["zero_optimization"]
-    assert isinstance(zero, dict) and zero["stage"] == int(name.removeprefix("zero"))
+    assert isinstance(zero, dict) and zero["stage"] == int(name.removeprefix("zero") if name != "slow_network" else 0)
     for section in ("fp16", "bf16"):
         enabled = found[section]
         assert isinstance(enabled, dict) and enabled["enabled"] == (precision == section)
