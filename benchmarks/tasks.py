@@ -59,7 +59,7 @@ RUNS: dict[str, tuple[list[str], int, list[str]]] = {
     "digits": (MOST, 3, []),
     "forecast": (MOST, 3, []),
     "adding": ([EA6, "softmax"], 1, []),
-    "needle": (["chela", EA6], 1, []),
+    "needle": (["chela", EA6, "mamba2", "gated_deltanet"], 1, []),
     "recall": (["chela", "softmax", "mamba2", "gated_deltanet"], 1, []),
     "retrieval": (["chela", "feedforward_kernel"], 1, []),
     "listops": (["chela", "softmax", EA6], 1, LISTOPS),
