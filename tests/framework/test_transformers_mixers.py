@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
 import torch
 from helpers import assert_close
@@ -12,11 +16,15 @@ from longreach.framework.mixers import GatedDeltaNetConfig, Mamba2Config, build_
 from longreach.parallel.span import Span
 
 WIDTH = 16
+Pair: TypeAlias = Callable[[], tuple[nn.Module, nn.Module]]
 
 
-def both(ours: nn.Module, theirs: nn.Module, length: int) -> tuple[list[Tensor], list[Tensor]]:
+def both(
+    ours: nn.Module, theirs: nn.Module, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
     """Output and the gradient of the input, of either module."""
-    x, upstream = torch.randn(2, 2, length, WIDTH)
+    torch.manual_seed(1)
+    x, upstream = torch.randn(2, 2, length, WIDTH).to(dtype)
     results = []
     for run in (lambda x: ours(x, Span()), theirs):
         leaf = x.clone().requires_grad_()
@@ -31,8 +39,8 @@ def randomize(module: nn.Module) -> None:
         parameter += 0.1 * torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("length", [1, 7, 21])
-def test_mamba2_with_the_weights_of_transformers(length: int) -> None:
+def mamba2() -> tuple[nn.Module, nn.Module]:
+    """Our mixer and the layer of transformers, with the same weights."""
     from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as TheirConfig
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -61,12 +69,11 @@ def test_mamba2_with_the_weights_of_transformers(length: int) -> None:
             "out.weight": theirs.out_proj.weight,
         }
     )
-    for name, found, wanted in zip(("y", "gradient"), *both(ours, theirs, length), strict=True):
-        assert_close(name, found, wanted, rel_rms=1e-5)
+    return ours, theirs
 
 
-@pytest.mark.parametrize("length", [1, 7, 70])
-def test_gated_deltanet_with_the_weights_of_transformers(length: int) -> None:
+def gated_deltanet() -> tuple[nn.Module, nn.Module]:
+    """Our mixer and the layer of transformers, with the same weights."""
     from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -106,8 +113,25 @@ def test_gated_deltanet_with_the_weights_of_transformers(length: int) -> None:
             "out.weight": theirs.out_proj.weight,
         }
     )
-    for name, found, wanted in zip(("y", "gradient"), *both(ours, theirs, length), strict=True):
+    return ours, theirs
+
+
+@pytest.mark.parametrize("length", [1, 7, 70])
+@pytest.mark.parametrize("pair", [mamba2, gated_deltanet], ids=lambda pair: pair.__name__)
+def test_a_mixer_with_the_weights_of_transformers(pair: Pair, length: int) -> None:
+    for name, found, wanted in zip(("y", "gradient"), *both(*pair(), length), strict=True):
         assert_close(name, found, wanted, rel_rms=1e-5)
+
+
+@pytest.mark.parametrize("pair", [mamba2, gated_deltanet], ids=lambda pair: pair.__name__)
+def test_sixteen_bits_are_as_exact_as_those_of_transformers(pair: Pair) -> None:
+    """Weights and inputs in bf16: the error against the same layer in fp32, of the output and of the gradient."""
+    ours, theirs = pair()
+    exact, _ = both(ours, theirs, 70)
+    rounded = both(copy.deepcopy(ours).bfloat16(), copy.deepcopy(theirs).bfloat16(), 70, torch.bfloat16)
+    for wanted, found, others in zip(exact, *rounded, strict=True):
+        error, allowed = ((x.float() - wanted).norm() / wanted.norm() for x in (found, others))
+        assert error <= 1.25 * allowed
 
 
 def test_gated_deltanet_without_decay_does_not_forget() -> None:
