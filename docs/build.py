@@ -53,6 +53,7 @@ MODULES = [  # what users call, the public names first; `kernels` is no package,
     "longreach.framework.inference.inputs",
     "longreach.framework.inference.embed",
     "longreach.framework.inference.export",
+    "longreach.framework.inference.distill",
     "longreach.framework.inference.loading",
     "longreach.framework.inference.carry_file",
     "longreach.framework.inference.huggingface",
@@ -93,7 +94,8 @@ Other names in code, such as `config.load`, are those of the Python interface (`
 CONFIG_TAIL = """
 `deepspeed` is one of
 
-- the name of a file in `configs/deepspeed/`: NAMES (the stage of ZeRO);
+- the name of a file in `configs/deepspeed/`: NAMES (the stage of ZeRO;
+  [`slow_network`](how-many-ranks.md#slow-networks): stage 0, with few bytes to exchange);
 - the path of a DeepSpeed JSON: `deepspeed=my_zero.json`, or `--deepspeed_config my_zero.json`, which is the same;
 - a mapping of DeepSpeed's keys, in the YAML file.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -34,14 +35,17 @@ from .model import build_model
 from .model.heads import labelled
 from .model.trained import freeze
 from .monitoring.exchanges import record_exchanges
+from .monitoring.hosts import Hosts
 from .monitoring.profile import StepProfile
 from .runtime.loss_guard import LossGuard
 from .runtime.memory import check_memory, tokens_at_a_time
 from .runtime.preemption import Preemption
 from .runtime.process import abort, check_compile, compile_model, peak_memory, set_num_threads
-from .runtime.rank_consistency import check_rank_consistency
+from .runtime.rank_consistency import check_rank_consistency, check_same_data
 from .runtime.run import keeps_best, open_run
 from .runtime.schedule import learning_rate
+from .runtime.status import RunStatus
+from .runtime.storage import check_shared_storage
 from .runtime.validation import batches_of, blocks_of
 from .tasks import Score, Task, kind_of, open_task
 
@@ -78,11 +82,11 @@ def train(config: RunConfig) -> Result:
         InputError: something in the config, the data or the checkpoint does not fit; before the first step.
     """
     mesh, task, engine = set_up(config)
-    with open_run(config, mesh, task, engine) as run:
+    with open_run(config, mesh, task, engine) as run, RunStatus(config, mesh.world, run.state) as status:
         monitor, state, steps, stopped, save_seconds = run.monitor, run.state, config.train.steps, "", 0.0
         with (
             Preemption(config.train.time_limit) as preemption,
-            Heartbeat(mesh.world, config.parallel.timeout, abort) as heartbeat,
+            Heartbeat(mesh.world, config.parallel.timeout, status.abort) as heartbeat,
         ):
             traffic, guard = Traffic(mesh.device), LossGuard(config.train)
             batches = batches_of(config, mesh, task, "train", config.run.seed)
@@ -90,6 +94,7 @@ def train(config: RunConfig) -> Result:
             on_trace = monitor.profile if monitor is not None else None
             profile = StepProfile(config.monitor.profile_steps, run.directory, mesh.world.rank, engine.module, on_trace)
             recorded = partial(record_exchanges, run.directory, mesh.world.rank, traffic)
+            run.hosts.meet()
             while not run.has_ended and not stopped:
                 step = state["step"] + 1
                 heartbeat.set_phase(f"in step {step}")
@@ -98,13 +103,17 @@ def train(config: RunConfig) -> Result:
                 data_wait = time.monotonic() - started
                 lr = learning_rate(config.optim, state["step"], steps)
                 with recorded(step, config.monitor.record_exchanges), profile.step(step):
-                    metrics = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic)
+                    metrics = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic, run.hosts)
                 warning = run.check_loss(guard, metrics, partial(batches.windows, state["consumed"]))
                 state["step"], state["consumed"] = step, state["consumed"] + config.data.batch_size
                 state["tokens"] += config.data.batch_size * config.data.seq_len
                 seconds = {"step_seconds": time.monotonic() - started, "data_wait_seconds": data_wait}
-                run.record_step(metrics, {**seconds, "save_seconds": save_seconds}, traffic, warning)
+                report = run.hosts.report() if step == steps or _is_due(config.train.log_every, step) else None
+                run.record_step(metrics, {**seconds, "save_seconds": save_seconds}, traffic, warning, report)
+                if report is not None:
+                    status.running()
                 stopped = preemption.reason(mesh.world) if step < steps else ""
+                run.hosts.meet()
                 is_best = False
                 if step == steps or (_is_due(config.train.validate_every, step) and not stopped):
                     is_best = run.validate()
@@ -116,6 +125,7 @@ def train(config: RunConfig) -> Result:
         test = None if stopped else run.test()
         if not stopped:
             run.finish()
+        status.end(stopped)
         plot = monitor.plot() if monitor is not None and config.monitor.plot else None
     gather_values([0.0], mesh.world)  # a barrier: no rank leaves while the first one writes
     engine.close()
@@ -135,6 +145,7 @@ def train_step(
     consumed: int,
     lr: float,
     traffic: Traffic,
+    hosts: Hosts | None = None,
 ) -> dict[str, float]:
     """One optimizer step over this data rank's micro-batches.
 
@@ -143,12 +154,14 @@ def train_step(
         consumed: sequences trained on before, over all ranks.
         lr: learning rate of this step.
         traffic: counts what is exchanged.
+        hosts: is told what every rank waited for, in the same exchange as the losses.
 
     Returns:
         ``loss`` (nats, or squared errors, per labelled token), ``penalty``, ``lr``, ``grad_norm``,
         ``peak_memory_bytes``: over all ranks. And four parts of this rank's time: ``exchange_seconds`` in the
         exchanges of the span's verbs and in sums over ranks, ``zero_seconds`` in DeepSpeed's collectives,
         ``optimizer_seconds`` in the rest of the engine's step, ``compute_seconds`` for all else: forward and backward.
+        With ``hosts``, what `Hosts.add` returns.
     """
     started = time.monotonic()
     for stopwatch in (traffic.waiting, engine.comm_timer, engine.step_timer):
@@ -158,11 +171,13 @@ def train_step(
     engine.comm_timer.lap()
     norm = engine.step(lr)
     nll_sum, penalty_sum, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # here the host waits
-    with traffic.waiting:
-        ranks = gather_values([nll_sum, penalty_sum, peak_memory(mesh.device)], mesh.world)
-    exchange_seconds = traffic.waiting.read()
-    reducing, gathering = engine.comm_timer.read_laps()
+    exchange_seconds, (reducing, gathering) = traffic.waiting.read(), engine.comm_timer.read_laps()
     zero_seconds, optimizer_seconds = reducing + gathering, max(0.0, engine.step_timer.read() - gathering)
+    peak = peak_memory(mesh.device)
+    own = hosts.own(exchange_seconds + zero_seconds, peak) if hosts is not None else []
+    with traffic.waiting:
+        ranks = gather_values([nll_sum, penalty_sum, peak, *own], mesh.world)
+    exchange_seconds += traffic.waiting.read()
     elsewhere = exchange_seconds + zero_seconds + optimizer_seconds
     return {
         "loss": sum(row[0] for row in ranks) / num_labels,
@@ -174,6 +189,7 @@ def train_step(
         "exchange_seconds": exchange_seconds,
         "zero_seconds": zero_seconds,
         "optimizer_seconds": optimizer_seconds,
+        **(hosts.add([row[3:] for row in ranks]) if hosts is not None else {}),
     }
 
 
@@ -215,6 +231,7 @@ def accumulate_gradients(
         spans = blocks_of(micro, config, mesh, dropout_seeds=rows * 1_000_003 + config.run.seed, traffic=traffic)
         # The penalty counts once in a step: each term that a rank, micro-batch and block adds has its part of it.
         num_terms = mesh.world.size * len(batch) * len(spans)
+        others_follow = iter([True] * (len(spans) - 1) + [number + 1 < len(batch)])  # after each block's backward
 
         def forward_only(span: Span, micro: Batch = micro) -> None:
             engine(to_device(span.shard(micro.tokens), mesh.device), span=span, head=False)
@@ -225,7 +242,10 @@ def accumulate_gradients(
             sums.add_(torch.stack([nll.detach().double().sum(), penalty.detach().double() / num_terms]))
             return nll.sum() / num_labels + penalty / num_terms
 
-        streaming.train(spans, forward_only, block_loss, engine.backward, park=config.parallel.park_carries)
+        def backward(loss: Tensor, others_follow: Iterator[bool] = others_follow) -> None:
+            engine.backward(loss, is_last=not next(others_follow))
+
+        streaming.train(spans, forward_only, block_loss, backward, park=config.parallel.park_carries)
     return sums
 
 
@@ -238,8 +258,18 @@ def set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
     set_num_threads(config.train.threads, tokens_at_a_time(config) * config.model.width)
     join_world(config.parallel.timeout)
     mesh = mesh_of(config)
+    with Heartbeat(mesh.world, config.parallel.timeout, abort):
+        task, engine = _open(config, settings, mesh)
+        gather_values([0.0], mesh.world)  # a barrier: no rank falls silent while another one is monitored
+    return mesh, task, engine
+
+
+def _open(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> tuple[Task, Engine]:
+    """Compare the ranks, open the data and build the model."""
     check_rank_consistency(config, mesh.world)
+    check_shared_storage(Path(config.run.dir), mesh.world, config.parallel.timeout)
     task = start_task(config, mesh)
+    check_same_data(task, mesh.world)
     if config.data.epochs:
         sequences = len(task.sequences("train", None))
         config.train.steps = max(1, math.ceil(config.data.epochs * sequences / config.data.batch_size))
@@ -248,7 +278,7 @@ def set_up(config: RunConfig) -> tuple[Mesh, Task, Engine]:
         allowed = f"needs held-out data, and {task.title} has none"
         raise InputError("train.patience", config.train.patience, allowed, "set data.valid_fraction")
     check_memory(config, settings, mesh)
-    return mesh, task, start_engine(config, settings, mesh)
+    return task, start_engine(config, settings, mesh)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .arguments import Parser, parse
 from .commands import (
     bench,
     completion,
+    distill,
     doctor,
     embed,
     evaluate,
@@ -21,6 +22,7 @@ from .commands import (
     lr,
     pack,
     predict,
+    runs,
     tokenizer,
     train,
     verify,
@@ -52,6 +54,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "train": train,
     "lr": lr,
+    "runs": runs,
     "verify": verify,
     "evaluate": evaluate,
     "generate": generate,
@@ -60,6 +63,7 @@ COMMANDS: dict[str, Command] = {
     "pack": pack,
     "tokenizer": tokenizer,
     "export": export,
+    "distill": distill,
     "bench": bench,
     "doctor": doctor,
     "completion": completion,

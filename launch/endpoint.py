@@ -37,6 +37,16 @@ def is_local(host: str) -> bool:
     return host == "localhost" or _is_loopback(host)
 
 
+def resolve(host: str, port: int) -> tuple[str, bool]:
+    """The address of a name, and whether it is this host's own.
+
+    Raises:
+        OSError: the name is not known.
+    """
+    address = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+    return address, _is_loopback(address) or address in interfaces()
+
+
 def route_to(host: str, port: int, seconds: float) -> Route:
     """Find the way from this host to the endpoint; waits until the endpoint answers, where it is not this host's own.
 
@@ -52,25 +62,25 @@ def route_to(host: str, port: int, seconds: float) -> Route:
     deadline, why = time.monotonic() + seconds, ""
     while True:
         try:
-            address = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-            if leads := _is_loopback(address) or address in _interfaces():
+            address, leads = resolve(host, port)
+            if leads:
                 address = _only_address(host, address) if _is_loopback(address) else address
             else:
                 with socket.create_connection((address, port), timeout=max(PAUSE, deadline - time.monotonic())) as way:
                     address = way.getsockname()[0]
-            return Route(leads, address, _interfaces()[address.partition("%")[0]])
+            return Route(leads, address, interfaces()[address.partition("%")[0]])
         except OSError as error:
             why = error.strerror or str(error)
         if time.monotonic() > deadline:
             break
         time.sleep(PAUSE)
     raise NotReached(
-        f"nobody answered within {seconds:g} s ({why}), and this host, with {', '.join(_interfaces())}, is not {host}: "
+        f"nobody answered within {seconds:g} s ({why}), and this host, with {', '.join(interfaces())}, is not {host}: "
         "start the same command on the host that has this address, or give an address of this host"
     )
 
 
-def _interfaces() -> dict[str, str]:
+def interfaces() -> dict[str, str]:
     """The name of the interface by each address of this host, without those of the loopback."""
     return {
         address.address.partition("%")[0]: name
@@ -82,7 +92,7 @@ def _interfaces() -> dict[str, str]:
 
 def _only_address(host: str, loopback: str) -> str:
     """This host's address for others, where its own name stands for ``loopback`` here (as in Debian's /etc/hosts)."""
-    known = _interfaces()
+    known = interfaces()
     usable = [address for address in known if not ipaddress.ip_address(address).is_link_local]
     usable = [address for address in usable if ":" not in address] or usable
     if len(usable) != 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..framework.monitoring.terminal import line_start
 
-FAILED = 1  # a fault: a rank, a data worker or an exchange failed, a loss that is not finite, out of memory
+FAILED = 1  # a fault: a rank, a data worker or an exchange failed or did not come, a loss is not finite, out of memory
 INPUT_ERROR = 2  # what the user gave is wrong
 STOPPED = 75  # a signal or train.time_limit ended the run early; a checkpoint was saved (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
@@ -45,7 +45,9 @@ def report_errors() -> Iterator[Outcome]:
     try:
         yield outcome
     except InputError as error:
-        outcome.exit_code = report_error(error, INPUT_ERROR)
+        from ..parallel.mesh import NotMet
+
+        outcome.exit_code = report_error(error, FAILED if isinstance(error, NotMet) else INPUT_ERROR)
     except CommandFailed as error:
         outcome.exit_code = report_error(error, FAILED)
     except RuntimeError as error:

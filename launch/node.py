@@ -11,7 +11,12 @@ run that stopped early and saved a checkpoint for one that failed; from these ex
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from datetime import timedelta
 
 from ..errors import InputError
 from .endpoint import NotReached, is_local, route_to, set_interface
@@ -19,7 +24,7 @@ from .exit_codes import FAILED, STOPPED, report_error, report_errors
 from .local import report_rank_errors
 from .process import exit_process, forward_signals, forwarded, prepare_libraries
 
-DEFAULT_PORT, JOIN_SECONDS = 29400, 600.0  # of torchrun's c10d rendezvous
+STORE_SECONDS = 10.0  # for the store of another launcher on this host to answer
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -35,6 +40,9 @@ def _run(words: Sequence[str] | None) -> int:
     from torch.distributed import DistError, run
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    from . import rendezvous
+    from .clocks import ignore_clocks
+
     parser = run.get_args_parser()
     _describe(parser)
     arguments = parser.parse_args(words)
@@ -44,8 +52,13 @@ def _run(words: Sequence[str] | None) -> int:
     arguments.training_script_args.insert(0, arguments.training_script)
     arguments.training_script, arguments.module = "longreach.launch.train", True
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # after others, `forward_signals` leaves the ranks time to save
+    # Else torchrun keeps the address of a store that it made for the first ranks from nodes that join later.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         _set_route(arguments)
+        ignore_clocks()
+        if arguments.rdzv_backend == rendezvous.C10D:
+            arguments.rdzv_backend = rendezvous.use_rendezvous()
         with report_rank_errors() as outcome:
             run.run(arguments)
     except (RendezvousError, DistError, NotReached) as error:
@@ -61,18 +74,59 @@ def _set_route(arguments: argparse.Namespace) -> None:
     """Set what torchrun and the ranks' libraries otherwise take from this host's name; what is given is kept."""
     from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 
-    if arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint or arguments.nnodes in ("1", "1:1"):
+    from .rendezvous import DEFAULT_PORT, JOIN_SECONDS
+
+    if arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint:
         return
     host, port = parse_rendezvous_endpoint(arguments.rdzv_endpoint, DEFAULT_PORT)
     if is_local(host):
         return
-    matches = _matches_machine_hostname(host)
+    matches: bool | None = None
+    with suppress(OSError):  # this host's own name is not known, where torchrun would fail
+        matches = _matches_machine_hostname(host)
     conf = dict(pair.split("=", 1) for pair in arguments.rdzv_conf.split(",") if "=" in pair)
-    route = route_to(host, port, float(conf.get("join_timeout", JOIN_SECONDS)))
-    if "is_host" not in conf and route.leads != matches:  # where it may lead, torchrun tries, and else joins
-        arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, f"is_host={int(route.leads)}"]))
+    seconds = float(conf.get("join_timeout", JOIN_SECONDS))
+    route = route_to(host, port, seconds)
+    if not route.leads and not _is_launcher(host, port, seconds):
+        raise NotReached(
+            f"what listens there has not answered for {seconds:g} s as a launcher; see what that host says"
+        )
+    leads = route.leads and not _is_held(host, port)
+    if "is_host" not in conf and leads != matches:  # where it may lead, torchrun tries, and else joins
+        arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, f"is_host={int(leads)}"]))
     arguments.local_addr = arguments.local_addr or route.address
     set_interface(route.interface)
+
+
+def _is_held(host: str, port: int) -> bool:
+    """Whether another launcher on this host leads already.
+
+    Raises:
+        NotReached: what listens on the port is another program.
+    """
+    try:
+        socket.create_server(("", port)).close()
+        return False
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+    if not _is_launcher(host, port, STORE_SECONDS):
+        fix = "end what holds it, or give --rdzv-endpoint another port on all hosts"
+        raise NotReached(f"this host leads and cannot listen on port {port} ({why}); {fix}")
+    return True
+
+
+def _is_launcher(host: str, port: int, seconds: float) -> bool:
+    """Whether what listens there answers as the store of a launcher; torch waits for its answer without a time-out."""
+    from torch._C._distributed_c10d import TCPStore
+
+    from ..framework.data.stall import run_in_thread
+
+    timeout = timedelta(seconds=seconds)
+    try:
+        run_in_thread(lambda: TCPStore(host, port, is_master=False, timeout=timeout)).result(seconds)
+    except (FutureTimeoutError, RuntimeError):
+        return False
+    return True
 
 
 _USAGE = "python -m longreach.launch.node [option of torchrun ...] CONFIG [key=value ...]"

@@ -128,7 +128,8 @@ def _outcome(config: str, words: list[str]) -> tuple[float | None, bool]:
     # Imported here: with a comma in an override, this module is imported also where nothing varies.
     from ..framework.checkpoint import newest
     from ..framework.checkpoint.directory import read_state
-    from ..framework.runtime.run import has_ended, keeps_best
+    from ..framework.runtime.patience import has_ended
+    from ..framework.runtime.run import keeps_best
 
     try:
         wanted = load(config, words)

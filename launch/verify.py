@@ -262,7 +262,7 @@ class _Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
         (loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.scale).backward()
 
 

@@ -7,6 +7,7 @@ such steps, each of one rank's payload.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -96,6 +97,16 @@ def seconds(kind: str, num_bytes: float, ranks: int, link: Link) -> float:
     }
     number, size = steps.get(kind, (1, num_bytes))
     return number * link.seconds(size)
+
+
+def exposed_seconds(exchanges: Sequence[float], beside: float) -> float:
+    """Seconds that exchanges take beyond a computation of ``beside`` seconds that goes on meanwhile.
+
+    Args:
+        exchanges: seconds of each, one after the other; the last begins when the computation is over.
+        beside: seconds of the computation.
+    """
+    return max(sum(exchanges) - beside, exchanges[-1]) if exchanges else 0.0
 
 
 def fastest(

@@ -96,8 +96,8 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
         timeout_seconds: how long to look for the other ranks, and how long an exchange may take later.
 
     Raises:
-        InputError: the launcher's environment is not one, the first rank cannot be reached, its port is taken, or not
-            all ranks came in time.
+        InputError: the launcher's environment is not one, or the first rank's port is taken.
+        NotMet: the first rank was not reached in time, or not all ranks came.
     """
     if dist.is_initialized() or (world_size() == 1 and "MASTER_ADDR" not in os.environ):
         return
@@ -128,7 +128,7 @@ def join_world(timeout_seconds: float = 1800.0) -> None:
     except RuntimeError as error:
         allowed = f"the {ranks} ranks did not find each other within {timeout_seconds:g} s ({error})"
         fix = "start all ranks at about the same time, in a network where each reaches each, or raise parallel.timeout"
-        raise InputError("rendezvous", f"{host}:{port}", allowed, fix) from None
+        raise NotMet("rendezvous", f"{host}:{port}", allowed, fix + _hint()) from None
 
 
 def nccl_timeout(timeout_seconds: float) -> timedelta:
@@ -166,7 +166,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reach(host: str, port: int, seconds: float) -> None:
-    """Wait until a process listens there, and raise `InputError` if none does for so many seconds."""
+    """Wait until a process listens there, and raise `NotMet` if none does for so many seconds."""
     deadline, why = time.monotonic() + seconds, ""
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -176,7 +176,15 @@ def _reach(host: str, port: int, seconds: float) -> None:
         time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
     allowed = f"the first rank did not answer within {seconds:g} s: {why}"
     fix = "start it there, and let this machine reach that port, or raise parallel.timeout"
-    raise InputError("rendezvous", f"{host}:{port}", allowed, fix)
+    raise NotMet("rendezvous", f"{host}:{port}", allowed, fix + _hint())
+
+
+def _hint() -> str:
+    """What else may help where torchrun took addresses from the names that the hosts have for themselves."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or "GLOO_SOCKET_IFNAME" in os.environ or local_size() == world_size():
+        return ""
+    ways = "start with python -m longreach.launch.node, or give --local-addr and GLOO_SOCKET_IFNAME on each host"
+    return f"; torchrun goes by the hosts' own names: {ways}"
 
 
 def fake_world(ranks: int, rank: int, node_size: int) -> None:
@@ -270,6 +278,11 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "0")
 
 
+def is_one_host(world: Axis) -> bool:
+    """Whether the launcher's environment says that all ranks are on this node."""
+    return local_size() == world.size or world.size == 1
+
+
 def node_axes(rows: list[tuple[int, ...]], node_size: int) -> tuple[Axis | None, Axis | None]:
     """`Axis.node` and `Axis.peers` for ``rows`` of ranks, if each row takes several whole nodes; a collective."""
     sequence = len(rows[0])
@@ -313,6 +326,21 @@ def gather_values(values: list[float], axis: Axis) -> list[list[float]]:
         return [list(values)]
     gathered: list[list[float]] = all_gather(torch.tensor(values, dtype=torch.float64), axis).numpy().tolist()
     return gathered
+
+
+def gather_texts(text: str, axis: Axis) -> list[str]:
+    """Every rank's ``text``, of any length, in rank order; a collective over an axis."""
+    content = text.encode()
+    sizes = [int(size) for (size,) in gather_values([float(len(content))], axis)]
+    if axis.group is None or not any(sizes):
+        return [text] * axis.size
+    padded = content.ljust(max(sizes), b"\0")
+    rows = all_gather(torch.frombuffer(bytearray(padded), dtype=torch.uint8), axis).numpy()
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+class NotMet(InputError):
+    """Ranks did not find each other in time: perhaps a mistake, perhaps a fault of the network, which passes."""
 
 
 class PeerFailed(RuntimeError):

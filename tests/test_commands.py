@@ -69,6 +69,9 @@ ELSEWHERE = {
         "tests/launch/test_launchers.py::test_deepspeed"
     ),
     r"longreach doctor": "tests/launch/test_cli.py::test_doctor_finds_this_machine_well",
+    r"longreach doctor /shared/runs --peer .*": (
+        "tests/cluster/test_peer.py::test_70_and_77_two_hosts_between_which_all_is_well"
+    ),
     r"longreach doctor \. --json .*": (
         "tests/launch/test_doctor.py::test_the_command_finds_what_is_wrong_and_appends_it_to_a_file"
     ),

@@ -119,6 +119,8 @@ def pack(
         partial, lock = _partial_dir(out_dir)
         with lock:
             _write(Path(partial), reader, name, provenance, given, BadSamples(max_bad_samples, tally=tally), callback)
+            newest = -(-max(file.mtime_ns for file in files) // 10**9) * 10**9  # in whole seconds, as any disk keeps it
+            os.utime(Path(partial) / FILE_NAME, ns=(newest, newest))  # this host's clock may not be that of the files
             os.chmod(partial, 0o755)  # with mkdtemp's mode, other users of a cluster could not read it
             os.unlink(lock.name)  # from here on, it is not taken for a stale one: it is not empty
         _publish(partial, out_dir)
@@ -308,7 +310,8 @@ def _write_split(
 def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> Index | None:
     """The index of ``out_dir`` if it was packed from these files with these options; None if nothing is there.
 
-    Names and sizes of the files are always compared; their contents only if a file is newer than the index.
+    Names and sizes of the files are always compared; their contents only if a file is newer than the index, which has
+    the time of the newest file that it was packed from.
 
     Raises:
         InputError: ``out_dir`` contains something else.
@@ -321,8 +324,8 @@ def _existing(out_dir: Path, provenance: dict[str, Any], files: list[File]) -> I
     index = Index.load(out_dir, verify=False)
     changed = [key for key, value in provenance.items() if index.source.get(key) != value]
     if not changed:
-        packed_at = (out_dir / FILE_NAME).stat().st_mtime_ns
-        if max(file.mtime_ns for file in files) > packed_at:
+        newest = (out_dir / FILE_NAME).stat().st_mtime_ns
+        if max(file.mtime_ns for file in files) > newest:
             digest, bad, vocabulary = hashlib.sha256(), BadSamples(math.inf, report=False), index.open_vocabulary()
             chat = vocabulary.encode_chat if isinstance(vocabulary, SubwordVocabulary) else None
             field, upper = provenance["field"] or "", provenance["case"] is None

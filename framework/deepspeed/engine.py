@@ -23,6 +23,7 @@ from ...errors import InputError
 from ...parallel.mesh import Mesh
 from ...parallel.traffic import Stopwatch, timed
 from .partition import FlatPartitionStore, ParameterPartitionStore, ReplicatedStore, partition_bounds
+from .reduction import GradientReduction
 from .workarounds import import_deepspeed, join_world, read_norm_once, take_norm
 
 _COLLECTIVES = (
@@ -58,8 +59,8 @@ class Engine:
         mesh: of the world that was joined; that of a single process needs none.
 
     Attributes:
-        comm_timer: runs while DeepSpeed reduces gradients and gathers weights. With ``overlap_comm`` on a GPU, what
-            overlaps with other work counts too.
+        comm_timer: runs while gradients are reduced and weights gathered. With ``overlap_comm`` on a GPU in stages 2
+            and 3, what overlaps with other work counts too.
         step_timer: runs in `step`.
 
     Raises:
@@ -88,6 +89,8 @@ class Engine:
             "gradient_accumulation_steps": 1,
             "train_batch_size": per_pass * mesh.world.size,
         }
+        zero = config["zero_optimization"]
+        overlap = zero.get("stage", 0) == 0 and bool(zero.pop("overlap_comm", False))  # of stage 0, we do it ourselves
         rates = [group["lr"] for group in optimizer.param_groups]
         _set_learning_rates(optimizer, [0.0] * len(rates))  # some of its optimizers take a step to make their state
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints how much memory there is
@@ -105,13 +108,15 @@ class Engine:
         if self._deepspeed.fp16_enabled():  # it grows the scale of the loss before it divides the gradient by it
             self._update_scale = self._deepspeed.optimizer._update_scale
             self._deepspeed.optimizer._update_scale = self._overflows.append
-        self._reduces_gradients = stage == 0
-        if self._reduces_gradients:
+        self._reduction: GradientReduction | None = None
+        if stage == 0:
             self._deepspeed.enable_backward_allreduce = False
             self._is_finite, self._clip = True, 0.0
-            self._trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
-            for param in self._trained:
+            parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
+            for param in parameters:
                 param.grad_dtype = torch.float32  # micro-batches add up in it, whatever the parameter's dtype
+            size, dtype = self._deepspeed.zero_reduce_bucket_size(), self._deepspeed.communication_data_type
+            self._reduction = GradientReduction(parameters, int(size), dtype, mesh.world.size, overlap)
             if hasattr(self._deepspeed.optimizer, "overflow_checker"):
                 self._clip = settings.get("gradient_clipping", 0.0)
                 take_norm(self._deepspeed.optimizer, lambda: self._is_finite)
@@ -133,13 +138,17 @@ class Engine:
         """How many times larger than true the gradients are that `backward` computes on this rank."""
         return self.mesh.world.size * float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = False) -> None:
         """Add this loss's gradient to that of the step.
 
         Args:
             loss: scalar; a summand of the loss of the whole optimizer step. Summed over the ranks and over the
                 calls of the step, it is that loss.
+            is_last: whether no other call follows before `step`, on any rank: with ``overlap_comm`` in stage 0,
+                gradients are then reduced while this call computes others.
         """
+        if is_last and self._reduction is not None:
+            self._reduction.begin()
         optimizer = self._deepspeed.optimizer
         if hasattr(optimizer, "clear_backward_seen_flag"):  # else two calls after one forward would not add up
             optimizer.clear_backward_seen_flag()
@@ -167,7 +176,7 @@ class Engine:
     def _step(self, lr: float) -> Tensor:
         engine, optimizer = self._deepspeed, self._deepspeed.optimizer
         _set_learning_rates(optimizer, [lr] * len(optimizer.param_groups))
-        norm = self._reduce() if self._reduces_gradients else None
+        norm = None if self._reduction is None else self._reduce(self._reduction)
         if norm is not None and not self._is_finite and not hasattr(optimizer, "overflow"):
             engine.zero_grad()  # a bare torch optimizer would go on
             return norm
@@ -179,15 +188,10 @@ class Engine:
             return torch.tensor(math.inf)
         return norm if norm is not None else torch.as_tensor(engine.get_global_grad_norm())
 
-    def _reduce(self) -> Tensor:
+    def _reduce(self, reduction: GradientReduction) -> Tensor:
         """Average the gradients of stage 0 and return the norm of the true gradient."""
         scale = self.gradient_scale / self.mesh.world.size
-        gradients = []
-        for param in self._trained:
-            if param.grad is None:  # every rank reduces the same ones
-                param.grad = torch.zeros_like(param, dtype=torch.float32)
-            gradients.append(param.grad)
-        self._deepspeed.buffered_allreduce_fallback(gradients)
+        gradients = reduction.finish()
         norms = torch._foreach_norm(gradients, dtype=torch.float32)
         norm = torch.stack(norms).norm() / scale if norms else torch.zeros(())
         self._is_finite = bool(norm.isfinite())
@@ -273,6 +277,8 @@ class Engine:
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model, and the stopwatch off its collectives."""
+        if self._reduction is not None:
+            self._reduction.remove()
         self._deepspeed.destroy()
         for name in _COLLECTIVES:
             vars(self._backend).pop(name, None)

@@ -253,7 +253,7 @@ def _check_sections(given: dict[str, Any], where: str, precision: str) -> None:
     stage = zero.get("stage", 0)
     prefix = f"{where}zero_optimization."
     if zero.get("overlap_comm") and stage == 1:
-        raise InputError(f"{prefix}overlap_comm", True, "needs stage 2 or 3", "set it to false")
+        raise InputError(f"{prefix}overlap_comm", True, "needs stage 0, 2 or 3", "set it to false")
     if zero.get("round_robin_gradients"):  # DeepSpeed then takes one parameter's fp32 values for another's
         raise InputError(f"{prefix}round_robin_gradients", True, "makes wrong checkpoints", "remove it")
     for name in ("offload_optimizer", "offload_param"):

@@ -195,6 +195,7 @@ def evaluate(
     max_batches: int = 0,
     contexts: Sequence[int] = (),
     device: torch.device | None = None,
+    model: SequenceModel | None = None,
 ) -> Evaluation:
     """Score a run's newest model, or an export, on next-token prediction.
 
@@ -207,11 +208,13 @@ def evaluate(
         max_batches: stop after this many held-out batches; 0 reads all.
         contexts: score again with the carry reset every so many tokens, for each number.
         device: where the model computes; by default on the GPU, where torch sees one.
+        model: is scored in the place of the run's own, where it is.
 
     Raises:
         InputError: model, corpus or files do not fit together or cannot be read.
     """
-    config, model = load_run(place, overrides, device)
+    config, own = load_run(place, overrides, device)
+    model = own if model is None else model
     if model.config.head != "token":
         allowed = "token: it is the next token that is scored"
         raise InputError("model.head", model.config.head, allowed, "longreach predict answers for new data")

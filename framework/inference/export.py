@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..checkpoint import tensors_of
 from ..config import RunConfig
-from ..data import ByteVocabulary, load_vocabulary, save_vocabulary
+from ..data import ByteVocabulary, Vocabulary, load_vocabulary, save_vocabulary
 from ..data.chat import TOKENIZER_CONFIG
 from ..data.vocabulary import FILE_NAME as VOCABULARY
 from ..data.vocabulary import TOKENIZER
@@ -65,23 +66,57 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[SequenceModel, int
         InputError: ``run_dir`` is not a run with a checkpoint, ``out_dir`` contains something else than an export, or
             it cannot be written.
     """
-    place = Path(os.path.realpath(out_dir))
-    _check_replaceable(place, out_dir)
+    check_replaceable(Path(os.path.realpath(out_dir)), out_dir)
     config, model, step = load_step(run_dir)
     if isinstance(model, Pretrained) and config.model.head != "token":
         allowed = f"has a head of our own ({config.model.head}), for which transformers has no place"
         raise InputError("RUN_DIR", str(run_dir), allowed, "longreach predict takes the run")
-    vocabulary, task = load_vocabulary(run_dir), _description(Path(run_dir), config)
+    vocabulary = load_vocabulary(run_dir)
+    if isinstance(model, Pretrained):
+        foreign = model
+
+        def write(place: Path) -> None:
+            _write_foreign(place, foreign, Path(run_dir), step)
+            save_vocabulary(vocabulary, place)
+
+        _replace(out_dir, write)
+    else:
+        write_export(model, out_dir, step=step, vocabulary=vocabulary, task=description_of(Path(run_dir), config))
+    return model, step
+
+
+def write_export(
+    model: SequenceModel, out_dir: str | Path, *, step: int, vocabulary: Vocabulary, task: TaskDescription | None
+) -> None:
+    """Write a model of ours as an export, atomically.
+
+    Args:
+        model: on any device.
+        out_dir: as of `export`; `check_replaceable` has looked at it.
+        step: the training step after which it was saved.
+        vocabulary: of its tokens.
+        task: what predictions need; None for a language model.
+
+    Raises:
+        InputError: ``out_dir`` cannot be written.
+    """
+
+    def write(place: Path) -> None:
+        _write_own(place, model, step, task)
+        if vocabulary.kind != ByteVocabulary.kind:
+            save_vocabulary(vocabulary, place)
+
+    _replace(out_dir, write)
+
+
+def _replace(out_dir: str | Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a directory, which then takes the place of ``out_dir``."""
+    place = Path(os.path.realpath(out_dir))
     partial, replaced = (place.parent / f".{place.name}.{end}" for end in ("partial", "replaced"))
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        if isinstance(model, Pretrained):
-            _write_foreign(partial, model, Path(run_dir), step)
-        else:
-            _write_own(partial, config, model, step, task)
-        if vocabulary.kind != ByteVocabulary.kind or isinstance(model, Pretrained):
-            save_vocabulary(vocabulary, partial)
+        write(partial)
         sync(partial)
         if place.exists():
             remove(replaced)
@@ -93,14 +128,13 @@ def export(run_dir: str | Path, out_dir: str | Path) -> tuple[SequenceModel, int
         remove(partial)
         why = getattr(error, "strerror", None) or error
         raise InputError("OUT_DIR", str(out_dir), f"cannot be written: {why}") from None
-    return model, step
 
 
-def _write_own(place: Path, config: RunConfig, model: SequenceModel, step: int, task: TaskDescription | None) -> None:
+def _write_own(place: Path, model: SequenceModel, step: int, task: TaskDescription | None) -> None:
     """The tensors and ``config.json`` of a model of ours."""
     write_tensors(place / TENSORS, {name: _exported(tensor) for name, tensor in tensors_of(model).items()})
-    sha256, classes = digest(place / TENSORS).hex(), [ARCHITECTURES[config.model.head]]
-    document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=config.model))
+    sha256, classes = digest(place / TENSORS).hex(), [ARCHITECTURES[model.config.head]]
+    document = dataclasses.asdict(ExportConfig(step=step, sha256=sha256, architectures=classes, model=model.config))
     for key in ("task", *ORIGIN):  # without these, earlier versions read the export
         document.pop(key, None)
         document["model"].pop(key, None)
@@ -127,7 +161,7 @@ def _write_foreign(place: Path, model: Pretrained, run_dir: Path, step: int) -> 
         sync(file)
 
 
-def _description(run_dir: Path, config: RunConfig) -> TaskDescription | None:
+def description_of(run_dir: Path, config: RunConfig) -> TaskDescription | None:
     """What predictions need; None where a run of an earlier version did not keep it and the data are gone."""
     try:
         return describe_task(run_dir, config)
@@ -142,7 +176,7 @@ def _exported(tensor: Tensor) -> Tensor:
     return contiguous.float() if contiguous.is_floating_point() else contiguous
 
 
-def _check_replaceable(place: Path, given: str | Path) -> None:
+def check_replaceable(place: Path, given: str | Path) -> None:
     """Raise InputError if ``place`` is there and neither an export nor an empty directory; ``given`` names it."""
     try:
         names = set(os.listdir(place))

@@ -1,7 +1,9 @@
 """CHELA: short-long convolutions with linear attention (after arXiv 2406.08128) as a mixer.
 
-The block's details beyond the abstract are this project's (the convolutions: kernels/long_conv/README.md and
-kernels/modal_conv/README.md): ``C = silu(long(silu(short(x))))``; q and k are affine functions of one shared
+The paper's long convolution has learned taps: ``long_kernel`` "decaying" or "free". The default, "modal", is this
+project's recurrent variant: a diagonal state-space recurrence in their place. The block's details beyond the abstract
+are this project's too (the convolutions: kernels/long_conv/README.md and kernels/modal_conv/README.md):
+``C = silu(long(silu(short(x))))``; q and k are affine functions of one shared
 ``silu(C W_z)``; values are ``silu(x W_v)``; the attention's output, normalized per head, is gated by ``silu(C W_g)``.
 """
 
@@ -32,14 +34,15 @@ class ChelaConfig:
         shared_width: z, width of q and k over all heads; 0 for half the model's width.
         value_width: e, width of values over all heads; 0 for twice the model's width.
         short_len: W, taps of the short convolution.
-        long_kernel: "modal" (damped complex exponentials, a diagonal recurrence: ranks exchange states, decoding costs
-            O(modes) a token), "free" (learned taps) or "decaying" (taps interpolated at several scales, shrinking with
-            distance, as in SGConv, arXiv 2210.09298).
+        long_kernel: "modal" (our recurrent variant, not the paper's: damped complex exponentials, a diagonal
+            state-space recurrence; ranks exchange states, decoding costs O(modes) a token), or learned taps as in the
+            paper: "free", or "decaying" (interpolated at several scales, shrinking with distance, of norm 1 at the
+            start of training, as in SGConv, arXiv 2210.09298).
         long_len: K, taps of a free or decaying kernel.
         modes: N, complex exponentials per channel of a modal kernel.
         arrangement: "sequential": ``long(silu(short(x)))``; "parallel": ``long(x) + short(x)``, mergeable by
             `Chela.merge_`.
-        decay: linear attention with a fixed decay per head (1 - 2^-5 .. 1 - 2^-12); off as in the paper.
+        decay: linear attention with a fixed decay per head (1 - 2^-5 .. 1 - 2^-12).
     """
 
     heads: int = 4
@@ -54,7 +57,9 @@ class ChelaConfig:
 
 
 class ModalKernel(nn.Module):
-    """Long convolution by damped complex exponentials, ``h[m] = Re(sum_n c_n lambda_n^m)``, plus ``skip * x``."""
+    """Long convolution by damped complex exponentials, ``h[m] = Re(sum_n c_n lambda_n^m)``, plus ``skip * x``: a
+    diagonal state-space recurrence, in place of the paper's learned taps.
+    """
 
     def __init__(self, width: int, modes: int, causal: bool) -> None:
         super().__init__()
@@ -78,7 +83,13 @@ class ModalKernel(nn.Module):
 
 class TapKernel(nn.Module):
     """Long convolution by K taps per channel, learned one by one ("free") or interpolated at several scales
-    ("decaying").
+    ("decaying"), plus ``skip * x``.
+
+    A decaying kernel is SGConv's: Normal(0, 1) points, interpolated linearly, each scale half the weight of the one
+    before, the taps of each channel divided by their norm at the start of training, so that the convolution of white
+    noise has the variance of its input. As the taps are linear in the points, the points themselves are divided: there
+    is no buffer. (SGConv keeps the divisor apart: the kernels are the same, but a step of Adam moves its taps less, by
+    that divisor.)
     """
 
     base = 32  # learned points per scale of a decaying kernel
@@ -88,7 +99,10 @@ class TapKernel(nn.Module):
         self.taps, self.causal = taps, causal
         scales = 1 + max(0, math.ceil(math.log2(taps / self.base))) if kind == "decaying" else 0
         shape = (scales, width, self.base) if scales else (width, taps)
-        self.points = nn.Parameter(torch.randn(shape) * (self.base**-0.5 if scales else 0.002))
+        self.points = nn.Parameter(torch.randn(shape) * (1.0 if scales else 0.002))
+        if scales:
+            with torch.no_grad():
+                self.points.div_(self.kernel().norm(dim=1, keepdim=True))
         self.skip = nn.Parameter(torch.ones(width))
         self.bias: nn.Parameter | None = None  # a merged short convolution's
 

@@ -23,18 +23,23 @@ class FeedforwardKernelConfig:
         heads: number of heads; divides the width.
         kernel: feature map: "ffn" softplus(x W); "glu" f(x W_o) * sigmoid(x W_g); "amglu" the same with a low-rank
             gate.
-        layers: feature maps stacked, 1 to 3; f is the identity in inner layers and softplus in the last.
+        layers: feature maps stacked, 1 to 3; f is the identity in inner layers and softplus in the last. "ffn" has one
+            layer: without gates, several would be one linear map.
         dropout: rate at the input of each feature layer.
-        penalty: weight of ``mse(W_o W_o^T, I)``, summed over feature layers and added to the loss; 0 for none.
+        penalty: weight of ``mse(W_o W_o^T, I)``, summed over feature layers and added to the loss; 0 for none. The
+            author's code adds it for q and again for k, whose matrices are the same: his weight w is ``2 w`` here, 0.02
+            for 0.01.
         conv_len: taps of the short convolution on q, k and v, which makes the order of tokens visible; 0 for none.
+        bias: whether the projections to q, k and v and the one of the output have biases, as the author's have.
     """
 
     heads: int = 4
     kernel: Literal["ffn", "glu", "amglu"] = "glu"
     layers: int = 1
     dropout: float = 0.1
-    penalty: float = 0.01
+    penalty: float = 0.02
     conv_len: int = 4
+    bias: bool = False
 
 
 class KernelLayer(nn.Module):
@@ -94,15 +99,18 @@ class FeedforwardKernel(nn.Module):
             raise InputError("model.feedforward_kernel.kernel", config.kernel, "one of ffn, glu, amglu")
         if not 1 <= config.layers <= 3:
             raise InputError("model.feedforward_kernel.layers", config.layers, "1 to 3")
+        if config.kernel == "ffn" and config.layers > 1:
+            allowed = "1 with kernel = ffn: several layers without gates are one linear map"
+            raise InputError("model.feedforward_kernel.layers", config.layers, allowed, "kernel=glu or amglu stacks")
         self.heads, self.dropout, self.penalty = config.heads, config.dropout, config.penalty
         self.attention = LinearAttention(causal=causal, normalize=True, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
         self.conv = ShortConv(3 * width, config.conv_len, causal=causal) if config.conv_len else None
         self.features = nn.ModuleList(
             KernelLayer(config.heads, width // config.heads, config.kernel, last=layer == config.layers - 1)
             for layer in range(config.layers)
         )
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=config.bias)
 
     def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """``[B, L, D]`` -> ``[B, L, D]``, and the weighted orthogonality penalty (a scalar)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,6 +17,9 @@ TAGS = {
     "optimizer_seconds": "speed/optimizer_seconds",
     "data_wait_seconds": "speed/data_wait_seconds",
     "save_seconds": "speed/save_seconds",
+    "wait_seconds": "speed/wait_seconds",
+    "waited_for_slowest_seconds": "speed/waited_for_slowest_seconds",
+    "slowest_rank": "speed/slowest_rank",
     "peak_memory_bytes": "memory/peak_bytes",
     "skipped_steps": "health/skipped_steps",
     "outside_range": "health/outside_range",
@@ -25,11 +29,17 @@ TAGS = {
 }
 """The scalars that are not below ``train/`` or ``validation/``, by their names in the files of rows."""
 
+MAX_HOSTS = 16  # that a chart of the layout shows; the tags have all
 PARTS = ("compute", "exchange", "zero", "optimizer", "data_wait", "save")
 
 
-def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
-    """The layout for `SummaryWriter.add_custom_scalars`: {question: {chart: tags}}."""
+def layout(config: RunConfig, hosts: Sequence[str] = ()) -> dict[str, dict[str, list[Any]]]:
+    """The layout for `SummaryWriter.add_custom_scalars`: {question: {chart: tags}}.
+
+    Args:
+        config: of the run.
+        hosts: names of those on which the ranks are.
+    """
     health = {
         "gradient norm": ["train/grad_norm"],
         "learning rate": ["train/lr"],
@@ -39,6 +49,15 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
     }
     if "elementwise" in config.model.mixers[: config.model.depth]:
         health["pairs outside the series' safe range"] = ["health/outside_range"]
+    shown = hosts[:MAX_HOSTS]
+    if shown:
+        health["memory left on each host, bytes"] = [f"hosts/{host}/available_memory_bytes" for host in shown]
+        health["disk left for the run, by host, bytes"] = [f"hosts/{host}/free_disk_bytes" for host in shown]
+    times = {"seconds of a step on rank 0": [f"speed/{part}_seconds" for part in PARTS]}
+    if shown and config.parallel.ranks > 1:
+        times["seconds of a step that ranks wait, mean by host"] = [f"hosts/{host}/wait_seconds" for host in shown]
+        times["seconds that the others wait for the slowest rank"] = ["speed/waited_for_slowest_seconds"]
+        times["the slowest rank"] = ["speed/slowest_rank"]
     questions = {
         "Is it learning?": {
             "loss, nats per token": ["train/loss", "validation/loss"],
@@ -49,7 +68,7 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
             "seconds of a step": ["speed/step_seconds"],
         },
         "Is it healthy?": health,
-        "Where does the time go?": {"seconds of a step on rank 0": [f"speed/{part}_seconds" for part in PARTS]},
+        "Where does the time go?": times,
         "Does it use its context?": {"gain of context, bits per token": ["validation/gain_of_context"]},
     }
     if config.data.sources:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .charts import PARTS
+from .hosts import HostReport
 from .probe import QUANTILES, Products, safe_range
 
 MAX_ROWS = 6  # blocks of a model that a figure shows, evenly spaced
@@ -40,6 +41,20 @@ def time_parts(steps: Sequence[Mapping[str, Any]]) -> Figure:
     axes.stackplot(last, *parts.values(), labels=[part.replace("_", " ") for part in parts])
     axes.set(xlabel="step", ylabel="seconds", title="a step on rank 0")
     axes.legend(fontsize=7, loc="upper right")
+    return figure
+
+
+def waits(report: HostReport, title: str) -> Figure:
+    """The seconds of a step that each rank waits for others, a colour for each host; the slowest rank is named."""
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, host in report.hosts.items():
+        axes.bar(host.ranks, host.wait_seconds, width=0.9, label=name)
+    slowest = f"slowest: rank {report.slowest_rank} on {report.slowest_host}"
+    axes.set(xlabel="rank", ylabel="seconds waited in a step")
+    axes.set_title(f"{title}\n{slowest}, {report.waited_for_slowest_seconds:.3g} s", fontsize=8)
+    if len(report.hosts) <= MAX_ROWS:
+        axes.legend(fontsize=7)
     return figure
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean, median
@@ -30,6 +30,7 @@ from ...errors import InputError
 from ..config import RunConfig, to_yaml
 from . import figures
 from .charts import TAGS, hyperparameters, layout
+from .hosts import HostReport
 from .probe import Probe
 
 matplotlib.use("Agg")
@@ -37,6 +38,8 @@ log = logging.getLogger("longreach.monitor")
 BITS = math.log2(math.e)  # bits in a nat
 HELD_OUT = "held-out"  # TensorBoard's run of held-out scores
 RECENT = 20  # last steps whose mean training loss is the result
+SLOW_REPORTS = 3  # in a row, in which a rank is the slowest before the console names it ...
+WAIT_SHARE, MIN_WAIT = 0.2, 0.1  # ... and the others wait for it such a part of a step, and as many seconds
 
 
 class Monitor:
@@ -49,9 +52,10 @@ class Monitor:
         run_dir: gets ``metrics.jsonl``, ``validation.jsonl``, ``tensorboard/`` and ``plots/``.
         config: shown in TensorBoard as text.
         first_step: steps done before; rows of later steps, left by a run that was stopped, are dropped.
+        hosts: names of those on which the ranks are.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, first_step: int) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, first_step: int, hosts: Sequence[str] = ()) -> None:
         self.run_dir, self.config = run_dir, config
         self.in_bits = config.task.name == "language"  # losses are of tokens
         self.metrics, self.validations = run_dir / "metrics.jsonl", run_dir / "validation.jsonl"
@@ -78,31 +82,42 @@ class Monitor:
             with self._guard_tensorboard():
                 threading.excepthook = _ignore_writer_errors
                 with _side_file(run_dir, "layout") as board:
-                    board.add_custom_scalars(layout(config))
+                    board.add_custom_scalars(layout(config, hosts))
                 directory = run_dir / "tensorboard"
                 self.board = SummaryWriter(str(directory), purge_step=first_step + 1)
                 self.held_out_board = SummaryWriter(str(directory / HELD_OUT), purge_step=first_step + 1)
                 self.board.add_text("config", f"```yaml\n{to_yaml(config)}\n```", first_step)
         self.started, self.first_step = time.monotonic(), first_step
+        self.host_report: HostReport | None = None
+        self.slowest, self.times_slowest = -1, 0
 
     def print_line(self, line: str) -> None:
         """Print one line, above the progress bar if there is one."""
         (self.progress.console if self.progress else self.console).print(line, soft_wrap=True)
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Record one optimizer step; ``row["step"]`` counts from 1."""
+    def step(self, row: dict[str, Any], report: HostReport | None = None) -> None:
+        """Record one optimizer step; ``row["step"]`` counts from 1.
+
+        Args:
+            row: numbers, by name.
+            report: on the hosts, over the steps since the last one.
+        """
         finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
         before = self.rows[-1].get("skipped_steps", 0) if self.rows else 0
         row["skipped_steps"] = before + (not finite)
         if self.in_bits:
             row["bits_per_token"] = row["loss"] * BITS
         self.rows.append(row)
-        _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()})
+        hosts = {} if report is None else report.as_row()
+        _append(self.metrics, {name: value if math.isfinite(value) else None for name, value in row.items()} | hosts)
         step = row["step"]
         with self._guard_tensorboard():
             for name, value in row.items():
                 if self.board is not None and name != "step" and math.isfinite(value):
                     self.board.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+            for tag, value in ({} if report is None else report.scalars()).items():
+                if self.board is not None:
+                    self.board.add_scalar(tag, value, step)
         bits = f"{row['bits_per_token']:.3f} bits/token  " if self.in_bits else ""
         state = f"loss {row['loss']:.4f}  {bits}{row['tokens_per_second']:,.0f} tokens/s"
         if self.progress is not None:
@@ -111,6 +126,20 @@ class Monitor:
             pace = (time.monotonic() - self.started) / (step - self.first_step)
             left = _format_seconds(pace * (self.config.train.steps - step))
             self.print_line(f"step {step}/{self.config.train.steps}  {state}  {left} left")
+        if report is not None:
+            self._name_slowest(step, report, row["step_seconds"])
+
+    def _name_slowest(self, step: int, report: HostReport, step_seconds: float) -> None:
+        """Say once in the console which rank the others wait for, if it is the same one in several reports."""
+        self.host_report = report
+        waited = report.waited_for_slowest_seconds
+        is_slow = waited > max(MIN_WAIT, WAIT_SHARE * step_seconds)
+        rank = report.slowest_rank if is_slow else -1
+        self.times_slowest = self.times_slowest + 1 if rank == self.slowest else 1
+        self.slowest = rank
+        if is_slow and self.times_slowest == SLOW_REPORTS:
+            where = f"step {step}: rank {rank} on {report.slowest_host} is the slowest"
+            self.print_line(f"{where}: the other ranks wait for it {waited:.2f} s of {step_seconds:.2f} s a step")
 
     def validation(
         self, step: int, loss: float, by_position: list[tuple[int, float]], metrics: dict[str, float], probe: Probe
@@ -144,6 +173,8 @@ class Monitor:
                 bits = [(position, value * BITS) for position, value in by_position]
                 self.board.add_figure("validation/by_position", figures.by_position(bits, title), step)
             self.board.add_figure("figures/where_the_time_goes", figures.time_parts(self.rows), step)
+            if self.host_report is not None and self.host_report.num_ranks > 1:
+                self.board.add_figure("figures/who_waits", figures.waits(self.host_report, f"step {step}"), step)
             if probe.kernels:
                 self.board.add_figure("figures/long_kernels", figures.long_kernels(probe.kernels, title), step)
             if probe.products:

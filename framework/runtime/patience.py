@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..config import RunConfig
+
 KEYS = ("best_step", "best_held_out", "validations_since_best")  # in ``state``
 
 
@@ -34,3 +36,8 @@ def reason(state: dict[str, Any]) -> str:
         return f"no finite held-out loss in {since} (train.patience)"
     best = f"best at step {state['best_step']}: held-out {state['best_held_out']:.4f}"
     return f"no better held-out loss in {since} (train.patience); {best}"
+
+
+def has_ended(config: RunConfig, state: dict[str, Any]) -> bool:
+    """Whether a run whose ``state`` this is has nothing more to train."""
+    return state["step"] >= config.train.steps or is_exhausted(state, config.train.patience)

@@ -14,6 +14,7 @@ from ..monitoring.terminal import line_start
 
 # Of a cluster's scheduler, the end and the warning before it; Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SPARED = (signal.SIGTERM, signal.SIGUSR1)  # a terminal sends none of these
 SAME_SECONDS = 1.0  # within which SIGINT comes again: from the terminal to every process, and from the launcher
 REPEAT_SECONDS = 10.0  # within which a scheduler and the launchers repeat a signal, to every process or to some
 STOPPING = "longreach: saving after this step; Ctrl-C again ends at once, without saving\n"
@@ -24,7 +25,8 @@ class Preemption:
 
     All of them are one request, however often they come. The process ends at once, as without this context, at a second
     Ctrl-C, and at SIGTERM or Ctrl-C `REPEAT_SECONDS` after the first, where the ranks have not agreed to end by then.
-    What the first step starts (compilers, their workers) is spared SIGTERM and SIGUSR1, which wait until its end.
+    What this process starts meanwhile (compilers, their workers) is spared SIGTERM and SIGUSR1, which a scheduler sends
+    to it too: the main thread blocks them, which its children inherit, and a thread of their own takes them.
 
     Args:
         time_limit: seconds from now after which the run should end; 0 for none.
@@ -35,20 +37,22 @@ class Preemption:
         self._received: dict[int, float] = {}  # when each signal came first
         self._agreed = False
         self._before: dict[int, Any] = {}
-        self._wakeup_fd, self._mask = -1, set[int]()
+        self._wakeup_fd, self._mask, self._ended = -1, set[int](), threading.Event()
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():  # which alone gets signals
             self._before = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
             self._wakeup_fd = signal.set_wakeup_fd(-1)
-            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SPARED)
+            threading.Thread(target=self._let_in, name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._before:
-            self._take_signals()
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            self._ended.set()
             if self._agreed:  # nothing more is asked for than what this process is about to do
                 self._before = {signal.SIGINT: self._before[signal.SIGINT]}
             else:
@@ -59,7 +63,6 @@ class Preemption:
 
     def reason(self, axis: Axis) -> str:
         """Why the run must end now, the same on all ranks, or nothing; a collective, after each step."""
-        self._take_signals()
         late = time.monotonic() > self._deadline
         rows = gather_values([float(next(iter(self._received), 0)), float(late)], axis)
         received, late = int(max(row[0] for row in rows)), any(row[1] for row in rows)
@@ -68,9 +71,10 @@ class Preemption:
             return "on Ctrl-C" if received == signal.SIGINT else f"on {signal.Signals(received).name}"
         return "at train.time_limit" if late else ""
 
-    def _take_signals(self) -> None:
-        if self._before:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+    def _let_in(self) -> None:
+        """In a thread of its own: take the signals, of which Python calls the handlers in the main thread."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)
+        self._ended.wait()
 
     def _record_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -80,7 +84,9 @@ class Preemption:
         ends |= number == signal.SIGINT and since >= SAME_SECONDS
         if ends:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+            signal.raise_signal(number)
+            os._exit(128 + number)  # the first process of a container has outlived it
         if number not in self._received and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             os.write(2, f"{line_start()}{STOPPING}".encode())  # `print` may be at work
         self._received.setdefault(number, now)

@@ -18,13 +18,14 @@ from ..config import RunConfig, as_written, save
 from ..deepspeed.engine import Engine
 from ..model import SequenceModel
 from ..model.directory import FOREIGN, keep_files
+from ..monitoring.hosts import HostReport, Hosts
 from ..monitoring.monitor import Monitor
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
 from .files import write_text
 from .lock import RunLock
 from .loss_guard import Diverged, LossGuard
-from .patience import count_validation, is_exhausted, reason
+from .patience import count_validation, has_ended, reason
 from .resume import check_resume, run_identity
 from .schedule import shortened
 from .validation import score
@@ -40,6 +41,7 @@ class Run:
         config, mesh, task, engine: what it trains, and where.
         saver: writes its checkpoints.
         monitor: of the first rank; None on the others.
+        hosts: collects what ranks wait for.
         state: of the loop, as a checkpoint keeps it: ``step``, ``consumed`` and ``tokens`` (steps, sequences
             and tokens so far), ``held_out`` and ``held_out_by_source`` (losses of the last validation), and the
             keys of `patience`.
@@ -51,6 +53,7 @@ class Run:
     engine: Engine
     saver: checkpoint.Saver
     monitor: Monitor | None
+    hosts: Hosts
     state: dict[str, Any]
 
     @property
@@ -65,7 +68,14 @@ class Run:
             self.saver.wait()
             raise
 
-    def record_step(self, metrics: dict[str, float], seconds: dict[str, float], traffic: Traffic, warning: str) -> None:
+    def record_step(
+        self,
+        metrics: dict[str, float],
+        seconds: dict[str, float],
+        traffic: Traffic,
+        warning: str,
+        report: HostReport | None = None,
+    ) -> None:
         """Record the step that ``state`` counts already.
 
         Args:
@@ -73,13 +83,14 @@ class Run:
             seconds: ``step_seconds``, and the parts of it that `train_step` does not know.
             traffic: of the step; it is cleared.
             warning: of `check_loss`.
+            report: on the hosts, where one is due.
         """
         if self.monitor is not None:
             tokens = self.config.data.batch_size * self.config.data.seq_len
             speed = {"tokens_per_second": tokens / seconds["step_seconds"], **seconds}
             sent = {f"bytes_{verb}": num_bytes for verb, num_bytes in traffic.by_verb().items()}
             counts = {"tokens": self.state["tokens"]}
-            self.monitor.step({"step": self.state["step"], **metrics, **counts, **speed, **sent})
+            self.monitor.step({"step": self.state["step"], **metrics, **counts, **speed, **sent}, report)
             if warning:
                 self.monitor.print_line(warning)
         traffic.clear()
@@ -178,7 +189,8 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
     saver.check_space()
     ended = has_ended(config, state)
     first_rank_only(lambda: _open_directory(run_dir, config, task, lock, ended), mesh.world)
-    monitor = Monitor(run_dir, config, state["step"]) if mesh.world.rank == 0 else None
+    hosts = Hosts(mesh, run_dir)
+    monitor = Monitor(run_dir, config, state["step"], hosts.names) if mesh.world.rank == 0 else None
     if monitor is not None:
         resumed = [] if saved is None else [_resume_line(saved, config, state)]
         if not ended:
@@ -187,7 +199,7 @@ def open_run(config: RunConfig, mesh: Mesh, task: Task, engine: Engine) -> Itera
         for line in (_summary_line(config, task, engine, mesh), *resumed):
             monitor.print_line(line)
     try:
-        yield Run(config, mesh, task, engine, saver, monitor, state)
+        yield Run(config, mesh, task, engine, saver, monitor, hosts, state)
     finally:
         if monitor is not None:
             monitor.close()
@@ -231,11 +243,6 @@ def _resume_line(saved: Path, config: RunConfig, state: dict[str, Any]) -> str:
     if has_ended(config, state):
         return f"finished: {saved}; nothing is trained: raise train.patience to go on, or give another run.dir"
     return f"resuming from {saved}"
-
-
-def has_ended(config: RunConfig, state: dict[str, Any]) -> bool:
-    """Whether a run whose ``state`` this is has nothing more to train."""
-    return state["step"] >= config.train.steps or is_exhausted(state, config.train.patience)
 
 
 def keeps_best(config: RunConfig) -> bool:

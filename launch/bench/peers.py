@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ...framework.deepspeed.ulysses import ulysses_attention
 from ...parallel.mesh import Axis
+from ...parallel.traffic import ByteCounter, uncounted
 from .kernels import softmax_attention
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -34,12 +35,15 @@ def ulysses(axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ulysses_attention(softmax_attention, axis, q, k, v)
 
 
-def ring(axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def ring(
+    axis: Axis, q: Tensor, k: Tensor, v: Tensor, count: ByteCounter = uncounted, count_grads: ByteCounter = uncounted
+) -> Tensor:
     """Causal softmax attention: shards of k and v are passed around a ring of ranks; in backward, their gradients too.
 
-    Args and returns as `ulysses`; any number of heads.
+    Args and returns as `ulysses`; any number of heads. ``count`` and ``count_grads`` count what is passed, of k and v
+    and of their gradients.
     """
-    y: Tensor = _Ring.apply(axis, *(x.transpose(1, 2).contiguous() for x in (q, k, v)))
+    y: Tensor = _Ring.apply(axis, count, count_grads, *(x.transpose(1, 2).contiguous() for x in (q, k, v)))
     return y.transpose(1, 2)
 
 
@@ -47,11 +51,13 @@ class _Ring(torch.autograd.Function):
     """On ``[B, H, n, K]``. In step s, a rank holds the keys and values of the rank s before it."""
 
     @staticmethod
-    def forward(ctx: Any, axis: Axis, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, axis: Axis, count: ByteCounter, count_grads: ByteCounter, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
         kv = torch.stack([k, v])
         out, total = torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
         for step in range(axis.size):
-            exchange = _RingExchange(kv, axis) if step + 1 < axis.size else None
+            exchange = _RingExchange(kv, axis, count) if step + 1 < axis.size else None
             source = (axis.rank - step) % axis.size
             if source <= axis.rank:
                 part, part_total = _attend(q, kv[0], kv[1], 0.0, source == axis.rank)
@@ -60,20 +66,20 @@ class _Ring(torch.autograd.Function):
                 total = merged
             if exchange is not None:
                 kv = exchange.wait()
-        ctx.axis = axis
+        ctx.axis, ctx.counts = axis, (count, count_grads)
         ctx.save_for_backward(q, k, v, out, total)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        axis = ctx.axis
+        axis, (count, count_grads) = ctx.axis, ctx.counts
         q, k, v, out, total = ctx.saved_tensors
         grad = grad.contiguous()
         kv, grad_q = torch.stack([k, v]), torch.zeros_like(q)
         grad_kv = torch.zeros_like(kv)
         for step in range(axis.size):
-            exchange = _RingExchange(kv, axis) if step + 1 < axis.size else None
+            exchange = _RingExchange(kv, axis, count) if step + 1 < axis.size else None
             source = (axis.rank - step) % axis.size
             if source <= axis.rank:
                 # Given the output and the sum over all shards, the gradients of one shard do not depend on the others.
@@ -81,25 +87,27 @@ class _Ring(torch.autograd.Function):
                 grad_q += dq
                 grad_kv += torch.stack([dk, dv])
             # Travels with its keys and values; the last step returns it to their rank.
-            grad_kv = _RingExchange(grad_kv, axis).wait()
+            grad_kv = _RingExchange(grad_kv, axis, count_grads).wait()
             if exchange is not None:
                 kv = exchange.wait()
-        return None, grad_q, grad_kv[0], grad_kv[1]
+        return None, None, None, grad_q, grad_kv[0], grad_kv[1]
 
 
 class _RingExchange:
     """Sends a tensor to the next rank of the ring, and receives that of the rank before."""
 
-    def __init__(self, x: Tensor, axis: Axis) -> None:
-        self._sent, self._received = x.contiguous(), torch.empty_like(x)
+    def __init__(self, x: Tensor, axis: Axis, count: ByteCounter) -> None:
+        self._sent, self._received, self._count = x.contiguous(), torch.empty_like(x), count
         after, before = (axis.ranks[(axis.rank + step) % axis.size] for step in (1, -1))
-        self._requests = [
-            dist.isend(self._sent, after, group=axis.group),
-            dist.irecv(self._received, before, group=axis.group),
-        ]
+        with count(self._sent.numel() * self._sent.element_size()):
+            self._requests = [
+                dist.isend(self._sent, after, group=axis.group),
+                dist.irecv(self._received, before, group=axis.group),
+            ]
 
     def wait(self) -> Tensor:
-        for request in self._requests:
-            assert request is not None
-            request.wait()
+        with self._count(0):
+            for request in self._requests:
+                assert request is not None
+                request.wait()
         return self._received

@@ -15,6 +15,7 @@ EXAMPLES = """
 SHELLS = ("bash", "zsh")
 FUNCTIONS = {"config": "_longreach_configs", "run_dir": "_longreach_runs"}  # by argument: what completes it
 FILES = ("source", "deepspeed_config", "carry_in", "carry_out", "out_dir", "out")  # arguments that are paths
+DIRECTORIES = ("directory",)
 PREAMBLE = {
     "bash": """\
 _longreach_configs() {
@@ -68,6 +69,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
                 argument.complete = dict.fromkeys(SHELLS, FUNCTIONS[argument.dest])  # type: ignore[attr-defined]
             elif argument.dest in FILES:
                 argument.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif argument.dest in DIRECTORIES:
+                argument.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     names = " ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
     return shtab.complete(parser, shell, preamble=PREAMBLE[shell].replace("CONFIGS", names))
 

@@ -70,12 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    from ...framework.config import load, without_secrets
-
     launched = is_launched()
     overrides = _overrides(arguments)
     if any("," in word for word in overrides) and (exit_code := _sweep(arguments, overrides)) is not None:
         return exit_code
+    if not launched and not arguments.dry_run:
+        stop_while_starting()
+    from ...framework.config import load, without_secrets
+
     config = load(arguments.config, overrides)
     try:
         if arguments.dry_run:
@@ -86,8 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
             overrides = fewer_ranks(config, overrides)
             if config.parallel.ranks > 1:
                 return train_on_local_ranks(config.parallel.ranks, [arguments.config, *overrides])
-        if not launched:
-            stop_while_starting()
         # Imported here, so that a mistake in the config is reported before the seconds that this takes.
         from ...framework.trainer import train
 

@@ -39,6 +39,8 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MailProg=/bin/true
+JobCompType=jobcomp/filetxt
+JobCompLoc={directory}/completed
 KillWait=120
 PartitionName=all Nodes={names[0]},{names[1]} Default=YES
 """
@@ -163,10 +165,15 @@ def test_76_cancelled_stopped_by_the_limit_and_requeued(slurm: Slurm, job_dir: J
     slurm.wait(job, lambda: is_pending(frozen, signal.SIGUSR1))
     frozen.send_signal(signal.SIGCONT)
     slurm.wait(job, lambda: slurm.state(job).startswith("PENDING"))
+    print(slurm("squeue"))
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     assert job_dir.rows("limited")[-1]["step"] < 100
     slurm.wait(job, lambda: slurm.state(job).startswith("COMPLETED"))
     assert slurm.state(job) == "COMPLETED 0:0 1"
+    completed = slurm("sacct", "--completion")
+    print(completed)
+    states = [words[-2] for words in map(str.split, completed.splitlines()) if words[:1] == [job]]
+    assert states == ["PENDING", "COMPLETED"], completed
     said = (job_dir.directory / f"{job}.out").read_text()
     assert "on SIGUSR1; a checkpoint of step" in said and "resuming from limited/checkpoints" in said, said
 

@@ -70,7 +70,7 @@ def test_40_a_rendezvous_that_does_not_answer(job_dir: JobDirectory, host: str, 
     words = ["endless.yaml", "run.dir=unreached", f"parallel.timeout={TIMEOUT}"]
     (process,) = world(job_dir, words, port=port, RANK="1", MASTER_ADDR=host)
     done = finish(process, START)
-    assert done.returncode == MISTAKE and time.monotonic() - began < START
+    assert done.returncode == FAILED and time.monotonic() - began < START
     error_line(
         done, f"rank 1: rendezvous = '{host}:{port}'", f"did not answer within {TIMEOUT} s", why, "parallel.timeout"
     )
@@ -81,7 +81,7 @@ def test_40_a_rank_that_does_not_come(job_dir: JobDirectory) -> None:
     port = free_port()
     (process,) = world(job_dir, ["endless.yaml", "run.dir=alone", "parallel.timeout=3"], port=port, RANK="0")
     done = finish(process, START)
-    assert done.returncode == MISTAKE
+    assert done.returncode == FAILED
     error_line(done, f"rendezvous = '127.0.0.1:{port}'", "the 2 ranks did not find each other within 3 s")
     assert done.stderr.count("\n") == 1 and not (job_dir.directory / "alone").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pytest
 from fault_helpers import FAILED, MISTAKE, JobDirectory, error_line, free_port, ranks_of, world
 from programs import finish, longreach, python, start
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from longreach.framework.config import TrainConfig
 from longreach.framework.runtime.loss_guard import MAX_SKIPPED, RECENT, Diverged, LossGuard
@@ -56,7 +58,8 @@ def test_22_ranks_with_another_configuration(job_dir: JobDirectory) -> None:
     """Before the first step, and before anything is written."""
     for done in join(job_dir, "alike", [["train.steps=2"], ["train.steps=2", "optim.lr=0.5"]]):
         assert done.returncode == MISTAKE
-        assert "rank 1 = 'another configuration': must be that of rank 0" in done.stderr
+        host = socket.gethostname()
+        assert f"rank 1 on {host} = 'another configuration': must be that of rank 0 on {host}" in done.stderr
     assert not (job_dir.directory / "alike").exists()
 
 
@@ -120,6 +123,8 @@ def test_42_a_frozen_rank_is_named(job_dir: JobDirectory, child: int) -> None:
     assert done.returncode == FAILED
     with pytest.raises(ProcessLookupError):
         os.kill(frozen, 0)
+    status = json.loads((job_dir.directory / run / "status.json").read_text())
+    assert status["state"] == "failed" and f"has not answered for 6 s: process {frozen} on " in status["reason"]
 
 
 def test_45_a_loss_that_is_not_finite_stops_before_the_update(job_dir: JobDirectory) -> None:
@@ -334,3 +339,55 @@ def test_76_a_signal_in_the_rendezvous(job_dir: JobDirectory) -> None:
     done = finish(rank, 30)
     assert done.returncode == STOPPED, done.stderr
     error_line(done, "stopped on SIG", "with no step under way")
+
+
+ANOTHER_HOST = """
+import ctypes, os, socket
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+if os.environ["RANK"] == "1":
+    assert ctypes.CDLL(None).unshare(0x04000000) == 0  # CLONE_NEWUTS: a host name of its own
+    socket.sethostname("slow-host")
+from longreach.launch.train import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a process a host name of its own")
+def test_78_the_slowest_rank_and_its_host_are_named(job_dir: JobDirectory) -> None:
+    """A rank on a host that is given a part of the time; in the console, the record and the charts."""
+    (job_dir.directory / "another_host.py").write_text(ANOTHER_HOST)
+    words = ["endless.yaml", "run.dir=slowest", "train.steps=30", "train.log_every=5", "monitor.tensorboard=true"]
+    ranks = world(job_dir, words, program="another_host.py", GLOO_SOCKET_IFNAME="lo")
+    try:
+        job_dir.wait(ranks[0], lambda: len(job_dir.rows("slowest")) >= 2)
+        for end in itertools.cycle((signal.SIGSTOP, signal.SIGCONT)):
+            if ranks[1].poll() is not None or len(job_dir.rows("slowest")) >= 28:
+                break
+            ranks[1].send_signal(end)
+            time.sleep(0.4 if end == signal.SIGSTOP else 0.05)
+        ranks[1].send_signal(signal.SIGCONT)
+        first, second = (finish(rank, 60) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    line = (
+        r"^step \d+: rank 1 on slow-host is the slowest: the other ranks wait for it \d+\.\d\d s of \d+\.\d\d s a step$"
+    )
+    assert len(re.findall(line, first.stderr, re.MULTILINE)) == 1, first.stderr
+    rows = job_dir.rows("slowest")
+    assert all({"wait_seconds", "slowest_rank", "waited_for_slowest_seconds"} <= row.keys() for row in rows)
+    reported = [row for row in rows if "hosts" in row]
+    assert [row["step"] for row in reported] == [5, 10, 15, 20, 25, 30]
+    for row in reported[1:-1]:
+        fast, slow = row["hosts"][socket.gethostname()], row["hosts"]["slow-host"]
+        assert row["slowest_host"] == "slow-host" and (fast["ranks"], slow["ranks"]) == ([0], [1])
+        assert fast["wait_seconds"][0] > slow["wait_seconds"][0], row
+        for host in (fast, slow):
+            assert host["peak_memory_bytes"][0] > 1 << 20 and host["available_memory_bytes"] > 1 << 20
+            assert host["free_disk_bytes"] > 0
+    events = EventAccumulator(str(job_dir.directory / "slowest/tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    waits = events.Scalars("hosts/slow-host/wait_seconds")
+    assert [event.step for event in waits] == [row["step"] for row in reported]
+    assert [event.step for event in events.Scalars("speed/slowest_rank")] == list(range(1, 31))
+    assert events.Images("figures/who_waits")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -236,6 +237,20 @@ def test_a_packed_directory_is_used_again(tmp_path: Path, source: Path, index: I
     first.write_bytes(content + b"x")
     assert "files differ" in refused(pack, str(source), index.directory, **options)
     assert (index.directory / "index.json").stat() == before
+
+
+def test_a_change_is_seen_whatever_the_clock_says(tmp_path: Path) -> None:
+    """Of the same size, by a host whose clock is an hour behind that of the one that packed."""
+    write_corpus(tmp_path / "source")
+    files, hour = [*(tmp_path / "source").rglob("*.txt")], 3600
+    now = time.time()
+    for file in files:
+        os.utime(file, (now - 2 * hour,) * 2)
+    pack(str(tmp_path / "source"), tmp_path / "out", name="x")
+    pack(str(tmp_path / "source"), tmp_path / "out", name="x")
+    files[0].write_bytes(b"x" * files[0].stat().st_size)
+    os.utime(files[0], (now - hour,) * 2)
+    assert "content differ" in refused(pack, str(tmp_path / "source"), tmp_path / "out", name="x")
 
 
 def test_an_output_folder_that_is_something_else(tmp_path: Path, source: Path) -> None:

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from deepspeed_world import SmallModel, batches, run_world, whole
 from torch import Tensor
 
 from longreach.errors import InputError
+from longreach.framework.deepspeed import reduction
 from longreach.framework.deepspeed.engine import Engine
 from longreach.framework.deepspeed.settings import deepspeed_settings
 from longreach.framework.deepspeed.workarounds import avoid_compiling
 from longreach.parallel.mesh import init_mesh
+from longreach.parallel.recorder import Recorder
 
 STAGES = [0, 1, 2, 3]
 RATE = 0.01
@@ -60,7 +64,9 @@ def reference(
     return rows
 
 
-def run(rank: int, engine: Engine, steps: int = 3) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
+def run(
+    rank: int, engine: Engine, steps: int = 3, is_last: bool = False
+) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]:
     """The same as `reference`, from an engine: Adam's first average grows by (1 - beta) of the gradient."""
     rows = []
     before: dict[str, Tensor] = {}
@@ -69,8 +75,8 @@ def run(rank: int, engine: Engine, steps: int = 3) -> list[tuple[float, dict[str
         with torch.no_grad():
             assert not engine(batch[0, rank]).requires_grad
         engine.train()
-        for micro in batch[:, rank]:
-            engine.backward(engine(micro).sum() / 100)
+        for left, micro in zip((1, 0), batch[:, rank], strict=True):
+            engine.backward(engine(micro).sum() / 100, is_last=is_last and not left)
         norm = engine.step(RATE * (number + 1))
         parts = whole(engine)
         average = {name: part["exp_avg"] for name, part in parts.items() if "exp_avg" in part}
@@ -132,6 +138,79 @@ def test_low_precision_is_near(precision: str) -> None:
     """Catches what DeepSpeed does to fp16 and Adam would hide: no scale in stage 0, half a gradient when the scale
     grows; and a step of its own that counts."""
     run_world(low_precision, 2, precision)
+
+
+def exchanged(work: Callable[[], Any]) -> list[tuple[str, int]]:
+    """Kind and bytes of each exchange that ``work`` starts."""
+    with Recorder() as recorder:
+        work()
+    return [(event.kind, event.num_bytes) for event in recorder.events if event.kind != "barrier"]
+
+
+def overlaps(rank: int, ranks: int) -> None:
+    reduction.LEAST_BUCKET = 1  # so that a small model has several buckets
+    overlapped = {"zero_optimization": {"stage": 0, "overlap_comm": True}}
+    engine, whole_step = engine_of(overlapped), engine_of("zero0")
+    compare(run(rank, engine, is_last=True), reference(ranks), gradient=1e-5, parameter=1e-6)
+    run(rank, whole_step)
+    first, second = batches(1, 2, ranks)[0, :, rank]
+    sent = []
+    for one in (engine, whole_step):
+        passes = (
+            lambda one=one: one.backward(one(first).sum() / 100),
+            lambda one=one: one.backward(one(second).sum() / 100, is_last=True),
+            lambda one=one: one.step(RATE),
+        )
+        sent.append([exchanged(work) for work in passes])
+    early, late = sent
+    assert early[0] == late[0] == late[1] == [] and early[2] == []
+    assert len(early[1]) > 3 and len(late[2]) == 1
+    assert {kind for kind, _ in early[1] + late[2]} == {"all_reduce"}
+    assert sum(size for _, size in early[1]) == late[2][0][1] == 4 * engine.num_trained
+
+    # A parameter that no rank reaches holds up its bucket and those after it; its gradient is zero.
+    norms = []
+    for one in (engine, whole_step):
+        one.backward(one(first, reach_odd=False).sum() / 100, is_last=True)
+        norms.append(float(one.step(RATE)))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    engine.close()
+    whole_step.close()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_are_reduced_while_others_are_computed(ranks: int) -> None:
+    """Catches an exchange that starts before all micro-batches have added to a gradient, or in another order."""
+    run_world(overlaps, ranks, ranks)
+
+
+def low_precision_exchanges(rank: int) -> None:
+    for stage in STAGES:
+        sent = []
+        for name, tolerance in (("fp32", 1e-5), ("fp16", 2e-3), ("bf16", 0.02)):
+            engine = engine_of({"zero_optimization": {"stage": stage}, "communication_data_type": name})
+            compare(run(rank, engine), reference(2), gradient=tolerance, parameter=0.02)
+            batch = batches(1, 2, 2)[0, :, rank]
+
+            def step(number: int, engine: Engine = engine, batch: Tensor = batch) -> None:
+                for _ in range(number):
+                    engine.backward(engine(batch[0]).sum() / 100)
+                engine.step(RATE)
+
+            kinds = ("all_reduce", "reduce_scatter", "reduce")
+            once, twice = (
+                sum(size for kind, size in exchanged(partial(step, number)) if kind.rstrip("_") in kinds and size > 8)
+                for number in (1, 2)
+            )
+            # With stages 2 and 3 no rank has all gradients, to which the next micro-batch could add.
+            assert twice == (once if stage < 2 else 2 * once), (stage, once, twice)
+            sent.append(once)
+            engine.close()
+        assert sent[1] == sent[2] and 1.9 * sent[1] <= sent[0] <= 2 * sent[1], (stage, sent)
+
+
+def test_gradients_are_exchanged_in_16_bits_and_once_a_step() -> None:
+    run_world(low_precision_exchanges, 2)
 
 
 def offloads(rank: int) -> None:
@@ -349,7 +428,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ),
     ({"zero_optimization": {"round_robin_gradients": True}}, {}, "makes wrong checkpoints; remove it"),
     ({"zero_optimization": {"stage": 7}}, {}, "deepspeed.zero_optimization.stage = 7: "),
-    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, "needs stage 2 or 3; set it to false"),
+    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, "needs stage 0, 2 or 3; set it to false"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "must be cpu or none"),
     ({"data_types": {"grad_accum_dtype": "fp32"}}, {"precision": "bf16"}, "must be bf16 in stage 0"),
 ]

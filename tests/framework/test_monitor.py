@@ -30,12 +30,13 @@ from longreach.framework.config import load
 from longreach.framework.mixers.chela import ModalKernel, TapKernel
 from longreach.framework.model import ModelConfig, build_model
 from longreach.framework.monitoring.charts import PARTS
+from longreach.framework.monitoring.hosts import Hosts
 from longreach.framework.monitoring.monitor import HELD_OUT
 from longreach.framework.monitoring.probe import TAPS, Probe, kernel_taps, products, safe_range
 from longreach.framework.monitoring.profile import StepProfile
 from longreach.framework.trainer import train
 from longreach.parallel import traffic
-from longreach.parallel.mesh import Axis
+from longreach.parallel.mesh import Axis, init_mesh
 from longreach.parallel.span import Span
 from longreach.parallel.traffic import Stopwatch, timed
 
@@ -281,3 +282,33 @@ def test_a_probe_looks_once_and_changes_nothing(compiled: bool) -> None:
         with disabled:
             model(tokens, Span())
         assert not disabled.products and disabled.outside_range is None
+
+
+def add_steps(rank: int, directory: str) -> tuple[dict[str, float], dict[str, Any], list[str]]:
+    """Two steps of ranks that waited 1 s and 4 s in exchanges, and came last and 0.5 s before the end to the last."""
+    hosts = Hosts(init_mesh(2), Path(directory))
+    own = hosts.own(0.0, 7.0)
+    assert own[0] == 0.0 and own[1] >= 0 and own[2] == 7.0 and own[3] > 1 << 20 and own[4] > 0
+    for part in (1.0, 2.0):
+        found = hosts.add([[part, 9.0, 7.0, 5.0, math.nan], [4 * part, 8.5, 8.0, 6.0, 3.0]])
+    report = hosts.report()
+    assert hosts.names == list(report.hosts) and not set(report.scalars().values()) & {math.nan}
+    return found, report.as_row(), hosts.names
+
+
+def test_the_slowest_rank_is_the_one_that_waits_least(tmp_path: Path) -> None:
+    """By what all ranks told at the end of a step; reports are means, and what a host does not know is null."""
+    for found, row, (name,) in run_distributed(add_steps, 2, str(tmp_path)):
+        assert found == {"wait_seconds": 5.25, "slowest_rank": 0, "waited_for_slowest_seconds": 6.5}
+        assert row == {
+            "slowest_host": name,
+            "hosts": {
+                name: {
+                    "ranks": [0, 1],
+                    "wait_seconds": [1.5, 6.5],
+                    "peak_memory_bytes": [7.0, 8.0],
+                    "available_memory_bytes": 5.0,
+                    "free_disk_bytes": 3.0,
+                }
+            },
+        }

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import socket
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -284,13 +285,16 @@ def test_a_run_directory_holds_what_it_promises(config: str, tmp_path: Path) -> 
     for row in rows:
         assert row["bits_per_token"] == pytest.approx(row["loss"] / math.log(2))
         assert row["tokens"] == row["step"] * 4 * 61
-        assert all(math.isfinite(value) for value in row.values())
+        (host,), slowest = row.pop("hosts").values(), row.pop("slowest_host")
+        assert slowest == socket.gethostname() and host["ranks"] == [0, 1] and row["slowest_rank"] in host["ranks"]
+        assert all(math.isfinite(value) for value in [*row.values(), *host["wait_seconds"], *host["peak_memory_bytes"]])
+        assert 0 <= row["waited_for_slowest_seconds"] <= 2 * row["wait_seconds"] <= 4 * row["step_seconds"]
 
     run_dir = tmp_path / "run"
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "config.yaml", "vocabulary.json", "metrics.jsonl", "validation.jsonl", "tensorboard", "checkpoints", "plots",
-        "exchanges", ".lock",
+        "exchanges", "status.json", ".lock",
     }  # fmt: skip
     ours, theirs = (rows_of(run_dir / "exchanges", f"rank-{rank}.jsonl") for rank in (0, 1))
     assert {row["step"] for row in ours} == {1, 2}
