@@ -129,7 +129,7 @@ class Hosts:
         waits = [row[0] + last - row[1] for row in rows]
         self._waits = [before + wait for before, wait in zip(self._waits, waits, strict=True)]
         self._num_steps += 1
-        self._last = [list(row[2:]) for row in rows]
+        self._last = [list(row[2:5]) for row in rows]
         if len(rows) == 1:
             return {}
         slowest, extra = _slowest(waits)

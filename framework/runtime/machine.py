@@ -46,6 +46,14 @@ class Machine:
                 left.append(max(0, int(limit) - max(0, int(used) - cached)))
         return min(left, default=None)
 
+    def resident_memory(self, process: int | str = "self", *, peak: bool = False) -> int | None:
+        """Resident bytes of a process, now or at its peak so far; None if unknown.
+
+        Not ``getrusage``, whose peak of a new process begins with that of the one that started it.
+        """
+        found = _fields(self.proc / str(process) / "status").get("VmHWM:" if peak else "VmRSS:")
+        return None if found is None else found * 1024
+
     def oom_kills(self) -> int:
         """Processes that the kernel has ended for want of memory: of this control group, else of the machine."""
         for group in self._groups("memory"):

@@ -76,7 +76,8 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory in bytes: allocated on a GPU, resident of this process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    resident = Machine().resident_memory(peak=True)
+    return float(resident or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def abort(reason: str) -> NoReturn:

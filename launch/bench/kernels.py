@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
+from ...framework.runtime.machine import Machine
 from ...kernels.delta_rule import delta_rule
 from ...kernels.elementwise import elementwise_attention
 from ...kernels.linear_attention import linear_attention
@@ -415,15 +416,9 @@ def _resident(length: int, width: int) -> int:
     small, grad = _memory_inputs(128, width, torch.float32, "cpu")
     torch.autograd.grad(elementwise_attention(*small)[0], small, grad)  # loads libraries
     leaves, upstream = _memory_inputs(length, width, torch.float32, "cpu")
-    before = _peak_resident()
+    before = Machine().resident_memory(peak=True) or 0
     torch.autograd.grad(elementwise_attention(*leaves)[0], leaves, upstream)
-    return _peak_resident() - before
-
-
-def _peak_resident() -> int:
-    """Bytes. Not `getrusage`: that of a new process begins with the peak of its parent."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    return (Machine().resident_memory(peak=True) or 0) - before
 
 
 def slope(points: list[tuple[int, float]], start: int = 8192) -> float | None:

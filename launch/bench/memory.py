@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
+from ...framework.runtime.machine import Machine
 from . import Bound, check_out, cpu_only, environment, last_line, report_bounds, table_header, table_line, write_report
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _peak(process: subprocess.Popen[bytes]) -> float:
     peak, deadline = 0, time.monotonic() + READ_SECONDS
     try:
         while process.poll() is None and time.monotonic() < deadline:
-            peak = max(peak, _memory(process.pid, "VmHWM"))
+            peak = max(peak, Machine().resident_memory(process.pid, peak=True) or 0)
             time.sleep(0.05)
     finally:
         process.kill()
@@ -194,20 +195,11 @@ def watch(process: subprocess.Popen[bytes], limits: Limits) -> str:
                 pass
             if time.monotonic() > deadline:
                 return "time"
-            if _memory(process.pid, "VmRSS") > limits.memory_bytes:
+            if (Machine().resident_memory(process.pid) or 0) > limits.memory_bytes:
                 return "memory"
     finally:
         process.kill()  # does nothing if the process has ended
         process.wait()
-
-
-def _memory(pid: int, kind: str) -> int:
-    """Bytes of resident memory of a process, now ("VmRSS") or at its peak so far ("VmHWM"); 0 if unknown."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def trials(way: str, lengths: Sequence[int], packed: Path, threads: int, limits: Limits) -> Iterator[Trial | str]:

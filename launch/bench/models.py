@@ -337,8 +337,7 @@ def step_alone(place: str, tokens: int, threads: int, memory_bytes: int) -> dict
     loss.backward()
     optimizer.step()
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"memory_bytes": peak, "seconds": seconds, "loss": float(loss)}
+    return {"memory_bytes": Machine().resident_memory(peak=True) or 0, "seconds": seconds, "loss": float(loss)}
 
 
 def steps(name: str, directory: Path, packed: Path, longest: int, threads: int, memory_bytes: float) -> Iterator[Step]:

@@ -36,7 +36,7 @@ from longreach.framework.monitoring.probe import TAPS, Probe, kernel_taps, produ
 from longreach.framework.monitoring.profile import StepProfile
 from longreach.framework.trainer import train
 from longreach.parallel import traffic
-from longreach.parallel.mesh import Axis, init_mesh
+from longreach.parallel.mesh import Axis, Mesh
 from longreach.parallel.span import Span
 from longreach.parallel.traffic import Stopwatch, timed
 
@@ -284,9 +284,9 @@ def test_a_probe_looks_once_and_changes_nothing(compiled: bool) -> None:
         assert not disabled.products and disabled.outside_range is None
 
 
-def add_steps(rank: int, directory: str) -> tuple[dict[str, float], dict[str, Any], list[str]]:
+def add_steps(world: Axis, directory: str) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     """Two steps of ranks that waited 1 s and 4 s in exchanges, and came last and 0.5 s before the end to the last."""
-    hosts = Hosts(init_mesh(2), Path(directory))
+    hosts = Hosts(Mesh(sequence=world, world=world), Path(directory))
     own = hosts.own(0.0, 7.0)
     assert own[0] == 0.0 and own[1] >= 0 and own[2] == 7.0 and own[3] > 1 << 20 and own[4] > 0
     for part in (1.0, 2.0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.Monk
     assert (found.num_cores(), found.available_memory()) == (8, 5000 * 1024)
     nothing = Machine(tmp_path / "none", tmp_path / "none")
     assert (nothing.available_memory(), nothing.oom_kills()) == (None, 0)
+
+
+PEAK = """
+import subprocess, sys
+if sys.argv[1:] == ["small"]:
+    from longreach.framework.runtime.machine import Machine
+    print(Machine().resident_memory(peak=True))
+else:
+    large = b"x" * (1 << 30)
+    subprocess.run([sys.executable, __file__, "small"], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_peak_is_of_the_process_and_not_of_the_one_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "peak.py").write_text(PEAK)
+    done = python("peak.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 1 << 20 < int(done.stdout) < 1 << 29
 
 
 def saved_bytes(config: ModelConfig, length: int, recompute: bool) -> int:
