@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -241,9 +242,15 @@ class Bench:
         self.add("long_conv", GRADIENT, gradient, "its 8 FFTs", 5 * to + 3 * back, "<= 1.2")
 
     def long_sequence(self, longest: int) -> None:
-        """Compare the time per token of a long sequence with that of a short one; both are timed in turns."""
+        """Compare the time per token of a long sequence with that of a short one; both are timed in turns.
+
+        The short one is no shorter than what leaves the last-level cache, from where its bytes would come faster.
+        """
+        short = self.sizes.length
+        while 4 * short * self.sizes.width * self.sizes.dtype.itemsize < 2 * last_level_cache() and 4 * short < longest:
+            short *= 2
         for operator, what, inputs, run in self._linear_operators():
-            self._long_sequence(operator, what, inputs, run, longest)
+            self._long_sequence(operator, what, inputs, run, short, longest)
 
     def _linear_operators(self) -> Iterator[tuple[str, str, Callable[[int], list[Tensor]], Callable[..., object]]]:
         """Name, pass, inputs of so many tokens, and the function of them."""
@@ -265,9 +272,14 @@ class Bench:
         yield "delta_rule", "forward", gated, delta
 
     def _long_sequence(
-        self, operator: str, what: str, inputs: Callable[[int], list[Tensor]], run: Callable[..., object], longest: int
+        self,
+        operator: str,
+        what: str,
+        inputs: Callable[[int], list[Tensor]],
+        run: Callable[..., object],
+        short: int,
+        longest: int,
     ) -> None:
-        short = self.sizes.length
         runs = [partial(run, *inputs(length)) for length in (short, longest)]
         times: tuple[list[float], ...] = [], []
         with torch.no_grad():
@@ -298,6 +310,13 @@ class Bench:
                     found[name].append((length, self.seconds(run)))
             print(f"  {length:>9,} tokens: " + ", ".join(f"{n} {found[n][-1][1]:.4f} s" for n in runs), flush=True)
         return found
+
+
+def last_level_cache() -> int:
+    """Bytes of this processor's largest cache, which cores share; 0 if unknown."""
+    places = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)K", place.read_text().strip()) for place in places]
+    return max((int(size[1]) * 1024 for size in sizes if size), default=0)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
