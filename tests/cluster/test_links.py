@@ -18,6 +18,7 @@ from programs import finish
 
 STOPPED = 75
 TIMEOUT = 6  # parallel.timeout, seconds
+pytestmark = pytest.mark.timeout(900)  # each trains several times
 ENDS = TIMEOUT + 20  # within which a launcher ends after a fault, on a busy machine
 KEYS = ("step", "loss", "grad_norm", "lr")
 PORT = 29500
