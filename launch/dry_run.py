@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from ..framework.deepspeed.engine import Engine
 from ..framework.deepspeed.workarounds import disable_stage3_order_check
 from ..framework.model import ModelConfig
 from ..framework.model.directory import directory_of, read_config
+from ..framework.monitoring.hosts import Hosts
 from ..framework.runtime.memory import GIB, Memory, compare, free_memory, needed_memory
 from ..framework.runtime.process import peak_memory
 from ..framework.tasks import open_task
@@ -125,17 +127,17 @@ def plan(
     fake_world(world, rank, min(node_size, world))
     try:
         mesh = mesh_of(config)
-        engine = start_engine(config, settings, mesh)
+        engine, hosts = start_engine(config, settings, mesh), Hosts(mesh, Path(config.run.dir))
         say(f"running three steps of rank {rank}, {engine.num_parameters:,} parameters")
         started = time.monotonic()
-        _step(config, engine, mesh, batch, Traffic())  # compiles kernels, fills caches
+        _step(config, engine, mesh, batch, Traffic(), hosts)  # compiles kernels, fills caches
         say(f"the first step took {time.monotonic() - started:.1f} s; running two more")
         traffic = Traffic()
         started = time.monotonic()
-        _step(config, engine, mesh, batch, traffic)
+        _step(config, engine, mesh, batch, traffic, hosts)
         seconds = time.monotonic() - started
         with Recorder(traffic) as recorder, FlopCounterMode(display=False) as flops:
-            _step(config, engine, mesh, batch, traffic)
+            _step(config, engine, mesh, batch, traffic, hosts)
         lengths = -(-config.data.seq_len // sequence)
         own = max(0, min(lengths, config.data.seq_len - mesh.sequence.rank * lengths))
         return Plan(
@@ -188,8 +190,8 @@ def _set_vocabulary(config: RunConfig) -> None:
         model.vocab = trained or data.vocab or ByteVocabulary.size
 
 
-def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic) -> None:
-    train_step(config, engine, mesh, [batch] * num_micro_batches(config), 0, config.optim.lr, traffic)
+def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic, hosts: Hosts) -> None:
+    train_step(config, engine, mesh, [batch] * num_micro_batches(config), 0, config.optim.lr, traffic, hosts)
     if mesh.device.type == "cuda":
         torch.cuda.synchronize()
 
