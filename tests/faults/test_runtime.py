@@ -252,6 +252,8 @@ for numbers in (n.split() for n in sys.argv[1:]):  # of signals; or a pause, or 
                     stop.reason(Axis())
                 else:
                     os.kill(os.getpid(), int(getattr(signal, number)))
+                    while getattr(signal, number) not in stop._received:  # another thread takes it
+                        time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
