@@ -244,7 +244,7 @@ class Bench:
     def long_sequence(self, longest: int) -> None:
         """Compare the time per token of a long sequence with that of a short one; both are timed in turns.
 
-        The short one is no shorter than what leaves the last-level cache, from where its bytes would come faster.
+        The tensors of the short one together are at least twice as large as the last-level cache.
         """
         short = self.sizes.length
         while 4 * short * self.sizes.width * self.sizes.dtype.itemsize < 2 * last_level_cache() and 4 * short < longest:
