@@ -124,11 +124,11 @@ from longreach.launch.process import MALLOC, prepare_libraries
 prepare_libraries()
 import torch
 faults = []
-for _ in range(3):
+for _ in range(24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(7 << 20)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[1:]))
+print(max(faults[-8:]))
 """
 
 
@@ -137,7 +137,11 @@ print(min(faults[1:]))
 def test_freed_memory_is_kept_for_the_next_tensor(
     environment: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """28 MiB, whose pages of 4 KiB are 7,168; unless the environment decides."""
+    """28 MiB, whose pages of 4 KiB are 7,168; unless the environment decides.
+
+    The first few are new memory: an aligned block leaves small pieces beside it, which glibc (before 2.38) joins with it
+    only when its per-thread cache of small blocks is full, at 7 of a size.
+    """
     for name in MALLOC:
         monkeypatch.delenv(name, raising=False)
     for name, value in {**environment, "THP_MEM_ALLOC_ENABLE": "0"}.items():
