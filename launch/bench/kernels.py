@@ -30,11 +30,13 @@ from ...kernels.linear_attention import linear_attention
 from ...kernels.long_conv import long_conv
 from ...kernels.long_conv.chunked import fft_size
 from ...kernels.short_conv import short_conv
+from ..process import freed_memory_is_kept
 from . import check_out, environment, median, table_header, table_line, write_report
 
 BUDGET = 2.0  # seconds for which a measurement is repeated
 LENGTHS = [2**n for n in range(10, 21)]
 GRADIENT = "forward + backward"
+GRADIENT_TENSORS = 18  # of the size of an input, that forward and backward of an operator keep at most
 
 
 @dataclass
@@ -244,16 +246,31 @@ class Bench:
     def long_sequence(self, longest: int) -> None:
         """Compare the time per token of a long sequence with that of a short one; both are timed in turns.
 
-        The tensors of the short one together are at least twice as large as the last-level cache.
+        The tensors of the short one together are at least twice as large as the last-level cache. The gradient is that
+        of the longest sequence of which memory holds as many tensors as it takes.
         """
         short = self.sizes.length
-        while 4 * short * self.sizes.width * self.sizes.dtype.itemsize < 2 * last_level_cache() and 4 * short < longest:
+        while 4 * short * self._token < 2 * last_level_cache() and 4 * short < longest:
             short *= 2
-        for operator, what, inputs, run in self._linear_operators():
-            self._long_sequence(operator, what, inputs, run, short, longest)
+        for operator, options, inputs, run in self._linear_operators():
+            self._long_sequence(operator, f"forward{options}", inputs, torch.no_grad()(run), short, longest)
+        long = longest
+        while long > 2 * short and GRADIENT_TENSORS * long * self._token > self._memory():
+            long //= 2
+        for operator, options, inputs, run in self._linear_operators():
+            self._long_sequence(operator, f"{GRADIENT}{options}", inputs, partial(_gradient, run), short, long)
 
-    def _linear_operators(self) -> Iterator[tuple[str, str, Callable[[int], list[Tensor]], Callable[..., object]]]:
-        """Name, pass, inputs of so many tokens, and the function of them."""
+    @property
+    def _token(self) -> int:
+        """Bytes of one token of a tensor ``[1, L, D]``."""
+        return self.sizes.width * self.sizes.dtype.itemsize
+
+    def _memory(self) -> float:
+        """Bytes that this device has free; infinite if unknown."""
+        return torch.cuda.mem_get_info()[0] if self.device == "cuda" else Machine().available_memory() or math.inf
+
+    def _linear_operators(self) -> Iterator[tuple[str, str, Callable[[int], list[Tensor]], Callable[..., Tensor]]]:
+        """Name, options, inputs of so many tokens, and the function of them."""
         s = self.sizes
 
         def rows(length: int) -> list[Tensor]:
@@ -263,13 +280,13 @@ class Bench:
             heads = [self.random(1, length, s.heads, s.head) for _ in range(3)]
             return [*heads, -self.random(1, length, s.heads).abs()]
 
-        def delta(*x: Tensor) -> object:
+        def delta(*x: Tensor) -> Tensor:
             q, k, v, gate = x
-            return delta_rule(q, k, v, gate.exp(), log_decay=gate, normalize_qk=True)
+            return delta_rule(q, k, v, gate.exp(), log_decay=gate, normalize_qk=True)[0]
 
-        yield "elementwise", "forward", rows, elementwise_attention
-        yield "linear_attention", "forward, log_decay", gated, lambda q, k, v, g: linear_attention(q, k, v, log_decay=g)
-        yield "delta_rule", "forward", gated, delta
+        yield "elementwise", "", rows, lambda *x: elementwise_attention(*x)[0]
+        yield "linear_attention", ", log_decay", gated, lambda q, k, v, g: linear_attention(q, k, v, log_decay=g)[0]
+        yield "delta_rule", ", log_decay", gated, delta
 
     def _long_sequence(
         self,
@@ -280,13 +297,15 @@ class Bench:
         short: int,
         longest: int,
     ) -> None:
-        runs = [partial(run, *inputs(length)) for length in (short, longest)]
         times: tuple[list[float], ...] = [], []
-        with torch.no_grad():
-            self._once(runs[1])
+        with freed_memory_is_kept():  # new memory is not what is timed
+            runs = [partial(run, *(x.requires_grad_() for x in inputs(length))) for length in (short, longest)]
+            for _ in range(2):  # the first takes new memory, the second may still
+                self._once(runs[1])
             for _ in range(3):
                 times[0].append(self.seconds(runs[0]) * longest / short)
                 times[1].append(self._once(runs[1]))
+            del runs
         of_short, of_long = (median(some) for some in times)
         against = f"{longest / short:g} times {short:,} tokens"
         self.add(operator, f"{what}, {longest:,} tokens", of_long, against, of_short, "<= 1.15")
@@ -310,6 +329,11 @@ class Bench:
                     found[name].append((length, self.seconds(run)))
             print(f"  {length:>9,} tokens: " + ", ".join(f"{n} {found[n][-1][1]:.4f} s" for n in runs), flush=True)
         return found
+
+
+def _gradient(run: Callable[..., Tensor], *leaves: Tensor) -> object:
+    y = run(*leaves)
+    return torch.autograd.grad(y, leaves, y.detach())
 
 
 def last_level_cache() -> int:
@@ -528,8 +552,8 @@ def run(out: Path, threads: int = 0, longest: int = LENGTHS[-1]) -> int:
     print(HEADER)
     for measure in (bench.elementwise, bench.linear, bench.delta, bench.short, bench.long):
         measure()
+    bench.long_sequence(longest)
     with torch.no_grad():
-        bench.long_sequence(longest)
         lengths = bench.by_length(longest)
     for name, points in lengths.items():
         print(f"  {name}: seconds ~ {_law(points)}")
