@@ -73,13 +73,14 @@ class P2PBatch:
         self._count = count
         self._sent = [as_bytes(tensor) for _, tensor in sends]  # referenced until the sends are done
         self._received = [like.new_zeros(shape) for _, shape in receives]  # a dry run receives nothing
+        # Receives first: gloo tells the other rank so on the same connection, where the word would wait behind a send.
         operations = [
-            dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
-            for data, (rank, _) in zip(self._sent, sends, strict=True)
-        ]
-        operations += [
             dist.P2POp(dist.irecv, tensor.view(-1).view(torch.uint8), axis.ranks[rank], group=axis.group)
             for tensor, (rank, _) in zip(self._received, receives, strict=True)
+        ]
+        operations += [
+            dist.P2POp(dist.isend, data, axis.ranks[rank], group=axis.group)
+            for data, (rank, _) in zip(self._sent, sends, strict=True)
         ]
         self._requests: list[dist.Work] = []
         if operations:

@@ -48,8 +48,8 @@ def _seconds(axis: Axis, device: torch.device, num_bytes: int, repeats: int) -> 
             break
         started = time.perf_counter()
         operations = [
-            dist.P2POp(dist.isend, sent, target, group=axis.group),
             dist.P2POp(dist.irecv, received, source, group=axis.group),
+            dist.P2POp(dist.isend, sent, target, group=axis.group),
         ]
         for request in dist.batch_isend_irecv(operations):
             request.wait()

@@ -181,7 +181,7 @@ class AxisStateExchange:
 
     def _shift(self, maps: list[AffineMap], scans: Sequence[DirectionalScan], distance: int) -> list[AffineMap | None]:
         """The maps of the ranks ``distance`` before this one, in each scan's direction; None where there is none."""
-        operations, arriving, num_bytes = [], [], 0
+        sends, receives, arriving, num_bytes = [], [], [], 0
         for (a, b), one in zip(maps, scans, strict=True):
             step = -distance if one.reverse else distance
             payload = torch.cat([as_bytes(a.tensor), as_bytes(b)])
@@ -189,9 +189,10 @@ class AxisStateExchange:
             arriving.append(into)
             if 0 <= self.rank + step < self.size:
                 num_bytes += payload.numel()
-                operations.append(self._peer(dist.isend, payload, self.rank + step))
+                sends.append(self._peer(dist.isend, payload, self.rank + step))
             if into is not None:
-                operations.append(self._peer(dist.irecv, into, self.rank - step))
+                receives.append(self._peer(dist.irecv, into, self.rank - step))
+        operations = receives + sends  # in this order, see `halo.P2PBatch`
         with self._count(num_bytes):
             for request in dist.batch_isend_irecv(operations) if operations else []:
                 request.wait()

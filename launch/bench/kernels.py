@@ -36,7 +36,7 @@ from . import check_out, environment, median, table_header, table_line, write_re
 BUDGET = 2.0  # seconds for which a measurement is repeated
 LENGTHS = [2**n for n in range(10, 21)]
 GRADIENT = "forward + backward"
-GRADIENT_TENSORS = 18  # of the size of an input, that forward and backward of an operator keep at most
+FEW_TENSORS, MANY_TENSORS = 8, 18  # of the size of an input: what an operator and its inputs take at least, at most
 
 
 @dataclass
@@ -253,9 +253,10 @@ class Bench:
         while 4 * short * self._token < 2 * last_level_cache() and 4 * short < longest:
             short *= 2
         for operator, options, inputs, run in self._linear_operators():
-            self._long_sequence(operator, f"forward{options}", inputs, torch.no_grad()(run), short, longest)
+            forward = torch.no_grad()(run)
+            self._long_sequence(operator, f"forward{options}", inputs, forward, short, longest)
         long = longest
-        while long > 2 * short and GRADIENT_TENSORS * long * self._token > self._memory():
+        while long > 2 * short and MANY_TENSORS * long * self._token > self._memory():
             long //= 2
         for operator, options, inputs, run in self._linear_operators():
             self._long_sequence(operator, f"{GRADIENT}{options}", inputs, partial(_gradient, run), short, long)
@@ -299,8 +300,10 @@ class Bench:
     ) -> None:
         times: tuple[list[float], ...] = [], []
         with freed_memory_is_kept():  # new memory is not what is timed
+            size = int(min(FEW_TENSORS * longest * self._token, 0.9 * self._memory()))
+            torch.ones(size, dtype=torch.uint8, device=self.device)
             runs = [partial(run, *(x.requires_grad_() for x in inputs(length))) for length in (short, longest)]
-            for _ in range(2):  # the first takes new memory, the second may still
+            for _ in range(2):
                 self._once(runs[1])
             for _ in range(3):
                 times[0].append(self.seconds(runs[0]) * longest / short)

@@ -101,8 +101,8 @@ class _RingExchange:
         after, before = (axis.ranks[(axis.rank + step) % axis.size] for step in (1, -1))
         with count(self._sent.numel() * self._sent.element_size()):
             self._requests = [
-                dist.isend(self._sent, after, group=axis.group),
                 dist.irecv(self._received, before, group=axis.group),
+                dist.isend(self._sent, after, group=axis.group),
             ]
 
     def wait(self) -> Tensor:
