@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import run_distributed
 
 from longreach.framework.model import ModelConfig, build_model
-from longreach.parallel import streaming
+from longreach.kernels.elementwise import ElementwiseAttention
+from longreach.parallel import link_benchmark, streaming
+from longreach.parallel.halo import P2PBatch
 from longreach.parallel.mesh import Axis, Mesh
 from longreach.parallel.recorder import Event, Recorder
 from longreach.parallel.span import Span
-from longreach.parallel.traffic import Traffic
+from longreach.parallel.traffic import Traffic, uncounted
 
 MIXERS = ["elementwise", "chela", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
 
@@ -69,6 +74,39 @@ def exchanges(
     with Recorder(traffic) as recorder:
         streaming.train(spans, lambda span: model(span.shard(tokens), span, head=False), loss, torch.Tensor.backward)
     return recorder.events, dict(traffic.bytes)
+
+
+def both_ways(axis: Axis) -> list[list[str]]:
+    """The kinds of the exchanges of each way to send and receive at once."""
+    relayed = replace(axis, relay="recursive_doubling")
+    x = torch.ones(1, 6, 2)
+    other = 1 - axis.rank
+
+    def scan() -> None:
+        span = streaming.blocks(Mesh(sequence=relayed), 12)[0]
+        span.for_layer("0").scan(ElementwiseAttention(causal=False), x, x, x)
+
+    ways = (
+        lambda: P2PBatch([(other, x)], [(other, x.shape)], x, axis, uncounted).wait(),
+        lambda: link_benchmark.measure(Mesh(sequence=axis, world=axis), (8, 64), 1),
+        scan,
+    )
+    kinds = []
+    for way in ways:
+        with Recorder() as recorder:
+            way()
+        kinds.append([event.kind for event in recorder.events])
+    return kinds
+
+
+def test_receives_are_posted_before_sends() -> None:
+    """Else gloo's word that a rank receives waits behind what it sends: the two directions take turns."""
+    for rank, kinds in enumerate(run_distributed(both_ways, 2)):
+        for way in kinds:
+            pairs = [pair for pair in pairwise(way) if "receive" in pair and "send" in pair]
+            assert ("receive", "send") in pairs, (rank, way)
+            first = next(kind for kind in way if kind in ("send", "receive"))
+            assert first == "receive", (rank, way)
 
 
 def without_point_to_point(events: list[Event]) -> list[Event]:
