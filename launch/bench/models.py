@@ -33,7 +33,7 @@ from . import Bound, check_out, cpu_only, environment, last_line, report_bounds,
 from .memory import Limits, pack_corpus, watch
 
 LENGTH = 8192  # tokens of the comparison of speed
-TURNS = 3  # of each way, after one that is not counted
+TURNS, TURN_SECONDS = 3, 60.0  # of each way, after one that is not counted; fewer, once they took so long together
 LONGEST = 2**18
 SHORTEST = 4096  # of the trials of transformers alone; each further one has twice as many tokens
 BLOCK_LEN = 8192  # tokens of a streamed block, over all ranks
@@ -237,6 +237,8 @@ def _in_turns(family: str, part: str, run: Callable[[int], list[Any]], modules: 
     seconds: list[list[float]] = [[], []]
     found: list[list[Any]] = [[], []]
     for turn in range(TURNS + 1):
+        if sum(map(sum, seconds)) > TURN_SECONDS:
+            break
         for which in (0, 1) if turn % 2 else (1, 0):
             modules[which].zero_grad(set_to_none=True)
             started = time.perf_counter()
