@@ -1,9 +1,9 @@
 """How far a needle is found: trains ``longreach train needle`` on longer and longer haystacks in one run, and scores it
-in haystacks of up to 1,048,576 tokens, read block by block: the tables of docs/results.md.
+in haystacks of up to 1,048,576 tokens, read block by block: a table and a figure of docs/results.md.
 
     python benchmarks/needle.py                            # every mixer and pattern; hours on two cores
     python benchmarks/needle.py "chela, gated_deltanet"    # one of them, or a pattern
-    python benchmarks/needle.py --table                    # print the tables of what was found
+    python benchmarks/needle.py --table                    # print the table of what was found
 
 Patterns are trained on up to 65,536 tokens, with three seeds.
 """
@@ -17,11 +17,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from tasks import MIXERS, longreach
+from trainings import MIXERS, hardware, longreach, training_seconds
 
-from longreach.launch.bench import environment
+from longreach.launch.bench import environment, table_header, table_line
 
 RESULTS = Path(__file__).parent / "results" / "needle.json"
 # (tokens, sequences a step, steps so far): the first is the config's own.
@@ -37,7 +38,7 @@ FARTHEST = {"softmax": 16384}  # where one takes too long beyond
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", default=[*SINGLE, *PATTERNS], help="mixers and patterns")
-    parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -48,19 +49,50 @@ def main() -> int:
             for row in pool.map(lambda case: _row(*case, Path(directory)), cases):
                 rows[f"{row['mixer']} / {row['seed']}"] = row
                 arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{table(rows, SINGLE)}\n\n{table(rows, PATTERNS)}")
+    print(table(rows))
     return 0
 
 
-def table(rows: dict[str, Any], names: list[str]) -> str:
-    """The accuracies of these mixers as a Markdown table; of several seeds, the lowest to the highest."""
-    lines = [f"| mixer | {' | '.join(f'{length:,}' for length in TESTED)} |", "|---" * (1 + len(TESTED)) + "|"]
-    for name in names:
-        found = [row["accuracy"] for row in rows.values() if row["mixer"] == name]
-        if found:
-            every = [[one[str(n)] for one in found if str(n) in one] for n in TESTED]
-            lines.append(f"| {name} | {' | '.join(map(_range, every))} |")
+def table(rows: dict[str, Any]) -> str:
+    """The accuracies as a Markdown table, a row for each mixer; of several seeds, the lowest to the highest."""
+    names = ["`needle.py`", "trained to", "seeds", *(f"{length:,}" for length in TESTED), "seconds", "machine, commit"]
+    lines = [table_header(names)]
+    for name, found in _by_mixer(rows).items():
+        every = [[row["accuracy"][str(n)] for row in found if str(n) in row["accuracy"]] for n in TESTED]
+        times = [row["seconds"] for row in found if "seconds" in row]
+        longest = max(length for row in found for length, _, _ in row["stages"])
+        cells = [f'`"{name}"`', f"{longest:,}", len(found), *map(_range, every)]
+        machines = hardware([row["environment"] for row in found])
+        lines.append(table_line([*cells, f"{mean(times):,.0f}" if times else "", machines]))
     return "\n".join(lines)
+
+
+def figure(rows: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy over the length, a line for each mixer; of several seeds the mean, and a band to the lowest and
+    the highest.
+    """
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = drawing.subplots()
+    for name, found in _by_mixer(rows).items():
+        lengths = [n for n in TESTED if all(str(n) in row["accuracy"] for row in found)]
+        every = [[row["accuracy"][str(n)] for row in found] for n in lengths]
+        longest = max(length for row in found for length, _, _ in row["stages"])
+        (line,) = axes.plot(lengths, [*map(mean, every)], marker="o", label=f"{name} (trained to {longest:,})")
+        axes.fill_between(lengths, [*map(min, every)], [*map(max, every)], color=line.get_color(), alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([*TESTED], [f"{length:,}" for length in TESTED], fontsize=8)
+    axes.set(xlabel="tokens", ylabel="accuracy", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    drawing.savefig(path, dpi=120)
+
+
+def _by_mixer(rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each mixer that has any."""
+    every = {name: [row for row in rows.values() if row["mixer"] == name] for name in (*SINGLE, *PATTERNS)}
+    return {name: found for name, found in every.items() if found}
 
 
 def _range(found: list[float]) -> str:
@@ -71,11 +103,10 @@ def _range(found: list[float]) -> str:
 def _row(name: str, seed: int, directory: Path) -> dict[str, Any]:
     run = Path(tempfile.mkdtemp(dir=directory))
     stages = STAGES + (LONGER if name in PATTERNS else [])
-    words = [f"model.mixers=[{name}]"] if name in PATTERNS else MIXERS[name]
     for length, batch, steps in stages:
         sizes = [f"data.seq_len={length}", f"data.batch_size={batch}", f"train.micro_batch_size={batch}"]
         more = [f"train.steps={steps}", f"run.seed={seed}", "data.accept_change=true"]
-        longreach("train", "needle", *words, *sizes, *more, run=run)
+        longreach("train", "needle", *MIXERS[name], *sizes, *more, run=run)
     found = {}
     for length, examples in TESTED.items():
         if length <= FARTHEST.get(name, length):
@@ -85,7 +116,8 @@ def _row(name: str, seed: int, directory: Path) -> dict[str, Any]:
             longreach("evaluate", str(run), *sizes, *batch, "--json", str(file))
             found[str(length)] = json.loads(file.read_text())["metrics"]["accuracy"]
             print(f"{name}, seed {seed}, {length:,} tokens: {found[str(length)]:.3f}", file=sys.stderr, flush=True)
-    return {"mixer": name, "seed": seed, "stages": stages, "accuracy": found, "environment": environment("cpu", 1)}
+    row = {"mixer": name, "seed": seed, "stages": stages, "accuracy": found, "seconds": training_seconds(run)}
+    return {**row, "environment": environment("cpu", 1)}
 
 
 if __name__ == "__main__":

@@ -1,190 +1,401 @@
-"""Trains the tasks of ``configs/`` with each mixer, and a small language model; keeps what their tests found: tables of
-docs/results.md.
+"""Trains the tasks of ``configs/`` with each mixer, and small language models; keeps what their tests found: tables and
+figures of docs/results.md.
 
-    python benchmarks/tasks.py                       # all of them; about two hours on two cores
-    python benchmarks/tasks.py digits adding         # these
-    python benchmarks/tasks.py "recall / mamba2"     # one mixer of a task
-    python benchmarks/tasks.py --table               # print the tables of what was found so far
+    python benchmarks/tasks.py                             # all of them; hours on two cores
+    python benchmarks/tasks.py --resume --directory DIR    # what is missing, going on with what was interrupted
+    python benchmarks/tasks.py digits adding               # these
+    python benchmarks/tasks.py "recall / mamba2"           # one mixer of a task
+    python benchmarks/tasks.py --table --page docs/results.md --figures docs/images    # what was found so far
 
 Every run is ``longreach train CONFIG`` with the words that the table names and a seed; its ``result.json`` is the
 figure, or the held-out loss of ``language``. Nothing is chosen by the test: the steps are the config's, and the last
 model is scored, once.
+
+A result is kept as soon as its training ends. With ``--resume`` those that are there are not trained again, if words
+and config are still the same. SIGTERM or Ctrl-C ends a sweep; trainings with a ``--directory`` save a checkpoint first.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
-import subprocess
+import re
+import shlex
+import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from longreach.framework.config import load
+import needle
+import torch
+import yaml
+from trainings import (
+    EA2,
+    EA6,
+    MIXERS,
+    PAPER,
+    PATTERNS,
+    TAPS,
+    Failed,
+    Stopped,
+    hardware,
+    longreach,
+    rows_of,
+    training_seconds,
+)
+
+from longreach.framework.config import CONFIGS, load
+from longreach.framework.mixers import registry
 from longreach.framework.model import build_model
-from longreach.launch.bench import cpu_only, environment, last_line
+from longreach.framework.runtime.files import replace_text
+from longreach.launch.bench import environment, table_header, table_line
+from longreach.launch.exit_codes import FAILED, STOPPED
+from longreach.launch.process import forward_signals
 
 RESULTS = Path(__file__).parent / "results" / "tasks.json"
-EA6, EA2 = "elementwise, order 6", "elementwise, order 2"
-MIXERS = {
-    EA6: ["model.mixers=[elementwise]"],
-    EA2: ["model.mixers=[elementwise]", "model.elementwise.order=2"],
-    "chela": ["model.mixers=[chela]"],
-    "feedforward_kernel": ["model.mixers=[feedforward_kernel]"],
-    "mamba2": ["model.mixers=[mamba2]"],
-    "gated_deltanet": ["model.mixers=[gated_deltanet]"],
-    "softmax": ["model.mixers=[softmax]"],
-}
+PUBLIC, LANGUAGE, MEMORY = TABLES = ("public", "language", "memory")
+BITS = "bits per byte"
+SAVE_EVERY = 50  # steps between the checkpoints of a training that can be interrupted
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trainings of one config, each a row of a table.
+
+    Attributes:
+        table: one of `TABLES`.
+        config: a name in ``configs/``.
+        mixers: names in `MIXERS`.
+        seeds: how many, from 0 on.
+        words: ``key=value``, besides those of the mixer.
+        parameters: of each model, within 1%, by the width of its feed-forward layers; 0 to leave that as it is.
+        contexts: of a language model, to score long held-out documents with: tokens after which the past is forgotten.
+    """
+
+    table: str
+    config: str
+    mixers: Sequence[str]
+    seeds: int
+    words: Sequence[str] = ()
+    parameters: int = 0
+    contexts: Sequence[int] = ()
+
+
 MOST = [EA6, "chela", "feedforward_kernel", "softmax"]
-LANGUAGE = "language"  # the quickstart, shorter; each mixer's feed-forward layers are so wide that all models are alike
-FFN_RATIOS = {
-    EA6: 3.125,
-    "chela": 2.25,
-    "feedforward_kernel": 3.0,
-    "mamba2": 1.8125,
-    "gated_deltanet": 2.4375,
-    "softmax": 3.1875,
+FORMS = ["elementwise, norm_group=0", "elementwise, conv_len=0", PAPER]
+FIVE = [TAPS, EA6, "feedforward_kernel", "gated_deltanet", "softmax"]
+ALIKE = [EA6, "chela", TAPS, "feedforward_kernel", "mamba2", "gated_deltanet", "softmax", *PATTERNS]
+# For a CPU: about three hours on two cores for the five of a task.
+LISTOPS = ["data.batch_size=8", "model.width=64", "model.depth=2", "train.steps=5000", "train.validate_every=500"]
+PATHFINDER = ["task.test_examples=2000", "model.depth=2", "train.steps=3000", "train.validate_every=250"]
+LM = ["parallel.ranks=1", "monitor.sample_len=0"]
+LONG = [
+    "data.valid_fraction=0.05",
+    "data.seq_len=65536",
+    "data.curriculum=[[1024, 50], [8192, 50]]",
+    "parallel.block_len=8192",
+]
+CONTEXTS = [1024, 8192, 65536]
+# What tells two runs of one config apart follows a comma.
+RUNS: dict[str, Runs] = {
+    "japanese-vowels": Runs(PUBLIC, "japanese-vowels", [EA6, EA2, *FORMS, *MOST[1:]], 5),
+    "basic-motions": Runs(
+        PUBLIC, "japanese-vowels", [EA6, PAPER, *MOST[1:]], 5, ["data.name=BasicMotions", "data.seq_len=100"]
+    ),
+    "digits": Runs(PUBLIC, "digits", MOST, 3),
+    "fashion-mnist": Runs(PUBLIC, "fashion-mnist", FIVE, 1),
+    "forecast": Runs(PUBLIC, "forecast", MOST, 3),
+    "listops": Runs(PUBLIC, "listops", FIVE, 1, [*LISTOPS, "train.validate_batches=60"]),
+    "pathfinder": Runs(PUBLIC, "pathfinder", FIVE, 1, PATHFINDER),
+    "retrieval": Runs(PUBLIC, "retrieval", ["chela", "feedforward_kernel"], 1),
+    "language": Runs(LANGUAGE, "quickstart", ALIKE, 3, [*LM, "train.steps=150"], 478_000),
+    "language, 65,536 tokens": Runs(
+        LANGUAGE,
+        "quickstart",
+        [EA6, "gated_deltanet", *PATTERNS[:2]],
+        3,
+        [*LM, *LONG, "train.steps=150"],
+        478_000,
+        CONTEXTS,
+    ),
+    "adding": Runs(MEMORY, "adding", [EA6, "softmax"], 3),
+    "recall": Runs(MEMORY, "recall", ["chela", "softmax", "mamba2", "gated_deltanet"], 3),
+    "needle": Runs(MEMORY, "needle", ["chela", EA6, "mamba2", "gated_deltanet"], 3),
 }
-# For a CPU.
-LISTOPS = ["data.batch_size=8", "model.width=64", "model.depth=2", "train.steps=1500"]
-LISTOPS_256 = ["data.seq_len=256", "data.batch_size=16", "model.width=64", "model.depth=2", "train.steps=500"]
-# By config, and what tells two runs of one apart: which mixers, how many seeds, and words that make it smaller.
-RUNS: dict[str, tuple[list[str], int, list[str]]] = {
-    "japanese-vowels": ([EA6, EA2, "chela", "feedforward_kernel", "softmax"], 5, []),
-    "digits": (MOST, 3, []),
-    "forecast": (MOST, 3, []),
-    "adding": ([EA6, "softmax"], 1, []),
-    "needle": (["chela", EA6, "mamba2", "gated_deltanet"], 1, []),
-    "recall": (["chela", "softmax", "mamba2", "gated_deltanet"], 1, []),
-    "retrieval": (["chela", "feedforward_kernel"], 1, []),
-    "listops": (["chela", "softmax", EA6], 1, LISTOPS),
-    "listops 256": (["chela", "softmax"], 1, LISTOPS_256),
-    LANGUAGE: ([*FFN_RATIOS], 1, ["parallel.ranks=1", "train.steps=150", "monitor.sample_len=0"]),
+UEA = "arXiv 2501.05730"
+# What was published for the very same data: by mixer, or for all of them.
+PUBLISHED = {
+    ("japanese-vowels", EA6): f"0.973 ({UEA})",
+    ("japanese-vowels", EA2): f"0.957 ({UEA})",
+    ("japanese-vowels", "softmax"): f"0.970 ({UEA})",
+    ("listops", "feedforward_kernel"): "0.185 to 0.187 (its author, arXiv 2211.04076)",
+    ("listops", ""): "Mega 0.631 (arXiv 2209.10655)",
+    ("pathfinder", ""): "Mega 0.960 (arXiv 2209.10655)",
 }
-# What papers report for the very same data: (config, mixer) -> metric. arXiv 2501.05730, table of UEA archives.
-PAPERS = {("japanese-vowels", EA6): 0.973, ("japanese-vowels", EA2): 0.957, ("japanese-vowels", "softmax"): 0.970}
+
+
+class Case(NamedTuple):
+    """One training."""
+
+    name: str
+    mixer: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Of its row."""
+        return f"{self.name} / {self.mixer}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = f"of {', '.join(RUNS)}; 'NAME / MIXER' for one mixer"
+    choices = f"of {'; '.join(RUNS)}; 'NAME / MIXER' for one mixer"
     parser.add_argument("names", metavar="NAME", nargs="*", default=[*RUNS], help=choices)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep results of the same words, and train what is missing"
+    )
+    parser.add_argument("--directory", type=Path, help="keep run directories here, with checkpoints")
+    parser.add_argument("--seeds", type=int, default=sys.maxsize, help="at most so many of each row")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one more word for all of them")
     parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
+    parser.add_argument("--page", type=Path, help="write the tables between the marks of this page, docs/results.md")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw needle.png and learning.png there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    every = [(name, mixer) for name in RUNS for mixer in RUNS[name][0]]
-    cases = [case for case in every if case[0] in arguments.names or " / ".join(case) in arguments.names]
-    rows: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if not arguments.table:
-        with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as pool:
-            found = pool.map(lambda case: _row(*case, Path(directory)), cases)
-            for key, row in zip(map(" / ".join, cases), found, strict=True):
-                rows[key] = row
-                rows = {known: rows[known] for known in map(" / ".join, every) if known in rows}
-                print(f"{key}: {_figures(row)}", file=sys.stderr, flush=True)
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{table(rows)}\n\n{language_table(rows)}")
+        every = [Case(name, mixer, seed) for name, r in RUNS.items() for mixer in r.mixers for seed in range(r.seeds)]
+        cases = [case for case in every if case.name in arguments.names or case.key in arguments.names]
+        if code := _sweep([case for case in cases if case.seed < arguments.seeds], arguments):
+            return code
+    rows, found = _read(arguments.out), _read(needle.RESULTS)
+    tables = {**{name: table(rows, name) for name in TABLES}, "needle": needle.table(found)}
+    print("\n\n".join(tables.values()))
+    if arguments.page:
+        page = arguments.page.read_text(encoding="utf-8")
+        for name, text in tables.items():
+            page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1{text}\n\2", page, flags=re.DOTALL)
+        replace_text(arguments.page, page)
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
+        needle.figure(found, arguments.figures / "needle.png")
+        learning_figure(rows, arguments.figures / "learning.png")
     return 0
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Results as a Markdown table."""
-    lines = [
-        "| `longreach train` | mixer | parameters | steps | seeds | ours | simplest answer | paper |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows.values():
-        if row["config"] == "quickstart":
-            continue
-        cells = [
-            f"`{' '.join([row['config'], *row['words']])}`",
-            row["mixer"],
-            f"{row['num_parameters']:,}",
-            row["steps"],
-            len(row["results"]),
-            _figures(row),
-            _named(row["chance"]),
-            f"{PAPERS[case]:.3f}" if (case := (row["config"], row["mixer"])) in PAPERS else "",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def _sweep(cases: list[Case], arguments: argparse.Namespace) -> int:
+    """Train these cases, and keep each result in ``--out`` when it is there; returns the exit code."""
+    out, words = arguments.out, {(c.name, c.mixer): words_of(c.name, c.mixer, arguments.set) for c in cases}
+    rows = {case.key: _empty_row(case, words[case[:2]]) for case in cases}
+    if arguments.resume:
+        rows |= {key: row for key, row in _read(out).items() if key in rows and _is_current(row, rows[key])}
+        cases = [case for case in cases if str(case.seed) not in rows[case.key]["seeds"]]
+    forward_signals()
+    codes = [0]
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
+        place = arguments.directory or Path(temporary)
+        running = {pool.submit(_train, case, rows[case.key], place, arguments): case for case in cases}
+        for future in as_completed(running):
+            case, row = running[future], rows[running[future].key]
+            try:
+                result = future.result()
+            except (Failed, Stopped) as error:
+                codes.append(STOPPED if isinstance(error, Stopped) else FAILED)
+                if isinstance(error, Failed):
+                    print(error, file=sys.stderr, flush=True)
+                continue
+            row |= result.pop("of_row")
+            row["seeds"] = dict(sorted({**row["seeds"], str(case.seed): result}.items(), key=lambda one: int(one[0])))
+            _keep(out, case.key, row)
+            print(f"{case.key}, seed {case.seed}: {_metrics([result])}", file=sys.stderr, flush=True)
+    if STOPPED in codes:
+        print("stopped: the same command with --resume goes on", file=sys.stderr, flush=True)
+    return max(codes)
 
 
-def language_table(rows: dict[str, Any]) -> str:
-    """Bits per byte of the language models as a Markdown table."""
-    lines = ["| mixer | `model.ffn_ratio` | parameters | held-out bits per byte |", "|---|---|---|---|"]
-    for row in rows.values():
-        if row["config"] == "quickstart":
-            ratio = row["words"][-1].partition("=")[2]
-            bits = _figures(row).removeprefix("bits per byte ")
-            lines.append(f"| {row['mixer']} | {ratio} | {row['num_parameters']:,} | {bits} |")
-    return "\n".join(lines)
+def words_of(name: str, mixer: str, more: Sequence[str] = ()) -> list[str]:
+    """The words of a training besides its seed."""
+    runs = RUNS[name]
+    words = [*runs.words, *MIXERS[mixer], *more]
+    model = load(runs.config, words).model
+    if not model.causal and any(getattr(registry.MIXERS[one], "causal_only", False) for one in model.mixers):
+        words.append("model.causal=true")
+    if runs.parameters:
+        words.append(f"model.ffn_ratio={ffn_ratio(runs.config, tuple(words), runs.parameters)}")
+    return words
 
 
-def words_of(name: str, mixer: str) -> tuple[str, list[str]]:
-    """The config of a run, and the words beside those of its mixer and seed."""
-    words = RUNS[name][2]
-    if name == LANGUAGE:
-        return "quickstart", [*words, f"model.ffn_ratio={FFN_RATIOS[mixer]}"]
-    return name.partition(" ")[0], words
+@cache
+def ffn_ratio(config: str, words: tuple[str, ...], parameters: int) -> float:
+    """The `model.ffn_ratio`, in sixteenths, with which a model of bytes has most nearly so many parameters.
+
+    Raises:
+        ValueError: none is within 1%.
+    """
+
+    def size(sixteenths: int) -> int:
+        return num_parameters(config, [*words, f"model.ffn_ratio={sixteenths / 16}"])
+
+    of_16, of_32 = size(16), size(32)
+    near = max(1, round(16 + 16 * (parameters - of_16) / (of_32 - of_16)))  # feed-forward layers are linear in it
+    if abs(size(near) - parameters) > 0.01 * parameters:
+        raise ValueError(f"{config} {shlex.join(words)}: no model has {parameters:,} parameters within 1%")
+    return near / 16
 
 
-def _row(name: str, mixer: str, directory: Path) -> dict[str, Any]:
-    seeds, (config, words) = RUNS[name][1], words_of(name, mixer)
-    results = [_train(config, [*words, *MIXERS[mixer], f"run.seed={seed}"], directory) for seed in range(seeds)]
+def num_parameters(config: str, words: Sequence[str]) -> int:
+    """Parameters of a model of bytes, which is not made."""
+    with torch.device("meta"):
+        model = build_model(load(config, [*words, "model.vocab=256"]).model)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _empty_row(case: Case, words: list[str]) -> dict[str, Any]:
+    runs = RUNS[case.name]
     return {
-        "config": config,
-        "mixer": mixer,
+        "table": runs.table,
+        "config": runs.config,
+        "mixer": case.mixer,
         "words": words,
-        "num_parameters": results[0]["num_parameters"],
-        "steps": results[0]["step"],
-        "chance": results[0]["chance"],
-        "results": [result["metrics"] for result in results],
-        "environment": environment("cpu", 1),
+        "settings": settings_of(runs.config),
+        "seeds": {},
     }
 
 
-def longreach(*words: str, run: Path | None = None) -> None:
-    """``longreach WORDS...`` on one thread of a processor; a training into the directory ``run``, with no more than it
-    needs there.
-    """
-    quiet = ["train.threads=1", "monitor.tensorboard=false", "monitor.plot=false", "checkpoint.every=0"]
-    command = [sys.executable, "-m", "longreach", *words, *([*quiet, f"run.dir={run}"] if run else [])]
-    with tempfile.NamedTemporaryFile("w") as log:
-        if subprocess.run(command, stdout=log, stderr=log, env=cpu_only(OMP_NUM_THREADS="1")).returncode:
-            sys.exit(f"{' '.join(command)}: {last_line(Path(log.name))}")
+def settings_of(config: str) -> str:
+    """A digest of what a config's file says of task, model, data and training; comments do not count."""
+    tree = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))
+    shown = ("log_every", "validate_every", "threads")
+    train = {key: value for key, value in tree.get("train", {}).items() if key not in shown}
+    counted = {name: tree.get(name) for name in ("task", "model", "data", "optim")} | {"train": train}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _train(config: str, words: list[str], directory: Path) -> dict[str, Any]:
-    run = Path(tempfile.mkdtemp(dir=directory))
-    longreach("train", config, *words, run=run)
+def _is_current(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether the trainings of a row are those that are wanted now."""
+    return all(row[name] == wanted[name] for name in ("config", "words", "settings"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _keep(out: Path, key: str, row: dict[str, Any]) -> None:
+    """Replace a row of a file; rows are in the order of `RUNS`, and those of no run there are dropped."""
+    rows = _read(out) | {key: row}
+    order = [f"{name} / {mixer}" for name, runs in RUNS.items() for mixer in runs.mixers]
+    replace_text(out, json.dumps({key: rows[key] for key in order if key in rows}, indent=1) + "\n")
+
+
+def _train(case: Case, row: dict[str, Any], place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One training and its test: what is kept of a seed, and in ``of_row`` what all seeds have in common."""
+    found = environment("cpu", 1)
+    digest = hashlib.sha256(json.dumps([row["words"], row["settings"]]).encode()).hexdigest()[:8]
+    run = place / f"{re.sub('[^a-z0-9_]+', '-', case.key)}-{digest}-seed-{case.seed}"
+    if not arguments.resume:
+        shutil.rmtree(run, ignore_errors=True)
+    save_every = SAVE_EVERY if arguments.directory else 0
+    longreach("train", row["config"], *row["words"], f"run.seed={case.seed}", run=run, save_every=save_every)
+    held_out = rows_of(run / "validation.jsonl")
     if (run / "result.json").exists():
-        found: dict[str, Any] = json.loads((run / "result.json").read_text())
-        return found
-    last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])  # tokens are bytes
-    size = sum(p.numel() for p in build_model(load(str(run / "config.yaml")).model).parameters())
-    metrics = {"bits per byte": last["loss"] / math.log(2)}
-    return {"num_parameters": size, "step": last["step"], "chance": {}, "metrics": metrics}
+        result = json.loads((run / "result.json").read_text())
+        size, steps, chance, metrics = (result[name] for name in ("num_parameters", "step", "chance", "metrics"))
+    else:
+        size = num_parameters(row["config"], row["words"])  # tokens are bytes
+        steps, chance, metrics = held_out[-1]["step"], {}, {BITS: held_out[-1]["loss"] / math.log(2)}
+        metrics |= _by_context(run, RUNS[case.name].contexts)
+    measure = next(iter(metrics))
+    values = [one["loss"] / math.log(2) if measure == BITS else one[measure] for one in held_out]
+    curve = [[one["step"], round(value, 5)] for one, value in zip(held_out, values, strict=True)]
+    of_row = {"num_parameters": size, "steps": steps, "chance": chance}
+    result = {"metrics": metrics, "seconds": training_seconds(run), "curve": curve, "environment": found}
+    return {**result, "of_row": of_row}
 
 
-def _figures(row: dict[str, Any]) -> str:
+def _by_context(run: Path, contexts: Sequence[int]) -> dict[str, float]:
+    """Bits per byte of the held-out documents that have as many tokens as the largest context, by context."""
+    if not contexts:
+        return {}
+    file = run / "contexts.json"
+    words = ["--by-document", "--min-tokens", str(max(contexts)), "--contexts", ",".join(map(str, contexts))]
+    longreach("evaluate", str(run), *words, "--json", str(file))
+    return {context_name(one["context"]): one["bits_per_byte"] for one in _read(file)["by_context"]}
+
+
+def context_name(context: int) -> str:
+    """Of the metric of `Runs.contexts`."""
+    return f"{BITS} at {context:,}"
+
+
+def table(rows: dict[str, Any], name: str) -> str:
+    """The rows of one of `TABLES`, as Markdown."""
+    found = {key: row for key, row in rows.items() if row["table"] == name}
+    shown = {metric for row in found.values() for seed in row["seeds"].values() for metric in seed["metrics"]}
+    contexts = {context_name(n): f"context {n:,}" for n in CONTEXTS if context_name(n) in shown}
+    measured = [BITS, *contexts.values()] if name == LANGUAGE else ["test", "simplest answer"]
+    published = ["published"] if name == PUBLIC else []
+    names = ["`longreach train`", "mixer", "parameters", "steps", "seeds", *measured, *published]
+    lines = [table_header([*names, "seconds", "machine, commit"])]
+    for key, row in found.items():
+        seeds = [*row["seeds"].values()]
+        if name == LANGUAGE:
+            figures = [_spread(seeds, one) for one in (BITS, *contexts)]
+        else:
+            figures = [_metrics(seeds), ", ".join(f"{one} {value:.3f}" for one, value in row["chance"].items())]
+        case, command = key.split(" / "), shlex.join([row["config"], *row["words"]])
+        public = [PUBLISHED[case[0], one] for one in (case[1], "") if (case[0], one) in PUBLISHED]
+        times = [seed["seconds"] for seed in seeds if seed["seconds"] is not None]
+        cells = [f"`{command}`", row["mixer"], f"{row['num_parameters']:,}", row["steps"], len(seeds), *figures]
+        cells += ["; ".join(public)] if published else []
+        cells += [f"{mean(times):,.0f}" if times else "", hardware([seed["environment"] for seed in seeds])]
+        lines.append(table_line(cells))
+    return "\n".join(lines)
+
+
+def _metrics(seeds: Sequence[dict[str, Any]]) -> str:
     """Each metric's mean over the seeds, and their standard deviation."""
-    texts = []
-    for name in row["results"][0]:
-        values = [result[name] for result in row["results"]]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        texts.append(f"{name} {mean(values):.3f}{spread}")
-    return ", ".join(texts)
+    return ", ".join(f"{name} {_spread(seeds, name)}" for name in seeds[0]["metrics"])
 
 
-def _named(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def _spread(seeds: Sequence[dict[str, Any]], name: str) -> str:
+    values = [seed["metrics"][name] for seed in seeds if name in seed["metrics"]]
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def learning_figure(rows: dict[str, Any], path: Path) -> None:
+    """Draw the held-out metric over the steps of training, a panel for each task whose runs validate more than once; a
+    line for each seed.
+    """
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for key, row in rows.items():
+        if any(len(seed["curve"]) > 1 for seed in row["seeds"].values()):
+            panels.setdefault(key.split(" / ")[0], []).append(row)
+    if not panels:
+        return
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for axes, (name, members) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, row in enumerate(members):
+            for label, seed in zip([row["mixer"]] + [None] * len(row["seeds"]), row["seeds"].values(), strict=False):
+                axes.plot(*zip(*seed["curve"], strict=True), color=f"C{number}", label=label)
+        measure = next(iter(next(iter(members[0]["seeds"].values()))["metrics"]))
+        axes.set(title=name, xlabel="step", ylabel=f"held-out {measure}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..parallel.heartbeat import Heartbeat
 from ..parallel.mesh import Mesh, first_rank_only, gather_values, init_mesh, join_world, to_device, world_size
 from ..parallel.span import Span
 from ..parallel.traffic import Traffic
-from .config import OptimConfig, RunConfig, validate
+from .config import OptimConfig, RunConfig, check_curriculum_end, validate
 from .data import Batch
 from .deepspeed.engine import Engine
 from .deepspeed.settings import deepspeed_settings
@@ -37,6 +36,7 @@ from .model.trained import freeze
 from .monitoring.exchanges import record_exchanges
 from .monitoring.hosts import Hosts
 from .monitoring.profile import StepProfile
+from .runtime.curriculum import read_steps, stages_of
 from .runtime.loss_guard import LossGuard
 from .runtime.memory import check_memory, tokens_at_a_time
 from .runtime.preemption import Preemption
@@ -46,7 +46,7 @@ from .runtime.run import keeps_best, open_run
 from .runtime.schedule import learning_rate
 from .runtime.status import RunStatus
 from .runtime.storage import check_shared_storage
-from .runtime.validation import batches_of, blocks_of
+from .runtime.validation import blocks_of
 from .tasks import Score, Task, kind_of, open_task
 
 
@@ -89,8 +89,7 @@ def train(config: RunConfig) -> Result:
             Heartbeat(mesh.world, config.parallel.timeout, status.abort) as heartbeat,
         ):
             traffic, guard = Traffic(mesh.device), LossGuard(config.train)
-            batches = batches_of(config, mesh, task, "train", config.run.seed)
-            micro_batches = batches.iterate(state["consumed"], steps - state["step"])
+            inputs = read_steps(config, mesh, task, state["step"], state["consumed"])
             on_trace = monitor.profile if monitor is not None else None
             profile = StepProfile(config.monitor.profile_steps, run.directory, mesh.world.rank, engine.module, on_trace)
             recorded = partial(record_exchanges, run.directory, mesh.world.rank, traffic)
@@ -99,12 +98,12 @@ def train(config: RunConfig) -> Result:
                 step = state["step"] + 1
                 heartbeat.set_phase(f"in step {step}")
                 started = time.monotonic()
-                batch = list(islice(micro_batches, batches.num_micro_batches))
+                read = next(inputs)
                 data_wait = time.monotonic() - started
                 lr = learning_rate(config.optim, state["step"], steps)
                 with recorded(step, config.monitor.record_exchanges), profile.step(step):
-                    metrics = train_step(config, engine, mesh, batch, state["consumed"], lr, traffic, run.hosts)
-                warning = run.check_loss(guard, metrics, partial(batches.windows, state["consumed"]))
+                    metrics = train_step(read.config, engine, mesh, read.batch, read.position, lr, traffic, run.hosts)
+                warning = run.check_loss(guard, metrics, read.windows)
                 state["step"], state["consumed"] = step, state["consumed"] + config.data.batch_size
                 state["tokens"] += config.data.batch_size * config.data.seq_len
                 seconds = {"step_seconds": time.monotonic() - started, "data_wait_seconds": data_wait}
@@ -142,7 +141,7 @@ def train_step(
     engine: Engine,
     mesh: Mesh,
     batch: list[Batch],
-    consumed: int,
+    position: int,
     lr: float,
     traffic: Traffic,
     hosts: Hosts | None = None,
@@ -150,24 +149,25 @@ def train_step(
     """One optimizer step over this data rank's micro-batches.
 
     Args:
+        config: of the run, or of its stage.
         batch: the micro-batches of whole sequences; every rank of a sequence passes the same ones.
-        consumed: sequences trained on before, over all ranks.
+        position: of the first sequence in its dataset, over all ranks.
         lr: learning rate of this step.
         traffic: counts what is exchanged.
         hosts: is told what every rank waited for, in the same exchange as the losses.
 
     Returns:
         ``loss`` (nats, or squared errors, per labelled token), ``penalty``, ``lr``, ``grad_norm``,
-        ``peak_memory_bytes``: over all ranks. And four parts of this rank's time: ``exchange_seconds`` in the
-        exchanges of the span's verbs and in sums over ranks, ``zero_seconds`` in DeepSpeed's collectives,
-        ``optimizer_seconds`` in the rest of the engine's step, ``compute_seconds`` for all else: forward and backward.
-        With ``hosts``, what `Hosts.add` returns.
+        ``peak_memory_bytes``: over all ranks. ``seq_len``: tokens of a sequence. And four parts of this rank's time:
+        ``exchange_seconds`` in the exchanges of the span's verbs and in sums over ranks, ``zero_seconds`` in
+        DeepSpeed's collectives, ``optimizer_seconds`` in the rest of the engine's step, ``compute_seconds`` for all
+        else: forward and backward. With ``hosts``, what `Hosts.add` returns.
     """
     started = time.monotonic()
     for stopwatch in (traffic.waiting, engine.comm_timer, engine.step_timer):
         stopwatch.read()  # validation and checkpoints are not part of the step
     num_labels = _count_labels(batch, mesh, traffic)
-    sums = accumulate_gradients(config, engine, mesh, batch, consumed, num_labels, traffic)
+    sums = accumulate_gradients(config, engine, mesh, batch, position, num_labels, traffic)
     engine.comm_timer.lap()
     norm = engine.step(lr)
     nll_sum, penalty_sum, grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # here the host waits
@@ -183,6 +183,7 @@ def train_step(
         "loss": sum(row[0] for row in ranks) / num_labels,
         "penalty": sum(row[1] for row in ranks),
         "lr": lr,
+        "seq_len": config.data.seq_len,
         "grad_norm": grad_norm,
         "peak_memory_bytes": max(row[2] for row in ranks),
         "compute_seconds": max(0.0, time.monotonic() - started - elsewhere),
@@ -211,19 +212,20 @@ def accumulate_gradients(
     engine: Engine,
     mesh: Mesh,
     batch: list[Batch],
-    consumed: int,
+    position: int,
     num_labels: float,
     traffic: Traffic,
 ) -> Tensor:
     """Forward and backward of this rank's shard of each micro-batch, block by block where it is streamed.
 
     Args:
+        config, position: as of `train_step`.
         num_labels: of the whole step, over all ranks.
 
     Returns:
         ``[2]`` fp64, on the device: this rank's sum of token losses, and its part of the penalty on weights.
     """
-    first = consumed + mesh.data.rank * (config.data.batch_size // mesh.data.size)
+    first = position + mesh.data.rank * (config.data.batch_size // mesh.data.size)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for number, micro in enumerate(batch):
         start = first + number * config.train.micro_batch_size
@@ -274,6 +276,9 @@ def _open(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> tuple[Task
         sequences = len(task.sequences("train", None))
         config.train.steps = max(1, math.ceil(config.data.epochs * sequences / config.data.batch_size))
         config.optim.schedule_steps = config.optim.schedule_steps or config.train.steps
+        check_curriculum_end(config)
+    for stage in stages_of(config):
+        stage.sequences(task)  # checks that there are such
     if config.train.patience and "valid" not in task.splits:
         allowed = f"needs held-out data, and {task.title} has none"
         raise InputError("train.patience", config.train.patience, allowed, "set data.valid_fraction")

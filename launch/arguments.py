@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -120,3 +121,20 @@ def check_output_file(option: str, path: str | None) -> None:
         file = Path(path)
         if (file.exists() and not file.is_file()) or not file.parent.is_dir():
             raise InputError(option, path, "a file in a directory that exists")
+
+
+def check_reports(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` unless the files of ``--json`` and ``--figure`` can be made."""
+    for option in ("json", "figure"):
+        check_output_file(f"--{option}", getattr(arguments, option))
+    if arguments.figure and Path(arguments.figure).suffix != ".png":
+        raise InputError("--figure", arguments.figure, "a name that ends in .png")
+
+
+@contextmanager
+def writing_reports() -> Iterator[None]:
+    """Turn an `OSError` of a file of ``--json`` or ``--figure`` into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("--json or --figure", error.filename, f"cannot be written: {error.strerror}") from None

@@ -117,12 +117,11 @@ def plan(
     if not 0 <= rank < world:
         raise InputError("rank", rank, f"one of the {world} ranks, from 0 on")
     settings, device = settings_of(config), default_device()
-    _set_vocabulary(config)
+    batch = sample_batch(config)  # a task sets what its model needs
     config.model.init_from = ""  # the other ranks, with which all would agree on the weights, are not there
     needed, available = needed_memory(config, settings, device.type == "cuda"), free_memory(device)
     if needed is not None and available is not None and (warning := compare(config, needed, available)):
         say(warning)
-    batch = sample_batch(config)
     disable_stage3_order_check()
     fake_world(world, rank, min(node_size, world))
     try:

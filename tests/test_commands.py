@@ -45,7 +45,7 @@ SMALL = {
     "monitor.plot": "false",
 }
 # ... where the command names it ...
-SMALLER = {"parallel.block_len": "32", "monitor.profile_steps": "[1,2]"}
+SMALLER = {"parallel.block_len": "32", "monitor.profile_steps": "[1,2]", "data.curriculum": "[[32,1]]"}
 # ... and where it does not. (`cpython` is 30 MB of text.) train.steps is 2 more than the run has, so that each trains.
 DEFAULT = {"data.source": "my-texts", "parallel.ranks": "1", "parallel.sequence": "0"}
 # The same of a dry run, which has no other ranks and reads no data.
@@ -97,6 +97,7 @@ ELSEWHERE = {
         "tests/launch/test_sweep.py::test_a_sweep_goes_on_past_a_failed_run_and_does_not_repeat_finished_ones"
     ),
     r"longreach bench decode": "tests/launch/test_bench_decode.py::test_states_stay_and_caches_grow",
+    r"python benchmarks/tasks\.py .*": "tests/test_benchmark_tasks.py::test_a_sweep_that_is_stopped_goes_on",
     r"longreach train .*train\.compile=true.*": "tests/framework/test_compile.py::test_training_with_compile",
 }
 

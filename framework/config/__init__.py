@@ -15,6 +15,7 @@ import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -371,6 +372,34 @@ def validate(config: RunConfig, given: Collection[str] | None = None) -> None:
         )
         nearest = max(1, round(config.data.batch_size / unit)) * unit
         raise InputError("data.batch_size", config.data.batch_size, allowed, f"set data.batch_size={nearest}")
+    _check_curriculum(config.data)
+    if not config.data.epochs:
+        check_curriculum_end(config)
+
+
+def _check_curriculum(data: DataConfig) -> None:
+    for stage in data.curriculum:
+        if len(stage) != 2 or min(stage) < 1:
+            allowed = "must be pairs of tokens and steps, each at least 1, as in [[1024, 200], [8192, 200]]"
+            raise InputError("data.curriculum", data.curriculum, allowed)
+    for length, longer in pairwise([*(tokens for tokens, _ in data.curriculum), data.seq_len]):
+        if length >= longer:
+            allowed = f"lengths must increase up to data.seq_len = {data.seq_len}, and {length} comes before {longer}"
+            raise InputError("data.curriculum", data.curriculum, allowed)
+        if data.seq_len % length:
+            divisors = [number for number in range(1, 2 * length) if data.seq_len % number == 0]
+            near = min(divisors, key=lambda number: abs(number - length))
+            allowed = f"each length must divide data.seq_len = {data.seq_len}, and {length} does not"
+            raise InputError("data.curriculum", data.curriculum, allowed, f"write {near} in its place")
+
+
+def check_curriculum_end(config: RunConfig) -> None:
+    """Raise InputError if no step is left for sequences of ``data.seq_len``."""
+    total = sum(steps for _, steps in config.data.curriculum)
+    if total >= config.train.steps:
+        allowed = f"must end before the last step, and has {total} of {config.train.steps} (train.steps)"
+        fix = f"set train.steps to more than {total}, or data.curriculum=[]"
+        raise InputError("data.curriculum", config.data.curriculum, allowed, fix)
 
 
 def _check_sources(config: RunConfig) -> None:

@@ -243,7 +243,9 @@ class _Reader:
         elif base is int and re.fullmatch(r"[0-9]+(\.[0-9]+)?[eE][0-9]{1,2}|[0-9]{1,3}([,_][0-9]{3})+", given):
             number = float(re.sub("[,_]", "", given))
             fix = f"write {int(number)}" if number.is_integer() and number < 1e15 else ""
-        elif base is list and isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[\w./-]+", given):
+        elif (
+            base is list and key[-1:] != "]" and isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[\w./-]+", given)
+        ):
             fix = f"write '{key}=[{given}]'" if self.source == COMMAND_LINE else f"write [{given}]"
         allowed = f"must be {wanted or 'a mapping of its keys'} ({self._where(node)})"
         return InputError(key or "config", given, allowed, fix)

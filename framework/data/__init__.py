@@ -28,6 +28,7 @@ from .loader import (
     Batch,
     Batches,
     Packing,
+    Parts,
     SequenceDataset,
     Sequences,
     TokenStream,
@@ -62,6 +63,7 @@ __all__ = [
     "Index",
     "Missing",
     "Mixture",
+    "Parts",
     "SequenceDataset",
     "Sequences",
     "SourceConfig",
@@ -123,7 +125,10 @@ class DataConfig:
             fields are joined by dots, as in ``meta.content``.
         seq_len: tokens of a whole sequence, before it is split over ranks.
         batch_size: sequences per optimizer step, over all ranks.
-        epochs: passes over the training sequences, in place of ``train.steps``; 0 leaves those.
+        curriculum: shorter sequences first: pairs of their tokens and how many steps have them, as in
+            ``[[1024, 200], [8192, 200]]``; then follow those of ``seq_len``. Lengths increase, and each divides
+            ``seq_len``. All steps have the same number of tokens.
+        epochs: passes over the training sequences of ``seq_len`` tokens, in place of ``train.steps``; 0 leaves those.
         packing: ``stream``: documents are concatenated, and tokens see earlier documents too; ``documents``: tokens see
             their own document only.
         workers: prefetching processes of each rank; 0 for a thread.
@@ -158,6 +163,7 @@ class DataConfig:
     field: str = "text"
     seq_len: int = bounded(MISSING, minimum=1)
     batch_size: int = bounded(MISSING, minimum=1)
+    curriculum: list[list[int]] = dataclasses.field(default_factory=list)
     epochs: float = bounded(0.0, minimum=0)
     packing: Packing = "stream"
     workers: int = bounded(0, minimum=0)

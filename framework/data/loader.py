@@ -282,6 +282,44 @@ class SequenceDataset(Sequences):
         return tokens, labels, segments
 
 
+class Parts(Sequences):
+    """The sequences of another dataset, each cut into equal parts, which are read one after the other.
+
+    Args:
+        whole: the dataset; its sequences have a multiple of ``count`` tokens.
+        count: parts of each.
+    """
+
+    def __init__(self, whole: Sequences, count: int) -> None:
+        super().__init__(whole.seed)
+        self.whole, self.count = whole, count
+        self._last: tuple[int, tuple[Tensor, Tensor, Tensor | None]] | None = None  # so that it is read once
+
+    def __len__(self) -> int:
+        return len(self.whole) * self.count
+
+    @property
+    def num_numbers(self) -> int:
+        return self.whole.num_numbers * self.count
+
+    def epochs(self, count: int) -> dict[str, float]:
+        return self.whole.epochs(count // self.count)
+
+    def window(self, position: int) -> int:
+        number, part = divmod(position, self.count)
+        window = self.whole.window(number)
+        return FILLER if window == FILLER else window * self.count + part
+
+    def sequence(self, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        number, part = (FILLER, 0) if window == FILLER else divmod(window, self.count)
+        if self._last is None or self._last[0] != number:
+            self._last = number, self.whole.sequence(number)
+        tokens, labels, segments = self._last[1]
+        length = len(tokens) // self.count
+        cut = slice(part * length, (part + 1) * length)
+        return tokens[cut], labels[cut], None if segments is None else segments[cut]
+
+
 class WorkerFailed(RuntimeError):
     """A data worker, a process that prefetches batches, has died."""
 

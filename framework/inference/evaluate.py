@@ -159,6 +159,11 @@ def has_test(place: str | Path) -> bool:
     return file.is_file() and "test" in kind_of(load_config(Path(place)).task).splits
 
 
+def has_distances(run_dir: str | Path) -> bool:
+    """Whether the test of a run's task is scored by distance too; see `tasks.Task.distances`."""
+    return kind_of(load_config(Path(run_dir)).task).has_distances
+
+
 def evaluate_task(
     run_dir: str | Path, overrides: Sequence[str] = (), device: torch.device | None = None
 ) -> tuple[Task, tasks.Score | None]:
@@ -192,6 +197,7 @@ def evaluate(
     *,
     overrides: Sequence[str] = (),
     by_document: bool = False,
+    min_tokens: int = 0,
     max_batches: int = 0,
     contexts: Sequence[int] = (),
     device: torch.device | None = None,
@@ -205,6 +211,7 @@ def evaluate(
             documents.
         overrides: of the run's config.
         by_document: score each held-out document as one sequence, instead of the windows of validation.
+        min_tokens: leave out documents of fewer tokens; the windows of validation have them all.
         max_batches: stop after this many held-out batches; 0 reads all.
         contexts: score again with the carry reset every so many tokens, for each number.
         device: where the model computes; by default on the GPU, where torch sees one.
@@ -222,9 +229,9 @@ def evaluate(
     tally = Tally()
     if sources:
         data = DataConfig() if config is None else config.data
-        name, num_tokens, rows = _from_sources(sources, vocabulary, data, tally)
+        name, num_tokens, rows = _from_sources(sources, vocabulary, data, tally, min_tokens)
     else:
-        name, num_tokens, rows = _held_out(config, place, vocabulary, by_document, max_batches)
+        name, num_tokens, rows = _held_out(config, place, vocabulary, by_document, min_tokens, max_batches)
     with progress(f"reading {name}", num_tokens * (1 + len(contexts)), unit="tokens") as advance:
         whole = score(model, rows(), advance)
         others = [(context, score(model, with_resets(rows(), context), advance).whole) for context in contexts]
@@ -236,7 +243,9 @@ RowSource = tuple[str, int, Callable[[], Iterator[ScoredRows]]]
 """A name, the number of tokens, and a function that iterates over the rows."""
 
 
-def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConfig, tally: Tally) -> RowSource:
+def _from_sources(
+    sources: Sequence[str], vocabulary: Vocabulary, data: DataConfig, tally: Tally, min_tokens: int
+) -> RowSource:
     """The documents of files and folders, as packing would find them, and skip and count others; one row each."""
     chat = vocabulary.encode_chat if isinstance(vocabulary, SubwordVocabulary) else None
     readers: list[tuple[str, Reader]] = []
@@ -245,7 +254,8 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
         reader = Reader(files, 0.0, data.field, chat=chat, tally=tally, upper=upper)
         readers.append((f"{source}: " if len(sources) > 1 else "", reader))
     count = LetterCount(vocabulary, masked_letters(data.mask, data.case))
-    masked = torch.tensor(count.masked)
+    masked, shortest = torch.tensor(count.masked), max(2, min_tokens)
+    least = "two" if shortest == 2 else f"{shortest:,}"
     tallies = iter([tally])  # documents are counted when they are read first
 
     def rows() -> Iterator[ScoredRows]:
@@ -254,7 +264,7 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
         for prefix, reader in readers:
             for key, content in reader.read("train", bad, vocabulary.check):
                 tokens = document_tokens(f"{prefix}{key}", content, vocabulary)
-                if len(tokens) > 1:
+                if len(tokens) >= shortest:
                     before = count.num_masked
                     num_bytes = sum(map(len, vocabulary.text_of(content))) - count.add(tokens.numpy())
                     num_labels = max(1, len(tokens) - (count.num_masked - before))
@@ -262,31 +272,40 @@ def _from_sources(sources: Sequence[str], vocabulary: Vocabulary, data: DataConf
                     yield _document_row(f"{prefix}{key}", tokens, bytes_per_token, masked)
                     num_rows += 1
                 else:
-                    bad.tally.add("skipped", "shorter than two tokens")
+                    bad.tally.add("skipped", f"shorter than {least} tokens")
         if not num_rows:
-            raise InputError("source", ", ".join(sources), "must have a document of at least two tokens")
+            raise InputError("source", ", ".join(sources), f"must have a document of at least {least} tokens")
 
     return ", ".join(sources), sum(reader.num_bytes for _, reader in readers), rows
 
 
 def _held_out(
-    config: RunConfig | None, place: str | Path, vocabulary: Vocabulary, by_document: bool, max_batches: int
+    config: RunConfig | None,
+    place: str | Path,
+    vocabulary: Vocabulary,
+    by_document: bool,
+    min_tokens: int,
+    max_batches: int,
 ) -> RowSource:
     """The held-out documents of a run: one row each, or the windows of validation."""
     if config is None:
         fix = "give --source FILE, or the directory of the run"
         raise InputError("RUN_DIR", str(place), "an export has no held-out documents", fix)
-    found = [_held_out_of(data, place, vocabulary, by_document, max_batches) for data in corpora(config.data).values()]
+    options = place, vocabulary, by_document, min_tokens, max_batches
+    found = [_held_out_of(data, *options) for data in corpora(config.data).values()]
 
     def rows() -> Iterator[ScoredRows]:
         for _, _, read in found:
             yield from read()
 
-    return ", ".join(name for name, _, _ in found), sum(num_tokens for _, num_tokens, _ in found), rows
+    total = sum(num_tokens for _, num_tokens, _ in found)
+    if min_tokens and not total:
+        raise InputError("--min-tokens", min_tokens, "is more than the longest held-out document has")
+    return ", ".join(name for name, _, _ in found), total, rows
 
 
 def _held_out_of(
-    data: DataConfig, place: str | Path, vocabulary: Vocabulary, by_document: bool, max_batches: int
+    data: DataConfig, place: str | Path, vocabulary: Vocabulary, by_document: bool, min_tokens: int, max_batches: int
 ) -> RowSource:
     """The held-out documents of one source."""
     index = Index.load(packed_dir(data), verify=data.verify, timeout=data.timeout)
@@ -299,14 +318,15 @@ def _held_out_of(
     bytes_per_token = split.bytes_per_token or None  # the split's mean, for all rows
     if by_document:
         stream, masked = TokenStream(index, "valid", data.timeout), torch.tensor(index.masked)
+        every = zip(stream.split.keys, stream.starts.tolist(), stream.starts[1:].tolist(), strict=False)
+        read = [document for document in every if document[2] - document[1] >= max(2, min_tokens)]
 
         def documents() -> Iterator[ScoredRows]:
-            for name, start, stop in zip(stream.split.keys, stream.starts, stream.starts[1:], strict=False):
-                if stop - start > 1:
-                    tokens = torch.from_numpy(stream.read(int(start), int(stop)).astype("int64"))
-                    yield _document_row(name, tokens, bytes_per_token, masked)
+            for name, start, stop in read:
+                tokens = torch.from_numpy(stream.read(start, stop).astype("int64"))
+                yield _document_row(name, tokens, bytes_per_token, masked)
 
-        return index.name, stream.num_tokens - stream.num_documents, documents
+        return index.name, sum(stop - start - 1 for _, start, stop in read), documents
     batches = Batches(sequences_of(index, data, "valid"), data.batch_size)
 
     def windows() -> Iterator[ScoredRows]:
@@ -434,6 +454,24 @@ class _BinSums:
                 error = math.sqrt(spread * n / (n - 1)) / c if n > 1 else math.nan
                 found.append(PositionBin(FIRST_BIN_LEN << number >> 1 if number else 0, mean, error, int(c)))
         return found
+
+
+def plot_distances(bins: Sequence[tasks.DistanceBin], path: Path, title: str) -> None:
+    """Plot each metric over the distance, in bins that begin at powers of two; writes a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    for name in bins[0].metrics:
+        axes.plot([one.first for one in bins], [one.metrics[name] for one in bins], marker="o", label=name)
+    axes.set(xlabel="tokens from the value to the query, from", title=title, ylim=(-0.03, 1.03))
+    axes.set_xscale("log", base=2)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def write_json(found: Evaluation, path: Path) -> None:

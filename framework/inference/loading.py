@@ -197,7 +197,7 @@ def load_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run; a model of transformers is that of the configuration which the run has kept."""
     kept = run_dir / FOREIGN
     foreign = [f"model.architecture={kept}"] if (kept / CONFIG).is_file() else []
-    return load(run_dir / "config.yaml", [*foreign, *overrides])
+    return load(run_dir / "config.yaml", [*foreign, "data.curriculum=[]", *overrides])
 
 
 def is_foreign(place: str | Path) -> bool:

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,10 +23,10 @@ from ...parallel.mesh import gather_values
 from ...parallel.traffic import Traffic
 from ..config import RunConfig
 from ..trainer import set_up, train_step
+from .curriculum import read_steps
 from .files import write_text
 from .process import abort
 from .run import open_run
-from .validation import batches_of
 
 DIVERGED = 4.0  # times the lowest loss ends the test
 NEIGHBOURS = 2  # steps on either side whose losses are averaged
@@ -69,7 +68,8 @@ def range_test(config: RunConfig, low: float, high: float, steps: int) -> RangeT
     The weights, which are of no use, are not saved; ``lr.json`` in the directory has the result, and ``plots/lr.png``.
 
     Args:
-        config: of the run; changed, so that its directory ends in ``-lr`` and nothing of it is resumed or validated.
+        config: of the run; changed, so that its directory ends in ``-lr``, all sequences have ``data.seq_len`` tokens,
+            and nothing of it is resumed or validated.
         low, high: learning rates of the first and the last step.
         steps: of the test, at least 10.
 
@@ -79,26 +79,23 @@ def range_test(config: RunConfig, low: float, high: float, steps: int) -> RangeT
     check_range(low, high, steps)
     config.run.dir = f"{config.run.dir.rstrip('/')}-lr"
     config.train.steps, config.train.patience, config.train.validate_every = steps, 0, 0
-    config.data.epochs, config.checkpoint.resume, config.checkpoint.keep_best = 0.0, False, False
+    config.data.epochs, config.data.curriculum = 0.0, []
+    config.checkpoint.resume, config.checkpoint.keep_best = False, False
     mesh, task, engine = set_up(config)
     rates, losses, ended = list[float](), list[float](), ""
     with (
         open_run(config, mesh, task, engine) as run,
         Heartbeat(mesh.world, config.parallel.timeout, abort) as heartbeat,
     ):
-        batches, traffic, state = (
-            batches_of(config, mesh, task, "train", config.run.seed),
-            Traffic(mesh.device),
-            run.state,
-        )
-        micro_batches = batches.iterate(0, steps)
+        traffic, state = Traffic(mesh.device), run.state
+        inputs = read_steps(config, mesh, task, 0, 0)
         while state["step"] < steps and not ended:
             step = state["step"] + 1
             heartbeat.set_phase(f"in step {step}")
             started = time.monotonic()
             rate = low * (high / low) ** ((step - 1) / (steps - 1))
-            batch = list(islice(micro_batches, batches.num_micro_batches))
-            metrics = train_step(config, engine, mesh, batch, state["consumed"], rate, traffic)
+            read = next(inputs)
+            metrics = train_step(read.config, engine, mesh, read.batch, read.position, rate, traffic)
             state["step"], state["consumed"] = step, state["consumed"] + config.data.batch_size
             state["tokens"] += config.data.batch_size * config.data.seq_len
             run.record_step(metrics, {"step_seconds": time.monotonic() - started}, traffic, "")

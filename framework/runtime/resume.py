@@ -21,6 +21,7 @@ def run_identity(config: RunConfig, task: Task) -> dict[str, Any]:
         "packing": data.packing,
         "sources": weights,
         "reverse_complement": strands,
+        "curriculum": data.curriculum,
         "data": task.fingerprint,
     }
 
@@ -30,6 +31,7 @@ EFFECTS = {  # of another value, on what a resumed run reads
     "data.batch_size": "the sequences of a step, and the schedule",
     "data.seq_len": "the sequences: reading goes on after as many tokens, in another order; some of this epoch are "
     "read twice, some not at all",
+    "data.curriculum": "the lengths of the sequences; reading goes on where it was",
     "data.packing": "the labels and the documents that a token sees",
     "data.reverse_complement": "the strand of a sequence",
     "data.sources": "the weights: each source is read on from where it would be with the new ones; some sequences of "
@@ -53,6 +55,7 @@ def check_resume(config: RunConfig, task: Task, state: dict[str, Any]) -> list[s
         allowed = "is not the corpus that this run began with: its position there means nothing"
         fix = "give another run.dir, or data.accept_change=true to go on all the same"
         raise InputError("data.source", config.data.source, allowed, fix)
+    state.setdefault("curriculum", [])  # of earlier versions
     before = {name: state.get(name.split(".")[1]) for name in EFFECTS}
     changed = {name: now[name.split(".")[1]] for name in EFFECTS}
     if any(state.get(name) != now[name] for name in ("data", "seq_len", "packing")):

@@ -22,6 +22,7 @@ from ..monitoring.hosts import HostReport, Hosts
 from ..monitoring.monitor import Monitor
 from ..monitoring.probe import Probe
 from ..tasks import Score, Task
+from .curriculum import epochs_of
 from .files import write_text
 from .lock import RunLock
 from .loss_guard import Diverged, LossGuard
@@ -42,9 +43,9 @@ class Run:
         saver: writes its checkpoints.
         monitor: of the first rank; None on the others.
         hosts: collects what ranks wait for.
-        state: of the loop, as a checkpoint keeps it: ``step``, ``consumed`` and ``tokens`` (steps, sequences
-            and tokens so far), ``held_out`` and ``held_out_by_source`` (losses of the last validation), and the
-            keys of `patience`.
+        state: of the loop, as a checkpoint keeps it: ``step``, ``consumed`` and ``tokens`` (steps, sequences of
+            ``data.seq_len`` tokens, and tokens so far), ``held_out`` and ``held_out_by_source`` (losses of the last
+            validation), and the keys of `patience`.
     """
 
     config: RunConfig
@@ -222,14 +223,15 @@ def _open_directory(run_dir: Path, config: RunConfig, task: Task, lock: RunLock,
 def _summary_line(config: RunConfig, task: Task, engine: Engine, mesh: Mesh) -> str:
     """Model, data and layout of a run."""
     mixers, model = ", ".join(config.model.mixers), config.model
-    by_source = task.sequences("train", config.run.seed).epochs(config.train.steps * config.data.batch_size)
+    by_source = epochs_of(config, task)
     epochs = ", ".join(f"{number:,.3g} epochs{f' of {name}' * bool(name)}" for name, number in by_source.items())
     most = max(by_source.values())
     often = f"; each is read {most:,.0f} times: give more data, or fewer steps" if most >= MANY_EPOCHS else ""
+    shorter = "".join(f"{tokens:,} ({steps:,} steps), then " for tokens, steps in config.data.curriculum)
     trained = "" if engine.num_trained == engine.num_parameters else f", {engine.num_trained:,} of them trained,"
     return (
         f"{engine.num_parameters:,} parameters{trained} ({mixers}; width {model.width}, depth {model.depth}), "
-        f"{task.introduction()}, sequences of {config.data.seq_len:,} tokens, "
+        f"{task.introduction()}, sequences of {shorter}{config.data.seq_len:,} tokens, "
         f"{config.train.steps:,} steps or {epochs}, "
         f"sequence-parallel {mesh.sequence.size}, data-parallel {mesh.data.size}{often}"
     )

@@ -17,19 +17,16 @@ from ..config import RunConfig
 from ..data import Batch, Batches, Mixture, Sequences
 from ..model.heads import Head, labelled
 from ..monitoring.probe import Probe
-from ..tasks import Score, Task
+from ..tasks import DistanceBin, Score, Task
 
 POSITION_BINS = 32  # of a sequence, for the loss by position
+DISTANCE_BINS = 48  # of distances, each from a power of two to the next
 
 
-def batches_of(config: RunConfig, mesh: Mesh, task: Task, split: str, seed: int | None = None) -> Batches:
-    """This data rank's micro-batches of a split, in the order of ``seed``. Without a seed they are read once, and a
-    batch has no more sequences than there are.
+def batches_of(config: RunConfig, mesh: Mesh, sequences: Sequences) -> Batches:
+    """This data rank's micro-batches of a dataset. Without a seed it is read once, and a batch has no more sequences
+    than there are.
     """
-    return _batches(config, mesh, task.sequences(split, seed))
-
-
-def _batches(config: RunConfig, mesh: Mesh, sequences: Sequences) -> Batches:
     data, micro_batch_size, seed = config.data, config.train.micro_batch_size, sequences.seed
     batch_size = data.batch_size
     if seed is None and 0 < len(sequences) < batch_size:
@@ -127,18 +124,25 @@ def _score(
     progress: Callable[[int], None] | None,
 ) -> Score | None:
     names = head.metrics if task.has_metrics else ()
-    bins = torch.zeros(2 + len(names), POSITION_BINS, dtype=torch.float64, device=mesh.device)
-    for micro in _batches(config, mesh, sequences).iterate(num_steps=max_batches or None):
+    num_bins = POSITION_BINS + (DISTANCE_BINS if task.has_distances else 0)
+    bins = torch.zeros(2 + len(names), num_bins, dtype=torch.float64, device=mesh.device)
+    for micro in batches_of(config, mesh, sequences).iterate(num_steps=max_batches or None):
+        distances = task.distances(micro.tokens, micro.labels) if task.has_distances else None
 
-        def add(span: Span, micro: Batch = micro) -> None:
+        def add(span: Span, micro: Batch = micro, distances: Tensor | None = distances) -> None:
             tokens, labels = (to_device(span.shard(x), mesh.device) for x in (micro.tokens, micro.labels))
             losses, _, *measured = run(tokens, span=span, labels=labels, measure=task.has_metrics)
             known = labelled(labels)
             position = torch.arange(span.position, span.position + known.shape[1], device=mesh.device)
             position_bin = (position * POSITION_BINS // config.data.seq_len).expand_as(known).flatten()
             rows = [losses, known, *(measured[0].unbind(-1) if measured else ())]
+            places = [position_bin]
+            if distances is not None:
+                distance = to_device(span.shard(distances), mesh.device).double().clamp(min=1)  # no label adds nothing
+                places.append(POSITION_BINS + distance.log2().long().flatten())
             for row, values in zip(bins, rows, strict=True):
-                row.index_add_(0, position_bin, values.double().flatten())
+                for place in places:
+                    row.index_add_(0, place, values.double().flatten())
             if progress is not None:
                 progress(known.numel())
 
@@ -146,13 +150,26 @@ def _score(
             for _ in streaming.read(blocks_of(micro, config, mesh, dropout_seeds=None, traffic=Traffic()), add):
                 pass
     totals = torch.tensor(gather_values(bins.flatten().tolist(), mesh.world), dtype=torch.float64).sum(0).view_as(bins)
-    loss, count, *measures = totals.sum(1).tolist()
-    if not count:
+    of_positions, of_distances = totals[:, :POSITION_BINS], totals[:, POSITION_BINS:]
+
+    def means(sums: list[float]) -> tuple[int, float, dict[str, float]]:
+        """Number of labels, their mean loss and metrics, of sums of losses, of labels, and of metrics."""
+        loss, count, *measures = sums
+        found = {name: total / count for name, total in zip(names, measures, strict=True)}
+        return int(count), loss / count, task.metrics(found)
+
+    sums = of_positions.sum(1).tolist()
+    if not sums[1]:
         return None
     by_position = [
         (int((bin_number + 0.5) * config.data.seq_len / POSITION_BINS), nats / number)
-        for bin_number, (nats, number, *_) in enumerate(totals.T.tolist())
+        for bin_number, (nats, number, *_) in enumerate(of_positions.T.tolist())
         if number
     ]
-    means = {name: total / count for name, total in zip(names, measures, strict=True)}
-    return Score(loss / count, int(count), task.metrics(means), by_position)
+    by_distance = [
+        DistanceBin(2**bin_number, *means(column))
+        for bin_number, column in enumerate(of_distances.T.tolist())
+        if column[1]
+    ]
+    count, loss, metrics = means(sums)
+    return Score(loss, count, metrics, by_position, by_distance=by_distance)

@@ -9,10 +9,12 @@ from .documents import Documents
 from .forecast import Forecast
 from .images import Images
 from .language import Language
+from .listops import ListOps
+from .pathfinder import Pathfinder
 from .retrieval import Retrieval
 from .series import Series
-from .synthetic import Adding, ListOps, Needle, Recall
-from .task import Score, Task, TaskConfig, TaskName
+from .synthetic import Adding, Needle, Recall
+from .task import DistanceBin, Score, Task, TaskConfig, TaskName
 
 TASKS: dict[TaskName, type[Task]] = {
     "language": Language,
@@ -22,6 +24,7 @@ TASKS: dict[TaskName, type[Task]] = {
     "images": Images,
     "retrieval": Retrieval,
     "listops": ListOps,
+    "pathfinder": Pathfinder,
     "recall": Recall,
     "needle": Needle,
     "adding": Adding,
@@ -48,4 +51,4 @@ def open_task(task: TaskConfig, data: DataConfig) -> Task:
     return kind_of(task)(task, data)
 
 
-__all__ = ["TASKS", "Score", "Task", "TaskConfig", "TaskDescription", "TaskName", "kind_of", "open_task"]
+__all__ = ["TASKS", "DistanceBin", "Score", "Task", "TaskConfig", "TaskDescription", "TaskName", "kind_of", "open_task"]

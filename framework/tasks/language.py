@@ -9,6 +9,7 @@ from ..data import (
     DataConfig,
     Index,
     Mixture,
+    Parts,
     Sequences,
     TokenStream,
     corpora,
@@ -90,6 +91,9 @@ class Language(Task):
         if not self.data.sources:
             return parts[""]
         return Mixture(parts, {name: one.weight for name, one in self.data.sources.items()}, seed)
+
+    def shorter(self, seq_len: int, seed: int) -> Sequences:
+        return Parts(self.sequences("train", seed), self.data.seq_len // seq_len)
 
     def write_run_files(self, run_dir: Path) -> None:
         save_vocabulary(next(iter(self.indices.values())).open_vocabulary(), run_dir)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,17 @@ Rows = tuple[Tensor, Tensor, Tensor | None]
 """Tokens, labels and segments (or None) of one sequence, as in `Batch` without the batch dimension."""
 
 TaskName = Literal[
-    "language", "documents", "series", "forecast", "images", "retrieval", "listops", "recall", "needle", "adding"
+    "language",
+    "documents",
+    "series",
+    "forecast",
+    "images",
+    "retrieval",
+    "listops",
+    "pathfinder",
+    "recall",
+    "needle",
+    "adding",
 ]
 TEST_FRACTION = 0.2  # of the examples of each class, where the data bring no test
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}  # folders that are no classes
@@ -38,8 +48,8 @@ class TaskConfig:
     Args:
         name: ``language`` (the next token of a corpus), ``documents`` (the class of a text), ``series`` (the class of a
             time series), ``forecast`` (its next values), ``images`` (the class of an image, pixel by pixel),
-            ``retrieval`` (whether two excerpts are from the same document), or generated: ``listops``, ``recall``,
-            ``needle``, ``adding``.
+            ``retrieval`` (whether two excerpts are from the same document), or generated: ``listops``, ``pathfinder``,
+            ``recall``, ``needle``, ``adding``.
         seed: seed of the examples that are generated or sampled.
         examples: number of training examples that are generated or sampled.
         test_examples: number of test examples; validation has as many others.
@@ -63,6 +73,23 @@ class TaskConfig:
 
 
 @dataclass
+class DistanceBin:
+    """The score of the labels of a bin of distances; see `Task.distances`.
+
+    Attributes:
+        first: first distance of the bin, a power of two; the next bin begins at twice as much.
+        num_labels: number of labelled tokens.
+        loss: mean over them.
+        metrics: by name; see `Task.metrics`.
+    """
+
+    first: int
+    num_labels: int
+    loss: float
+    metrics: dict[str, float]
+
+
+@dataclass
 class Score:
     """The score of a model on a split.
 
@@ -72,6 +99,7 @@ class Score:
         metrics: by name; see `Task.metrics`.
         by_position: (center, mean loss) of each bin of positions.
         by_source: mean loss of each of several sources.
+        by_distance: of a task with distances, the score of each bin of them.
     """
 
     loss: float
@@ -79,6 +107,7 @@ class Score:
     metrics: dict[str, float] = field(default_factory=dict)
     by_position: list[tuple[int, float]] = field(default_factory=list)
     by_source: dict[str, float] = field(default_factory=dict)
+    by_distance: list[DistanceBin] = field(default_factory=list)
 
 
 class Task:
@@ -91,17 +120,20 @@ class Task:
     Attributes:
         title: name of the data, for messages.
         has_metrics: whether the metrics of `heads.Head.metrics` are computed besides the loss.
+        has_distances: whether `distances` says how far back the answer to a label is.
         splits: names of the splits: ``train``, ``valid`` if anything is held out, ``test`` if the task has a test.
         baseline_metrics: metrics of a constant or otherwise trivial prediction, for comparison.
     """
 
     has_metrics = True
+    has_distances = False
     splits: tuple[str, ...] = ("train", "valid", "test")
 
     def __init__(self, task: TaskConfig, data: DataConfig) -> None:
         self.task, self.data = task, data
         self.title: str = task.name
         self.baseline_metrics: dict[str, float] = {}
+        self._shorter: dict[int, Task] = {}
 
     @classmethod
     def prepare(cls, data: DataConfig) -> None:
@@ -124,6 +156,21 @@ class Task:
         """The examples of a split as a dataset in the order of ``seed``; see `Sequences`."""
         raise NotImplementedError
 
+    def shorter(self, seq_len: int, seed: int) -> Sequences:
+        """The training examples at ``seq_len`` tokens, which divides ``data.seq_len``, in the order of ``seed``.
+
+        Raises:
+            InputError: the task has none of this length.
+        """
+        if seq_len not in self._shorter:
+            try:
+                self._shorter[seq_len] = type(self)(self.task, replace(self.data, seq_len=seq_len))
+            except InputError as error:
+                why = f"{error.field}: {error.allowed}"
+                allowed = f"{seq_len} tokens are no length for task.name={self.task.name} ({why})"
+                raise InputError("data.curriculum", self.data.curriculum, allowed) from None
+        return self._shorter[seq_len].sequences("train", seed)
+
     def describe(self) -> TaskDescription:
         """What predictions for new data need, when the training data are gone."""
         return TaskDescription(self.task.name, self.data.seq_len)
@@ -139,6 +186,17 @@ class Task:
     def introduction(self) -> str:
         """A short description of the training data, with its size."""
         return f"{len(self.sequences('train', None)):,} training examples of {self.title}"
+
+    def distances(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """How many tokens before each label its answer is, of tasks that have `has_distances`.
+
+        Args:
+            tokens, labels: ``[B, L]`` of whole sequences.
+
+        Returns:
+            ``[B, L]`` int64, at least 1; 0 without a label.
+        """
+        raise NotImplementedError
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Convert the means over a split to the metrics that are reported: ``mse`` becomes ``rmse``."""

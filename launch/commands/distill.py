@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import InputError
-from ..arguments import add_model_directory, add_threads, check_output_file, threads_of
+from ..arguments import add_model_directory, add_threads, check_reports, threads_of, writing_reports
 
 SUMMARY = "turn a model's learned long convolutions into recurrences, and export it"
 DESCRIPTION = """From taps to a recurrence: fit each learned long kernel of a model's chela layers (free or decaying)
@@ -68,13 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
         before, after = (one.score.whole.bits_per_byte for one in (found.before, found.after))
         tokens, unit = found.before.score.whole.num_tokens, found.before.unit
         print(f"bits per {unit} of {tokens:,} tokens: {before:.4f} with taps, {after:.4f} with modes")
-    try:
+    with writing_reports():
         if arguments.json:
             write_json(found, Path(arguments.json))
         if arguments.figure:
             plot(found, Path(arguments.figure), arguments.run_dir)
-    except OSError as error:
-        raise InputError("--json or --figure", error.filename, f"cannot be written: {error.strerror}") from None
     print(f"exported to {arguments.out_dir}")
     return 0
 
@@ -86,7 +84,4 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{option}", getattr(arguments, option), f"at least {least}")
     if arguments.batches and arguments.source:
         raise InputError("--batches", arguments.batches, "for the run's held-out documents", "leave --source out")
-    for option in ("json", "figure"):
-        check_output_file(f"--{option}", getattr(arguments, option))
-    if arguments.figure and Path(arguments.figure).suffix != ".png":
-        raise InputError("--figure", arguments.figure, "a name that ends in .png")
+    check_reports(arguments)

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
-from ..arguments import add_device, add_model_directory, add_threads, check_output_file, device_of, threads_of
+from ..arguments import (
+    add_device,
+    add_model_directory,
+    add_threads,
+    check_reports,
+    device_of,
+    threads_of,
+    writing_reports,
+)
 
 if TYPE_CHECKING:
     from ...framework.inference.evaluate import Evaluation
@@ -18,11 +26,12 @@ if TYPE_CHECKING:
 
 SUMMARY = "score a model: bits per byte of held-out documents or other files; a task by its test set"
 DESCRIPTION = """Score the newest model of a run on the documents that were held out from it, or on other files
-(--source). A run of a task (docs/tasks.md) is scored on the test set of the task: then only --json and key=value
-may be given."""
+(--source). A run of a task (docs/tasks.md) is scored on the test set of the task: then only --json, key=value and, for
+recall and needle, --figure may be given."""
 EXAMPLES = """
   longreach evaluate runs/quickstart
   longreach evaluate runs/quickstart --source book.txt    # a file of any length as one sequence
+  longreach evaluate runs/quickstart --by-document --min-tokens 65536 --contexts 1024,8192,65536
   longreach evaluate runs/needle data.seq_len=65536 parallel.block_len=16384    # a task's test, at another length"""
 
 
@@ -33,11 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", metavar="PATH", nargs="+", default=[], help=source_help)
     document_help = "print one line per document; each held-out document is then one sequence too, from an empty state"
     parser.add_argument("--by-document", action="store_true", help=document_help)
+    shortest_help = "leave out documents of fewer tokens; with --source or --by-document"
+    parser.add_argument("--min-tokens", metavar="N", type=int, default=0, help=shortest_help)
     contexts_help = "score again with the state reset every N tokens, for each N: where the figures fall, more context "
     contexts_help += "helps"
     parser.add_argument("--contexts", metavar="N,N", default="", help=contexts_help)
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON; also for a task")
-    parser.add_argument("--figure", metavar="FILE.png", help="plot bits per byte by position, and by context")
+    figure_help = "plot bits per byte by position, and by context; of recall and needle, the accuracy by distance"
+    parser.add_argument("--figure", metavar="FILE.png", help=figure_help)
     batches_help = "number of held-out batches to score; 0, the default, scores all"
     parser.add_argument("--batches", type=int, default=0, help=batches_help)
     add_device(parser)
@@ -50,21 +62,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the scores of a run or an export; returns the exit code."""
     contexts, threads = _check(arguments), threads_of(arguments)
     from ...framework.data.tally import told
-    from ...framework.inference.evaluate import evaluate, evaluate_task, has_test, plot, write_json
+    from ...framework.inference.evaluate import evaluate, evaluate_task, has_distances, has_test, plot, write_json
     from ...framework.runtime.process import set_num_threads
 
     set_num_threads(threads)
     device = device_of(arguments)
     if has_test(arguments.run_dir):
-        if arguments.source or arguments.by_document or contexts or arguments.batches or arguments.figure:
-            allowed = "is of a task: only --json and key=value say how it is scored"
+        words = (arguments.source, arguments.by_document, arguments.min_tokens, contexts, arguments.batches)
+        if any(words) or (arguments.figure and not has_distances(arguments.run_dir)):
+            allowed = "is of a task: only --json, key=value and, for recall and needle, --figure may be given"
             raise InputError("RUN_DIR", arguments.run_dir, allowed)
-        return _print_task(*evaluate_task(arguments.run_dir, arguments.overrides, device), arguments.json)
+        task, score = evaluate_task(arguments.run_dir, arguments.overrides, device)
+        if score is None:
+            raise InputError("data", task.title, "an example to be scored")
+        _print_task(task, score)
+        with writing_reports():
+            _write_task(task, score, arguments)
+        return 0
     found = evaluate(
         arguments.run_dir,
         arguments.source,
         overrides=arguments.overrides,
         by_document=arguments.by_document,
+        min_tokens=arguments.min_tokens,
         max_batches=arguments.batches,
         contexts=contexts,
         device=device,
@@ -72,13 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
     _print_tables(found, arguments.by_document)
     for line in told(found.counts):
         print(line)
-    try:
+    with writing_reports():
         if arguments.json:
             write_json(found, Path(arguments.json))
         if arguments.figure:
             plot(found, Path(arguments.figure), arguments.run_dir)
-    except OSError as error:
-        raise InputError("--json or --figure", error.filename, f"cannot be written: {error.strerror}") from None
     return 0
 
 
@@ -88,11 +106,12 @@ def _check(arguments: argparse.Namespace) -> list[int]:
         raise InputError("--batches", arguments.batches, "at least 0")
     if arguments.batches and (arguments.source or arguments.by_document):
         raise InputError("--batches", arguments.batches, "for the windows that training validates with", "leave it out")
+    if arguments.min_tokens < 0:
+        raise InputError("--min-tokens", arguments.min_tokens, "at least 0")
+    if arguments.min_tokens and not (arguments.source or arguments.by_document):
+        raise InputError("--min-tokens", arguments.min_tokens, "for documents", "give --by-document or --source too")
     contexts = _contexts(arguments.contexts)
-    for option in ("json", "figure"):
-        check_output_file(f"--{option}", getattr(arguments, option))
-    if arguments.figure and Path(arguments.figure).suffix != ".png":
-        raise InputError("--figure", arguments.figure, "a name that ends in .png")
+    check_reports(arguments)
     return contexts
 
 
@@ -130,12 +149,24 @@ def _print_tables(found: Evaluation, by_document: bool) -> None:
             print(f"{figure.num_tokens:13,}{cells}   {name if name.isprintable() else ascii(name)}")
 
 
-def _print_task(task: Task, found: Score | None, json_file: str | None) -> int:
-    if found is None:
-        raise InputError("data", task.title, "an example to be scored")
+def _print_task(task: Task, found: Score) -> None:
+    """Print the score of a task's test, and by distance where the task has distances."""
     print(f"{task.title}: {found.num_labels:,} answers, loss {found.loss:.4f}")
     for name, value in found.metrics.items():
         print(f"{name:>12}{value:10.4f}   (baseline: {task.baseline_metrics[name]:.4f})")
-    if json_file:
-        Path(json_file).write_text(json.dumps({**asdict(found), "chance": task.baseline_metrics}, indent=2) + "\n")
-    return 0
+    if found.by_distance:
+        print(f"from distance{'answers':>12}{'loss':>10}{''.join(f'{name:>12}' for name in found.metrics)}")
+        for one in found.by_distance:
+            values = "".join(f"{value:12.4f}" for value in one.metrics.values())
+            print(f"{one.first:13,}{one.num_labels:12,}{one.loss:10.4f}{values}")
+
+
+def _write_task(task: Task, found: Score, arguments: argparse.Namespace) -> None:
+    """Write ``--json`` and ``--figure``."""
+    from ...framework.inference.evaluate import plot_distances
+
+    if arguments.json:
+        tree = {**asdict(found), "chance": task.baseline_metrics}
+        Path(arguments.json).write_text(json.dumps(tree, indent=2) + "\n")
+    if arguments.figure:
+        plot_distances(found.by_distance, Path(arguments.figure), f"{task.title}: {arguments.run_dir}")

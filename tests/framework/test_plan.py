@@ -94,6 +94,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 
+def test_a_task_is_planned_with_its_examples(tmp_path: Path) -> None:
+    """Which also say what the model needs: the vocabulary or the channels, and the head."""
+    words = ["--dry-run", "parallel.ranks=2", "model.width=16", "model.depth=1", "train.micro_batch_size=1"]
+    for name in ("listops", "adding"):
+        done = longreach("train", name, *words, "data.seq_len=64", "data.batch_size=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "rank 1 of 2" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("words", "vocab"), [(["data.vocab=400"], 400), (["model.vocab=300"], 300), ([], 256)])
 def test_a_plan_has_the_runs_vocabulary(words: list[str], vocab: int) -> None:
     with_bytes, found = (run_world(plan_each, 1, [1], words)[0][0].num_parameters for words in ([], words))

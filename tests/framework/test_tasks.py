@@ -79,6 +79,7 @@ def words(csv: Path, texts: Path, classes: Path, tmp_path: Path) -> dict[str, li
         "images": ["data.source=digits", "data.seq_len=64"],
         "retrieval": [f"data.source={texts}", f"data.cache={tmp_path}/packed", "data.valid_fraction=0.3"],
         "listops": ["model.causal=false", "model.dropout=0.1"],
+        "pathfinder": ["data.seq_len=1024"],
         "recall": ["task.pairs=4"],
         "needle": [],
         "adding": [],
@@ -174,33 +175,6 @@ def test_examples_follow_from_their_numbers(name: str, words: dict[str, list[str
     assert config.model.outputs or config.model.head == "token"
     filler = one.sequences("test", None).sequence(-1)
     assert not labelled(filler[1].unsqueeze(0)).any()
-
-
-def value_of(tokens: list[int]) -> int:
-    """An expression's value, read from right to left with a stack."""
-    stack: list[int] = []
-    for token in reversed(tokens):
-        if token < 10 or token == 14:
-            stack.append(token)
-            continue
-        values = []
-        while stack[-1] != 14:
-            values.append(stack.pop())
-        stack.pop()
-        stack.append((max(values), min(values), int(np.median(values)), sum(values) % 10)[token - 10])
-    (value,) = stack
-    return value
-
-
-def test_expressions_have_the_values_they_are_said_to_have(tmp_path: Path) -> None:
-    task = opened(make(tmp_path, "listops", "data.seq_len=300"))
-    lengths = []
-    for number in range(40):
-        tokens, labels, segments = task.sequences("train", None).sequence(number)
-        end = 300 if segments is None else int((segments == 0).sum())
-        assert value_of(tokens[:end].tolist()) == labels[-1]
-        lengths.append(end)
-    assert max(lengths) > 200
 
 
 def test_what_is_to_be_recalled_was_said(tmp_path: Path) -> None:
@@ -381,7 +355,7 @@ def test_no_more_is_scored_than_there_is(examples: int, ranks: int, sizes: list[
     ]
     config = make(tmp_path, "needle", *words)
     mesh = Mesh(data=Axis(rank=0, size=ranks, ranks=tuple(range(ranks))))
-    batches = list(batches_of(config, mesh, opened(config), "test").iterate())
+    batches = list(batches_of(config, mesh, opened(config).sequences("test", None)).iterate())
     assert [len(batch.indices) for batch in batches] == sizes
 
 

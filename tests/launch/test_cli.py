@@ -151,6 +151,14 @@ def test_evaluate_tells_documents_and_contexts_apart(
     assert [one["context"] for one in found["by_context"]] == [16, 64]
     assert {one["num_tokens"] for one in found["by_context"]} == {found["whole"]["num_tokens"]}
     assert "state reset every" in out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    longest = max(files.values())
+    words = ["--min-tokens", str(longest), "--json", str(tmp_path / "long.json")]
+    assert main(["evaluate", exported, "--source", str(source), *words]) == 0
+    found = json.loads((tmp_path / "long.json").read_text())
+    assert {one["num_tokens"] + 1 for one in found["documents"]} == {longest}
+    assert f"shorter than {longest:,} tokens" in capsys.readouterr().out
+    assert main(["evaluate", run_dir, "--by-document", "--min-tokens", str(longest + 1)]) == 2
+    assert_one_line(capsys.readouterr().err, "--min-tokens", "longest held-out document")
     assert main(["evaluate", exported]) == 2
     assert_one_line(capsys.readouterr().err, "RUN_DIR", "an export has no held-out documents")
     assert main(["generate", exported, "--prompt", "halo", "--tokens", "9"]) == 0
@@ -258,6 +266,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["evaluate", "runs/tiny", "--batches", "1", "--source", "byte"],
         ["--batches = 1", "leave it out"],
     ),
+    "evaluate: shortest of windows": (["evaluate", "runs/tiny", "--min-tokens", "9"], ["--min-tokens = 9", "--source"]),
+    "evaluate: shortest": (["evaluate", "runs/tiny", "--by-document", "--min-tokens", "-1"], ["--min-tokens = -1"]),
     "evaluate: bad number": (["evaluate", "runs/tiny", "--batches", "-1"], ["--batches = -1"]),
     "evaluate: another shape": (
         ["evaluate", "reshaped"],

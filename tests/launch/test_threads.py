@@ -139,8 +139,8 @@ def test_freed_memory_is_kept_for_the_next_tensor(
 ) -> None:
     """28 MiB, whose pages of 4 KiB are 7,168; unless the environment decides.
 
-    The first few are new memory: an aligned block leaves small pieces beside it, which glibc (before 2.38) joins with it
-    only when its per-thread cache of small blocks is full, at 7 of a size.
+    The first few are new memory: an aligned block leaves small pieces beside it, which glibc (before 2.38) joins with
+    it only when its per-thread cache of small blocks is full, at 7 of a size.
     """
     for name in MALLOC:
         monkeypatch.delenv(name, raising=False)
