@@ -23,7 +23,7 @@ from ..framework.model.directory import directory_of, read_config
 from ..framework.monitoring.hosts import Hosts
 from ..framework.runtime.memory import GIB, Memory, compare, free_memory, needed_memory
 from ..framework.runtime.process import peak_memory
-from ..framework.tasks import open_task
+from ..framework.tasks import Task, open_task
 from ..framework.trainer import mesh_of, num_micro_batches, settings_of, start_engine, train_step
 from ..parallel import cost
 from ..parallel.mesh import Mesh, default_device, fake_world, leave_world
@@ -117,11 +117,12 @@ def plan(
     if not 0 <= rank < world:
         raise InputError("rank", rank, f"one of the {world} ranks, from 0 on")
     settings, device = settings_of(config), default_device()
-    batch = sample_batch(config)  # a task sets what its model needs
+    configure_model(config)
     config.model.init_from = ""  # the other ranks, with which all would agree on the weights, are not there
     needed, available = needed_memory(config, settings, device.type == "cuda"), free_memory(device)
     if needed is not None and available is not None and (warning := compare(config, needed, available)):
         say(warning)
+    batch = sample_batch(config)
     disable_stage3_order_check()
     fake_world(world, rank, min(node_size, world))
     try:
@@ -171,22 +172,24 @@ def _num_heads(model: ModelConfig) -> int:
 def sample_batch(config: RunConfig) -> Batch:
     """A micro-batch: of random tokens for the language task, else of the task's examples."""
     shape = config.train.micro_batch_size, config.data.seq_len
-    if config.task.name != "language":
-        task = open_task(config.task, config.data)
-        task.configure_model(config.model)
+    if (task := configure_model(config)) is not None:
         return Batches(task.sequences("train", 0), shape[0], micro_batch_size=shape[0]).load(0)
-    _set_vocabulary(config)
     tokens = torch.randint(0, config.model.vocab, shape)
     segments = torch.zeros(shape, dtype=torch.int64) if config.data.packing == "documents" else None
     return Batch(tokens, tokens, segments, torch.zeros(shape[0], dtype=torch.int64))
 
 
-def _set_vocabulary(config: RunConfig) -> None:
-    """Set ``model.vocab`` of the language task to that of the data."""
+def configure_model(config: RunConfig) -> Task | None:
+    """Set what the model takes from its task; of the language task, which is not opened, the vocabulary of the data."""
     data, model = config.data, config.model
-    if config.task.name == "language" and not model.vocab:
+    if config.task.name != "language":
+        task = open_task(config.task, data)
+        task.configure_model(model)
+        return task
+    if not model.vocab:
         trained = SubwordVocabulary.read(data.tokenizer).size if data.tokenizer else 0
         model.vocab = trained or data.vocab or ByteVocabulary.size
+    return None
 
 
 def _step(config: RunConfig, engine: Engine, mesh: Mesh, batch: Batch, traffic: Traffic, hosts: Hosts) -> None:

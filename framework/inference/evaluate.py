@@ -244,7 +244,7 @@ RowSource = tuple[str, int, Callable[[], Iterator[ScoredRows]]]
 
 
 def _from_sources(
-    sources: Sequence[str], vocabulary: Vocabulary, data: DataConfig, tally: Tally, min_tokens: int
+    sources: Sequence[str], vocabulary: Vocabulary, data: DataConfig, tally: Tally, min_tokens: int = 0
 ) -> RowSource:
     """The documents of files and folders, as packing would find them, and skip and count others; one row each."""
     chat = vocabulary.encode_chat if isinstance(vocabulary, SubwordVocabulary) else None
