@@ -32,6 +32,7 @@ INTERVAL = 1.0  # seconds between two heartbeats
 FRAMES = 4  # innermost and outermost functions of a rank's stack in a heartbeat
 PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 MONITOR = 0  # the rank that monitors all others
+STARTING = "starting"  # the place of a rank that has told none
 ALIVE, EXCHANGE_FAILED, FAILED, ENDS = "alive", "exchange failed", "failed", "ends"
 
 
@@ -61,7 +62,8 @@ class Heartbeat:
 
     def __init__(self, world: Axis, timeout: float, on_lost: Callable[[str], None]) -> None:
         self._world, self._timeout, self._on_lost = world, timeout, on_lost
-        self._place, self._status, self._note = "starting", ALIVE, ""
+        self._place, self._status, self._note = STARTING, ALIVE, ""
+        self._receivers: list[int] = []  # none before it is entered
         self._host = socket.gethostname()
         self._thread = threading.get_ident()  # whose stack is sent
         self._reports: dict[int, _Report] = {}
@@ -69,8 +71,10 @@ class Heartbeat:
         self._left = threading.Event()
 
     def set_phase(self, place: str) -> None:
-        """Set this rank's place in the program, for the line that names it."""
-        self._place = place
+        """Set this rank's place in the program, for the line that names it; the first one is told at once."""
+        is_first, self._place = self._place == STARTING, place
+        if is_first and self._receivers:
+            self._send()
 
     def __enter__(self) -> Heartbeat:
         if self._world.size > 1:
@@ -136,8 +140,8 @@ class Heartbeat:
         return ExchangeFailed(why)
 
     def _send(self) -> None:
+        trace = flight_recorder.recent_collectives()  # the first call takes long: the place is that of after it
         place = f"process {os.getpid()} on {self._host}, {self._place}{_stack(self._thread)}"
-        trace = flight_recorder.recent_collectives()
         words = [self._token, self._world.rank, place, self._status, trace, self._note]
         for receiver in self._receivers:
             with suppress(OSError):  # who monitors this rank notices the silence

@@ -16,6 +16,8 @@ from fault_helpers import FAILED, JobDirectory, error_line, ranks_of
 from namespaces import Host
 from programs import finish
 
+from longreach.parallel.heartbeat import INTERVAL
+
 STOPPED = 75
 TIMEOUT = 6  # parallel.timeout, seconds
 pytestmark = pytest.mark.timeout(900)  # each trains several times
@@ -46,6 +48,7 @@ def training(hosts: Sequence[Host], job_dir: JobDirectory, run: str, *words: str
     processes = start_all(hosts, job_dir, run, *words)
     try:
         wait_for_steps(job_dir, run, processes, seen + 5)
+        time.sleep(2 * INTERVAL)  # now each rank has told the others so
         yield processes
     finally:
         for host in hosts:
