@@ -71,8 +71,6 @@ def layout(config: RunConfig, hosts: Sequence[str] = ()) -> dict[str, dict[str, 
         "Where does the time go?": times,
         "Does it use its context?": {"gain of context, bits per token": ["validation/gain_of_context"]},
     }
-    if config.data.curriculum:
-        questions["Is it learning?"]["tokens of a sequence"] = ["train/seq_len"]
     if config.data.sources:
         tags = [f"validation/loss/{name}" for name in config.data.sources]
         questions["Is it learning?"]["held-out loss of each source, nats per token"] = tags
