@@ -188,9 +188,17 @@ def _hint() -> str:
 
 
 def fake_world(ranks: int, rank: int, node_size: int) -> None:
-    """Join a world of which only this rank exists; collectives return without data. For dry runs."""
+    """Join a world of which only this rank exists; collectives return without data. For dry runs.
+
+    Raises:
+        InputError: this process is in a world already, e.g. after `train` without `leave_world`.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    if dist.is_initialized():
+        found = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+        allowed = "is in a world of ranks already, and a dry run makes one of its own"
+        raise InputError("this process", found, allowed, "call leave_world()")
     os.environ |= {"LOCAL_WORLD_SIZE": str(node_size), "LOCAL_RANK": str(rank % node_size)}
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
 

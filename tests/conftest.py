@@ -43,6 +43,14 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    """The world that a test joined in this process, as `train` does for its engine, is left after it."""
+    yield
+    if "longreach.parallel.mesh" in sys.modules:
+        sys.modules["longreach.parallel.mesh"].leave_world()
+
+
+@pytest.fixture(autouse=True)
 def registered_mixers() -> Iterator[None]:
     """What a test registers as a mixer is gone after it, with the files that were run for it."""
     before, loaded = set(_registered()), set(sys.modules)

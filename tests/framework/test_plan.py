@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from deepspeed_world import run_world
 from programs import longreach
 
@@ -119,6 +120,14 @@ def test_more_ranks_than_heads_of_attention() -> None:
     assert (found.rank, found.sequence) == (2, 8) and found.flops > 0
     with pytest.raises(InputError, match="rank = 5: a rank that has a head of softmax attention"):
         plan(load("quickstart", [*SMALL, "model.width=24", *words]), rank=5)
+
+
+def test_a_process_that_is_in_a_world_already() -> None:
+    """As after `train`, whose engine makes one of this rank alone, and does not leave it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(InputError, match="is in a world of ranks already, and a dry run"):
+        plan(load("quickstart", SMALL))
+    assert dist.get_backend() == "gloo"
 
 
 def test_a_rank_that_is_none_of_the_world() -> None:
