@@ -2,10 +2,12 @@
 in haystacks of up to 1,048,576 tokens, read block by block: a table and a figure of docs/results.md.
 
     python benchmarks/needle.py                            # every mixer and pattern; hours on two cores
-    python benchmarks/needle.py "chela, gated_deltanet"    # one of them, or a pattern
+    python benchmarks/needle.py "chela, deltanet"          # one of them, or a pattern
+    python benchmarks/needle.py --resume                   # what is missing; other results stay
     python benchmarks/needle.py --table                    # print the table of what was found
 
-Patterns are trained on up to 65,536 tokens, with three seeds.
+Patterns are trained on up to 65,536 tokens, with three seeds. ``--directory`` keeps runs with checkpoints; with
+``--resume``, an interrupted training goes on there.
 """
 
 from __future__ import annotations
@@ -13,23 +15,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from trainings import MIXERS, hardware, longreach, training_seconds
+from trainings import MIXERS, hardware, longreach, rows_of, training_seconds
 
+from longreach.framework.runtime.files import replace_text
 from longreach.launch.bench import environment, table_header, table_line
+from longreach.launch.process import forward_signals
 
 RESULTS = Path(__file__).parent / "results" / "needle.json"
 # (tokens, sequences a step, steps so far): the first is the config's own.
 STAGES = [(64, 64, 600), (256, 32, 900), (1024, 16, 1200)]
 LONGER = [(4096, 8, 1400), (16384, 4, 1600), (65536, 2, 1700)]  # of patterns, after these
-SINGLE = ["chela", "elementwise, order 6", "feedforward_kernel", "mamba2", "gated_deltanet", "softmax"]
-PATTERNS = [f"{mixer}, {memory}" for memory in ("gated_deltanet",) for mixer in ("elementwise", "chela")]
+SINGLE = ["chela", "elementwise, order 6", "feedforward_kernel", "mamba2", "gated_deltanet", "deltanet", "softmax"]
+PATTERNS = ["elementwise, deltanet", "chela, deltanet", "elementwise, gated_deltanet"]
 SEEDS = 3  # of a pattern
 TESTED = {64: 256, 256: 256, 1024: 256, 4096: 64, 16384: 64, 65536: 64, 262144: 16, 1048576: 16}  # tokens: examples
 FARTHEST = {"softmax": 16384}  # where one takes too long beyond
@@ -39,16 +45,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", default=[*SINGLE, *PATTERNS], help="mixers and patterns")
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
+    parser.add_argument("--resume", action="store_true", help="keep results of the same stages, train what is missing")
+    parser.add_argument("--directory", type=Path, help="keep run directories here, with checkpoints")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if not arguments.table:
         cases = [(name, seed) for name in arguments.names for seed in range(SEEDS if name in PATTERNS else 1)]
-        with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.jobs) as pool:
-            for row in pool.map(lambda case: _row(*case, Path(directory)), cases):
-                rows[f"{row['mixer']} / {row['seed']}"] = row
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+        if arguments.resume:
+            cases = [case for case in cases if rows.get(_key(*case), {}).get("stages") != _stages(case[0])]
+        forward_signals()
+        with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
+            place = arguments.directory or Path(temporary)
+            for future in as_completed([pool.submit(_row, *case, place, arguments) for case in cases]):
+                row = future.result()
+                rows[_key(row["mixer"], row["seed"])] = row
+                replace_text(arguments.out, json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     return 0
 
@@ -100,13 +113,24 @@ def _range(found: list[float]) -> str:
     return " to ".join(ends)
 
 
-def _row(name: str, seed: int, directory: Path) -> dict[str, Any]:
-    run = Path(tempfile.mkdtemp(dir=directory))
-    stages = STAGES + (LONGER if name in PATTERNS else [])
-    for length, batch, steps in stages:
-        sizes = [f"data.seq_len={length}", f"data.batch_size={batch}", f"train.micro_batch_size={batch}"]
-        more = [f"train.steps={steps}", f"run.seed={seed}", "data.accept_change=true"]
-        longreach("train", "needle", *MIXERS[name], *sizes, *more, run=run)
+def _key(name: str, seed: int) -> str:
+    return f"{name} / {seed}"
+
+
+def _stages(name: str) -> list[list[int]]:
+    return [[*stage] for stage in STAGES + (LONGER if name in PATTERNS else [])]
+
+
+def _row(name: str, seed: int, place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    run = place / f"{re.sub('[^a-z0-9_]+', '-', name)}-seed-{seed}"
+    if not arguments.resume:
+        shutil.rmtree(run, ignore_errors=True)
+    done = max((line["step"] for line in rows_of(run / "metrics.jsonl")), default=0)
+    for length, batch, steps in _stages(name):
+        if steps > done:
+            sizes = [f"data.seq_len={length}", f"data.batch_size={batch}", f"train.micro_batch_size={batch}"]
+            more = [f"train.steps={steps}", f"run.seed={seed}", "data.accept_change=true", "parallel.block_len=8192"]
+            longreach("train", "needle", *MIXERS[name], *sizes, *more, run=run)
     found = {}
     for length, examples in TESTED.items():
         if length <= FARTHEST.get(name, length):
@@ -116,7 +140,7 @@ def _row(name: str, seed: int, directory: Path) -> dict[str, Any]:
             longreach("evaluate", str(run), *sizes, *batch, "--json", str(file))
             found[str(length)] = json.loads(file.read_text())["metrics"]["accuracy"]
             print(f"{name}, seed {seed}, {length:,} tokens: {found[str(length)]:.3f}", file=sys.stderr, flush=True)
-    row = {"mixer": name, "seed": seed, "stages": stages, "accuracy": found, "seconds": training_seconds(run)}
+    row = {"mixer": name, "seed": seed, "stages": _stages(name), "accuracy": found, "seconds": training_seconds(run)}
     return {**row, "environment": environment("cpu", 1)}
 
 

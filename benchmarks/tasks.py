@@ -36,7 +36,6 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import needle
-import torch
 import yaml
 from trainings import (
     EA2,
@@ -49,13 +48,13 @@ from trainings import (
     Stopped,
     hardware,
     longreach,
+    num_parameters,
     rows_of,
     training_seconds,
 )
 
 from longreach.framework.config import CONFIGS, load
 from longreach.framework.mixers import registry
-from longreach.framework.model import build_model
 from longreach.framework.runtime.files import replace_text
 from longreach.launch.bench import environment, table_header, table_line
 from longreach.launch.exit_codes import FAILED, STOPPED
@@ -97,7 +96,7 @@ ALIKE = [EA6, "chela", TAPS, "feedforward_kernel", "mamba2", "gated_deltanet", "
 # For a CPU: about three hours on two cores for the five of a task.
 LISTOPS = ["data.batch_size=8", "model.width=64", "model.depth=2", "train.steps=5000", "train.validate_every=500"]
 PATHFINDER = ["task.test_examples=2000", "model.depth=2", "train.steps=3000", "train.validate_every=250"]
-LM = ["parallel.ranks=1", "monitor.sample_len=0"]
+LM = ["parallel.ranks=1", "monitor.sample_len=0", "train.steps=150", "train.validate_every=0", "optim.warmup_steps=10"]
 LONG = [
     "data.valid_fraction=0.05",
     "data.seq_len=65536",
@@ -117,13 +116,13 @@ RUNS: dict[str, Runs] = {
     "listops": Runs(PUBLIC, "listops", FIVE, 1, [*LISTOPS, "train.validate_batches=60"]),
     "pathfinder": Runs(PUBLIC, "pathfinder", FIVE, 1, PATHFINDER),
     "retrieval": Runs(PUBLIC, "retrieval", ["chela", "feedforward_kernel"], 1),
-    "language": Runs(LANGUAGE, "quickstart", ALIKE, 3, [*LM, "train.steps=150"], 478_000),
+    "language": Runs(LANGUAGE, "quickstart", ALIKE, 3, [*LM, "data.seq_len=8192"], 478_000),
     "language, 65,536 tokens": Runs(
         LANGUAGE,
         "quickstart",
         [EA6, "gated_deltanet", *PATTERNS[:2]],
         3,
-        [*LM, *LONG, "train.steps=150"],
+        [*LM, *LONG],
         478_000,
         CONTEXTS,
     ),
@@ -250,13 +249,6 @@ def ffn_ratio(config: str, words: tuple[str, ...], parameters: int) -> float:
     if abs(size(near) - parameters) > 0.01 * parameters:
         raise ValueError(f"{config} {shlex.join(words)}: no model has {parameters:,} parameters within 1%")
     return near / 16
-
-
-def num_parameters(config: str, words: Sequence[str]) -> int:
-    """Parameters of a model of bytes, which is not made."""
-    with torch.device("meta"):
-        model = build_model(load(config, [*words, "model.vocab=256"]).model)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _empty_row(case: Case, words: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Trainings that are measured: ``longreach`` in processes of their own, each on one thread of a processor.
 
-Shared by tasks.py and needle.py.
+Shared by tasks.py, needle.py and quickstart.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from longreach.framework.config import load
+from longreach.framework.model import build_model
 from longreach.launch import process
 from longreach.launch.bench import cpu_only, last_line
 from longreach.launch.sweep import STOPS
@@ -21,6 +25,7 @@ EA6, EA2 = "elementwise, order 6", "elementwise, order 2"
 PAPER = "elementwise, norm_group=0, conv_len=0"  # as published
 TAPS = "chela, taps"  # as published
 PATTERNS = ["elementwise, gated_deltanet", "chela, gated_deltanet", "gated_deltanet, softmax"]  # of two layers
+NO_DECAY = "model.gated_deltanet.decay=none"  # DeltaNet: the delta rule alone
 MIXERS = {
     EA6: ["model.mixers=[elementwise]"],
     EA2: ["model.mixers=[elementwise]", "model.elementwise.order=2"],
@@ -32,8 +37,11 @@ MIXERS = {
     "feedforward_kernel": ["model.mixers=[feedforward_kernel]"],
     "mamba2": ["model.mixers=[mamba2]"],
     "gated_deltanet": ["model.mixers=[gated_deltanet]"],
+    "deltanet": ["model.mixers=[gated_deltanet]", NO_DECAY],
     "softmax": ["model.mixers=[softmax]"],
     **{pattern: [f"model.mixers=[{pattern}]"] for pattern in PATTERNS},
+    "elementwise, deltanet": ["model.mixers=[elementwise, gated_deltanet]", NO_DECAY],
+    "chela, deltanet": ["model.mixers=[chela, gated_deltanet]", NO_DECAY],
 }
 
 
@@ -63,6 +71,13 @@ def longreach(*words: str, run: Path | None = None, save_every: int = 0) -> None
         if code:
             kind = Stopped if code in STOPS else Failed
             raise kind(f"{' '.join(command)}: {last_line(Path(log.name))}")
+
+
+def num_parameters(config: str, words: Sequence[str]) -> int:
+    """Parameters of a model of bytes, which is not made."""
+    with torch.device("meta"):
+        model = build_model(load(config, [*words, "model.vocab=256"]).model)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from .exchange import BY_PIPELINE, PEERS, STATES, Found, Job
 RANKS = (2, 4, 8)
 JOB = Job()
 SOURCE = "cpython"  # what is trained on, as in the quickstart
-TRAIN: list[str] = []  # further settings of the training
+TRAIN = ["data.seq_len=8192"]  # further settings of the training
 LAYOUTS = {
     "2 ranks of 1 thread": ["parallel.ranks=2", "parallel.sequence=2", "train.threads=1"],
     "1 rank of 2 threads": ["parallel.ranks=1", "parallel.sequence=1", "train.threads=2"],
