@@ -35,7 +35,7 @@ ALONE = {
     "as it is, one thread": [],
     "500 steps of 8,192 tokens": LONG,
     "1,000 steps of 4,096 tokens": HALF,
-    "3,600 steps of 1,024 tokens": ["data.seq_len=1024", "train.steps=3600", "optim.warmup_steps=80"],
+    "1,800 steps of 2,048 tokens": ["data.seq_len=2048", "train.steps=1800"],
     "half the learning rate": ["optim.lr=2e-3"],
     "twice the learning rate": ["optim.lr=8e-3"],
     "a lower end of the schedule": ["optim.min_lr_ratio=0.02"],
