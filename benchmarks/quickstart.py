@@ -29,7 +29,8 @@ from longreach.launch.bench import environment, table_header, table_line
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 LONG = ["data.seq_len=8192", "train.steps=500", "optim.warmup_steps=10"]
 HALF = ["data.seq_len=4096", "train.steps=1000", "optim.warmup_steps=20"]
-USERS = {"as it was": LONG, "as it is": []}
+BETAS = "optim.betas=[0.9,0.95]"
+USERS = {"as it was": [*LONG, BETAS, "deepspeed=zero1"], "as it is": []}
 # The same settings on one thread, then one of them changed.
 ALONE = {
     "as it is, one thread": [],
@@ -39,7 +40,7 @@ ALONE = {
     "half the learning rate": ["optim.lr=2e-3"],
     "twice the learning rate": ["optim.lr=8e-3"],
     "a lower end of the schedule": ["optim.min_lr_ratio=0.02"],
-    "betas of 0.9 and 0.99": ["optim.betas=[0.9,0.99]"],
+    "betas as by default": [BETAS],
     "gated_deltanet for chela": ["model.mixers=[elementwise,gated_deltanet]"],
 }
 
