@@ -53,16 +53,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    machines = {True: environment("cpu", 2), False: environment("cpu", 1)}
     if not arguments.table:
         kept = {name for name, row in rows.items() if row["words"] == {**USERS, **ALONE}.get(name)}
         missing = [name for name in (*USERS, *ALONE) if not (arguments.resume and name in kept)]
         with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(arguments.jobs) as pool:
             for name in missing:
                 if name in USERS:
-                    _keep(arguments.out, rows, name, _row(name, USERS[name], Path(place)))
+                    row = _row(name, USERS[name], Path(place))
+                    _keep(arguments.out, rows, name, {**row, "environment": machines[True]})
             running = {pool.submit(_row, name, ALONE[name], Path(place)): name for name in missing if name in ALONE}
             for future in as_completed(running):
-                _keep(arguments.out, rows, running[future], future.result())
+                _keep(arguments.out, rows, running[future], {**future.result(), "environment": machines[False]})
     print(table(rows))
     return 0
 
@@ -86,7 +88,6 @@ def _keep(out: Path, rows: dict[str, Any], name: str, row: dict[str, Any]) -> No
 
 def _row(name: str, words: list[str], place: Path) -> dict[str, Any]:
     run = Path(tempfile.mkdtemp(dir=place))
-    found = environment("cpu", 2 if name in USERS else 1)
     last = ["monitor.sample_len=0", "train.validate_every=0", f"run.dir={run}"]
     if name in USERS:
         command = [sys.executable, "-m", "longreach", "train", "quickstart", *words, *last]
@@ -94,7 +95,7 @@ def _row(name: str, words: list[str], place: Path) -> dict[str, Any]:
     else:
         longreach("train", "quickstart", "parallel.ranks=1", *words, *last, run=run)
     (held_out,) = rows_of(run / "validation.jsonl")
-    measured = {"bits": held_out["bits_per_token"], "seconds": training_seconds(run), "environment": found}
+    measured = {"bits": held_out["bits_per_token"], "seconds": training_seconds(run)}
     return {"words": words, "num_parameters": num_parameters("quickstart", words), **measured}
 
 

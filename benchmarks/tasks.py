@@ -174,6 +174,7 @@ def main() -> int:
     if not arguments.table:
         every = [Case(name, mixer, seed) for name, r in RUNS.items() for mixer in r.mixers for seed in range(r.seeds)]
         cases = [case for case in every if case.name in arguments.names or case.key in arguments.names]
+        cases.sort(key=lambda case: case.seed)  # stopped early, it has some seeds of all rows
         if code := _sweep([case for case in cases if case.seed < arguments.seeds], arguments):
             return code
     rows, found = _read(arguments.out), _read(needle.RESULTS)
