@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -349,6 +348,8 @@ os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 if os.environ["RANK"] == "1":
     assert ctypes.CDLL(None).unshare(0x04000000) == 0  # CLONE_NEWUTS: a host name of its own
     socket.sethostname("slow-host")
+    import time, torch
+    torch.nn.modules.module.register_module_forward_hook(lambda *_: time.sleep(0.01))
 from longreach.launch.train import main
 main()
 """
@@ -356,22 +357,11 @@ main()
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a process a host name of its own")
 def test_78_the_slowest_rank_and_its_host_are_named(job_dir: JobDirectory) -> None:
-    """A rank on a host that is given a part of the time; in the console, the record and the charts."""
+    """A rank on a host that computes slowly; in the console, the record and the charts."""
     (job_dir.directory / "another_host.py").write_text(ANOTHER_HOST)
     words = ["endless.yaml", "run.dir=slowest", "train.steps=30", "train.log_every=5", "monitor.tensorboard=true"]
     ranks = world(job_dir, words, program="another_host.py", GLOO_SOCKET_IFNAME="lo")
-    try:
-        job_dir.wait(ranks[0], lambda: len(job_dir.rows("slowest")) >= 2)
-        for end in itertools.cycle((signal.SIGSTOP, signal.SIGCONT)):
-            if ranks[1].poll() is not None or len(job_dir.rows("slowest")) >= 28:
-                break
-            ranks[1].send_signal(end)
-            time.sleep(0.4 if end == signal.SIGSTOP else 0.05)
-        ranks[1].send_signal(signal.SIGCONT)
-        first, second = (finish(rank, 60) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
+    first, second = (finish(rank, 60) for rank in ranks)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     line = (
         r"^step \d+: rank 1 on slow-host is the slowest: the other ranks wait for it \d+\.\d\d s of \d+\.\d\d s a step$"
