@@ -361,7 +361,11 @@ def test_78_the_slowest_rank_and_its_host_are_named(job_dir: JobDirectory) -> No
     (job_dir.directory / "another_host.py").write_text(ANOTHER_HOST)
     words = ["endless.yaml", "run.dir=slowest", "train.steps=30", "train.log_every=5", "monitor.tensorboard=true"]
     ranks = world(job_dir, words, program="another_host.py", GLOO_SOCKET_IFNAME="lo")
-    first, second = (finish(rank, 60) for rank in ranks)
+    try:
+        first, second = (finish(rank, 60) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     line = (
         r"^step \d+: rank 1 on slow-host is the slowest: the other ranks wait for it \d+\.\d\d s of \d+\.\d\d s a step$"
